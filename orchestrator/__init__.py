@@ -1,0 +1,1 @@
+"""Decides who trains what, where and when."""

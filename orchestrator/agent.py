@@ -1,0 +1,259 @@
+"""The agent: one long-lived Ray actor per slot, that supervises training processes one after the other.
+
+It keeps a *warm spare*, a training process that has already imported torch and waits for work, so that a run
+starts without the seconds of importing. It answers ``report`` as a long poll: at once when something that a
+controller acts on has changed, else after ``wait_s`` with the latest progress. It survives controllers, and
+ends itself and its processes when its raylet is gone.
+
+Only this module and ``ray_cluster``, ``controller_actor`` and ``local_ray`` know Ray.
+"""
+
+import logging
+import os
+import shutil
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import ray
+
+from storage.errors import AccessDenied, Fenced, Unavailable
+from storage.log import run_log
+from storage.object_store import ObjectStore
+from storage.records import RECORD, Record
+from storage.run_state import RunState
+from storage.url import open_store
+from trainer.config import RunSpec
+from trainer.patience import one_line, patiently
+from trainer.rundir import EXIT_STORE_UNREACHABLE, Options
+from trainer.supervisor import Append, Assignment, Progress, Supervisor
+from trainer.training_process import TrainingProcess
+
+from .cluster import Order, Work
+from .metrics import AgentMetrics
+from .submission import read_spec
+
+NAMESPACE = "orchestrate"
+ORPHAN_CHECK_S = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentSetup:
+    """What an agent is told once: nothing here is secret, Ray's dashboard may show it."""
+
+    sweep: str
+    name: str
+    store_url: str
+    options: Options
+    arbiter: str | None
+    """Name of the controller actor that appends for this agent, on stores without create-only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """An agent's answer: ``version`` grows whenever something changed that a controller acts on."""
+
+    version: int
+    work: Work | None
+    node_id: str
+    up_since: float
+
+
+class Agent:
+    """One slot. Its methods return at once, but for ``report``."""
+
+    def __init__(self, setup: AgentSetup) -> None:
+        self._setup = setup
+        self._order: Order | None = None  # first: Ray asks for our name also when what follows fails
+        self._store = open_store(setup.store_url)
+        self._scratch = _own_scratch()
+        self._node_id: str = ray.get_runtime_context().get_node_id()
+        self._up_since = time.time()
+        self._changed = threading.Condition()
+        self._version = 0
+        self._supervisor: Supervisor | None = None
+        self._final: Progress | None = None
+        self._spare: TrainingProcess | None = None
+        self._metrics = AgentMetrics(setup.sweep)
+        self._training: Order | None = None
+        """The last order that was seen to make its first step."""
+        self._orders: list[Order] = []
+        # One thread starts every process: a training process dies with the pipe we hold, not with a thread,
+        # but an orderly hand-over from spare to run needs a single owner.
+        threading.Thread(target=self._serve, name="serve", daemon=True).start()
+        threading.Thread(target=self._watch_raylet, args=(os.getppid(),), name="raylet", daemon=True).start()
+
+    def __repr__(self) -> str:
+        order = self._order
+        current = f"{order.run_id}#a{order.attempt}" if order else "idle"
+        return f"lora/{self._setup.sweep}/{current}"
+
+    def start(self, order: Order) -> None:
+        """Train this attempt, unless it is the one already held."""
+        with self._changed:
+            if order == self._order or order in self._orders:
+                return
+            self._orders.append(order)
+            self._changed.notify_all()
+
+    def stop(self, run_id: str, attempt: int, grace_s: float) -> None:
+        """Ask the attempt to save itself and end. One that is not held any more is left alone."""
+        with self._changed:
+            supervisor = self._supervisor
+        held = supervisor.assignment if supervisor else None
+        if supervisor and held and (held.run_id, held.attempt) == (run_id, attempt):
+            supervisor.stop(grace_s)
+
+    def report(self, known_version: int, wait_s: float) -> Report:
+        """Return the work held, waiting up to ``wait_s`` for something newer than ``known_version``."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._version != known_version, timeout=wait_s)
+            return Report(
+                version=self._version, work=self._work(), node_id=self._node_id, up_since=self._up_since
+            )
+
+    def close(self) -> None:
+        """End whatever runs; the actor itself is killed by its cluster afterwards."""
+        with self._changed:
+            supervisor = self._supervisor
+        if supervisor:
+            supervisor.stop(0.0)
+        if self._spare:
+            self._spare.kill()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _serve(self) -> None:
+        try:
+            self._spare = TrainingProcess()
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: bool(self._orders))
+                    order = self._orders.pop(0)
+                    self._order, self._final, self._supervisor = order, None, None
+                    self._bump()
+                self._train(order)
+        except BaseException:  # no process can be started or reaped: a slot that serves nobody must not live
+            logging.getLogger(__name__).exception("the agent ends")
+            os._exit(1)
+
+    def _train(self, order: Order) -> None:
+        self._metrics.attempt_started()
+        try:
+            spec = patiently(lambda: read_spec(self._store, order.run_id), threading.Event())
+            supervisor = self._supervise(order, spec)
+            with self._changed:
+                self._supervisor = supervisor
+            final = supervisor.run()
+        except (Unavailable, AccessDenied) as error:
+            said = one_line(f"{type(error).__name__}: {error}")
+            final = Progress(exit_code=EXIT_STORE_UNREACHABLE, error=said)
+        except Exception as error:  # the slot must survive whatever one run does to it
+            final = Progress(exit_code=1, error=one_line(f"{type(error).__name__}: {error}"))
+        if final.superseded:
+            self._metrics.fenced()
+        self._spare = TrainingProcess()  # imports while the controller decides what comes next
+        with self._changed:
+            self._final = final
+            self._bump()
+
+    def _supervise(self, order: Order, spec: RunSpec) -> Supervisor:
+        spare = self._spare if self._spare and self._spare.exit_code is None else None
+        return Supervisor(
+            self._store,
+            Assignment(run_id=order.run_id, attempt=order.attempt, incarnation=order.incarnation),
+            spec,
+            self._setup.options,
+            scratch=self._scratch,
+            append=self._append_for(order.run_id),
+            process=spare,
+            on_change=self._on_progress,
+        )
+
+    def _append_for(self, run_id: str) -> Append:
+        if self._setup.arbiter is None:
+            return run_log(self._store, run_id).append
+        return arbitrated_append(self._store, run_id, self._setup.arbiter)
+
+    def _on_progress(self, progress: Progress) -> None:
+        with self._changed:
+            order = self._order
+            if order is None:
+                return
+            if progress.first_step_at is not None and self._training != order:
+                self._training = order
+                self._bump()
+        self._metrics.stepped(order.run_id, progress.step, progress.resumed_from)
+
+    def _work(self) -> Work | None:
+        if self._order is None:
+            return None
+        progress = self._final or (self._supervisor.progress if self._supervisor else Progress())
+        return Work(
+            run_id=self._order.run_id,
+            attempt=self._order.attempt,
+            step=progress.step,
+            resumed_from=progress.resumed_from,
+            first_step_at=progress.first_step_at,
+            step_s=progress.step_s,
+            loss=progress.loss,
+            exit_code=self._final.exit_code if self._final else None,
+            error=progress.error,
+            superseded=progress.superseded,
+        )
+
+    def _bump(self) -> None:
+        self._version += 1
+        self._changed.notify_all()
+
+    def _watch_raylet(self, raylet_pid: int) -> None:
+        """End with the raylet: a worker of a killed one may run on, and would train unseen."""
+        while os.getppid() == raylet_pid:
+            time.sleep(ORPHAN_CHECK_S)
+        os._exit(1)  # closes the pipes: the training processes kill themselves
+
+
+def _own_scratch() -> Path:
+    """Return this process's folder on the node's disk, having removed those of agents that are dead.
+
+    Raises:
+        PermissionError: The folder is somebody else's, who could read and change what we write there.
+    """
+    root = Path(tempfile.gettempdir()) / f"orchestrate-{os.getuid()}"
+    root.mkdir(exist_ok=True, mode=0o700)
+    status = root.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise PermissionError(f"{root} is not a folder of ours: remove it, or set TMPDIR")
+    root.chmod(0o700)
+    for folder in root.iterdir():
+        if folder.name.isdigit() and not psutil.pid_exists(int(folder.name)):
+            shutil.rmtree(folder, ignore_errors=True)
+    mine = root / str(os.getpid())
+    mine.mkdir(exist_ok=True)
+    return mine
+
+
+def arbitrated_append(store: ObjectStore, run_id: str, arbiter: str) -> Callable[[Record], RunState]:
+    """Return an append that asks the controller, for stores where two writers could both win a position.
+
+    A controller that cannot be reached is ``Unavailable``: the caller tries again when it is back. The
+    controller recognises a record that it has already written.
+    """
+
+    def append(record: Record) -> RunState:
+        try:
+            controller = ray.get_actor(arbiter, namespace=NAMESPACE)
+            refused = ray.get(controller.append.remote(run_id, RECORD.dump_json(record)), timeout=60.0)
+        except (ray.exceptions.RayError, ValueError, TimeoutError) as error:
+            raise Unavailable(
+                f"the controller {arbiter} cannot be reached: {type(error).__name__}"
+            ) from error
+        if refused is not None:
+            raise Fenced(refused)
+        return run_log(store, run_id).refresh()
+
+    return append

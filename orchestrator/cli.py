@@ -1,0 +1,291 @@
+"""``orchestrate``: parse, call, print. What a command needs is imported when it runs: ``--help`` is instant.
+
+Data goes to stdout, talk to stderr. Exit codes are in ``errors``; 100: the sweep ended with failed runs,
+130: detached by Ctrl-C, the sweep goes on.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+store_option = click.option(
+    "--store",
+    "store_url",
+    envvar="ORCHESTRATE_STORE",
+    default="file://./orchestrate-store",
+    show_default=True,
+    help="Where sweeps are kept: s3://bucket/prefix?endpoint=… or file:///folder. [env: ORCHESTRATE_STORE]",
+)
+address_option = click.option(
+    "--address",
+    envvar="RAY_ADDRESS",
+    default=None,
+    help="The Ray cluster, e.g. auto or 10.0.0.1:6379. By default one on this machine, started when needed.",
+)
+insecure_option = click.option(
+    "--insecure", is_flag=True, help="Use a cluster elsewhere although RAY_AUTH_MODE=token is not set."
+)
+output_option = click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table")
+
+
+class Commands(click.Group):
+    """A group that turns every foreseen error into one message and its exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from storage.errors import StorageError
+
+        from .errors import OrchestrateError, translated
+
+        try:
+            return super().invoke(ctx)
+        except OrchestrateError as error:
+            _fail(str(error), error.exit_code)
+        except StorageError as error:
+            foreseen = translated(error, "the store")
+            _fail(str(foreseen), foreseen.exit_code)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="orchestrate-loras", prog_name="orchestrate")
+def main() -> None:
+    """Train many LoRAs on GPUs that can vanish at any second."""
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Write over a value of the file."
+)
+def validate(file: Path, overrides: tuple[str, ...]) -> None:
+    """Check a sweep file without looking at anything that it names."""
+    from .sweep import validate as check
+
+    draft = check(file, overrides=overrides)
+    click.echo(f"{file}: sweep {draft.name}, {len(draft.cells)} runs")
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Write over a value of the file."
+)
+@click.option("--name", help="Name of the sweep, instead of the file's.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("-d", "--detach", is_flag=True, help="Return once the sweep runs.")
+@click.option("--dry-run", is_flag=True, help="Check everything and show the runs, launch nothing.")
+@address_option
+@insecure_option
+def sweep(
+    file: Path,
+    overrides: tuple[str, ...],
+    name: str | None,
+    yes: bool,
+    detach: bool,
+    dry_run: bool,
+    address: str | None,
+    insecure: bool,
+) -> None:
+    """Train every run of a sweep file. The same file again resumes the sweep, or shows that it is done."""
+    from storage.url import open_store
+
+    from . import launch, preflight
+    from .session import show_plan, work_on
+    from .submission import submit
+    from .sweep import load
+
+    named = (*overrides, f"name={name}") if name else overrides
+    planned = load(file, overrides=named)
+    problems = preflight.check(planned, open_store(planned.storage.url))
+    preflight.refuse(problems)
+    for warning in problems:
+        click.echo(str(warning), err=True)
+    show_plan(planned)
+    if dry_run:
+        click.echo("Dry run: nothing was launched.", err=True)
+        return
+    if not yes and sys.stdin.isatty():
+        click.confirm("Proceed?", default=True, abort=True, err=True)
+    store, probed = launch.open_probed(planned.storage.url)
+    if not submit(planned, store):
+        click.echo(f"{planned.name} was submitted before, unchanged: going on with it.", err=True)
+    work_on(planned, store, probed, address=address, detach=detach, insecure=insecure)
+
+
+@main.command()
+@click.argument("name")
+@click.option("-d", "--detach", is_flag=True, help="Return once the sweep runs.")
+@store_option
+@address_option
+@insecure_option
+def resume(name: str, detach: bool, store_url: str, address: str | None, insecure: bool) -> None:
+    """Go on with a sweep, with nothing but its store. Safe at any time, also when it is running."""
+    from storage.url import open_store
+
+    from . import launch
+    from .session import work_on
+    from .submission import load_submitted
+
+    found = load_submitted(open_store(store_url), name)  # first: probing writes
+    store, probed = launch.open_probed(store_url)
+    work_on(found, store, probed, address=address, detach=detach, insecure=insecure)
+
+
+@main.command()
+@click.argument("name")
+@click.option("-w", "--watch", "watching", is_flag=True, help="Keep showing until every run is over.")
+@output_option
+@store_option
+@address_option
+def status(name: str, watching: bool, output: str, store_url: str, address: str | None) -> None:
+    """Show where the runs of a sweep are."""
+    from storage.url import open_store
+
+    from .session import controller_finder, watched
+    from .submission import load_submitted
+    from .view import as_json
+    from .watch import Watcher, console, table
+
+    store = open_store(store_url)
+    found = load_submitted(store, name)
+    controller = controller_finder(found.name, address)
+    if watching:
+        watched(found, store, controller)
+    views = Watcher(found, store).look(controller())
+    if output == "json":
+        click.echo(json.dumps(as_json(found, views)))
+    else:
+        console().print(table(found, views))
+
+
+@main.command()
+@click.argument("run")
+@click.option("--timeline", "with_timeline", is_flag=True, help="Then every record of the run's log.")
+@store_option
+def why(run: str, with_timeline: bool, store_url: str) -> None:
+    """Say in plain words why RUN was interrupted, and what it cost."""
+    from storage.log import run_log
+    from storage.url import open_store
+
+    from .submission import find_run
+    from .why import timeline
+    from .why import why as explained
+
+    store = open_store(store_url)
+    found, run_id = find_run(store, run)
+    log = run_log(store, run_id)
+    state = log.refresh()
+    max_steps = found.run(run_id).spec.base.max_train_steps
+    click.echo(f"{run_id}: {explained(state, max_steps, found.resources.price_per_hour)}")
+    if with_timeline:
+        click.echo("\n".join(timeline(log.entries())))
+
+
+@main.command()
+@click.argument("name")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@store_option
+@address_option
+def cancel(name: str, yes: bool, store_url: str, address: str | None) -> None:
+    """Stop a sweep, or one run of it. Running trainers save themselves first; logs and checkpoints stay."""
+    from storage.url import open_store
+
+    from . import launch
+    from .cancelling import ask_to_cancel
+    from .session import controller_finder
+    from .submission import find_run, load_submitted, sweep_names
+
+    store = open_store(store_url)
+    if name in sweep_names(store):
+        found = load_submitted(store, name)
+        run_ids = [run.run_id for run in found.runs]
+    else:
+        found, run_id = find_run(store, name)
+        run_ids = [run_id]
+    if not yes and sys.stdin.isatty():
+        click.confirm(f"Cancel {len(run_ids)} run(s) of {found.name}?", default=False, abort=True, err=True)
+    controller = controller_finder(found.name, address)()
+    store, probed = launch.open_probed(store_url)
+    for run_id, outcome in ask_to_cancel(store, run_ids, controller, atomic=probed.atomic).items():
+        click.echo(f"{run_id}: {outcome}")
+
+
+@main.command()
+@click.argument("run")
+@click.option(
+    "--attempt", type=click.IntRange(min=1), help="Which attempt; by default the newest that wrote anything."
+)
+@click.option(
+    "-n",
+    "--tail",
+    type=click.IntRange(min=0),
+    default=200,
+    show_default=True,
+    help="Lines from the end; 0: all.",
+)
+@click.option("--events", is_flag=True, help="The trainer's events (JSON lines) instead of its output.")
+@store_option
+def logs(run: str, attempt: int | None, tail: int, events: bool, store_url: str) -> None:
+    """Print what a run's trainer wrote, also when its node is gone."""
+    from storage.url import open_store
+
+    from .submission import find_run
+    from .trainer_logs import read_lines
+
+    store = open_store(store_url)
+    _, run_id = find_run(store, run)
+    for line in read_lines(store, run_id, attempt=attempt, events=events, tail=tail):
+        click.echo(line)
+
+
+@main.command()
+@click.argument("name")
+@click.option("--best", is_flag=True, help="The best run of the sweep NAME, by its metric.")
+@click.option("--step", type=click.IntRange(min=0), help="A step's checkpoint instead of the newest.")
+@click.option(
+    "--to", "form", type=click.Choice(["diffusers", "kohya"]), default="diffusers", show_default=True
+)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("exports"), show_default=True)
+@click.option("--force", is_flag=True, help="Write over an export that is there.")
+@store_option
+def export(
+    name: str, best: bool, step: int | None, form: str, out: Path, force: bool, store_url: str
+) -> None:
+    """Write a run's LoRA as a file that other programs load, and verify that it does."""
+    from storage.url import open_store
+
+    from .errors import Unknown
+    from .exporting import export_run
+    from .session import best_line
+    from .submission import find_run, load_submitted
+    from .view import best as best_of
+    from .view import read_states, rows
+
+    store = open_store(store_url)
+    if best:
+        found = load_submitted(store, name)
+        winner = best_of(found, rows(found, read_states(found, store)))
+        if winner is None:
+            raise Unknown(f"{name}: no run that succeeded reports the sweep's metric")
+        run_id = winner.run
+        click.echo(best_line(found, winner), err=True)
+    else:
+        found, run_id = find_run(store, name)
+    click.echo(export_run(store, found.run(run_id), step=step, form=form, out=out, force=force))
+
+
+@main.command()
+@click.option("--kill/--no-kill", default=True, show_default=True, help="Kill a node while it trains.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
+def demo(kill: bool, out: Path) -> None:
+    """Train a small real sweep here, lose a node half way, and finish as if nothing had happened."""
+    from .demo import run_demo
+
+    run_demo(out, kill=kill)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(message, err=True)
+    sys.exit(code)

@@ -1,0 +1,130 @@
+"""The cluster as the controller sees it: slots, and what each was last heard to do.
+
+``RayCluster`` is the real one. Everything here is a hint; only the logs are true.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+
+class Health(StrEnum):
+    """What is known of a slot. UNKNOWN is not GONE: a slot that cannot be reached may be training."""
+
+    ALIVE = "ALIVE"
+    UNKNOWN = "UNKNOWN"
+    GONE = "GONE"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """The attempt that a slot holds, running or just ended."""
+
+    run_id: str
+    attempt: int
+    step: int = 0
+    resumed_from: int = 0
+    first_step_at: float | None = None
+    step_s: float = 0.0
+    loss: float | None = None
+    exit_code: int | None = None
+    """Set once the process is gone and what it saved is pushed."""
+    error: str = ""
+    superseded: bool = False
+    """The agent stopped it because the log has moved on to a newer attempt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """A place for one training process, and the last report from it."""
+
+    slot: str
+    node: str
+    up_since: float
+    health: Health
+    silent_s: float = 0.0
+    """Since it was last heard of."""
+    node_lost: bool = False
+    """GONE together with its node, not alone."""
+    work: Work | None = None
+
+    @property
+    def free(self) -> bool:
+        busy = self.work is not None and self.work.exit_code is None
+        return self.health is Health.ALIVE and not busy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """Train this attempt of this run. Repeating an order to the same slot changes nothing."""
+
+    run_id: str
+    attempt: int
+    incarnation: str
+
+
+class Listening:
+    """Counts the seconds in which somebody listened.
+
+    Silence is measured by this: who was frozen, or busy with a slow store, has heard of nobody meanwhile and
+    may not take anybody for dead because of it.
+    """
+
+    def __init__(self, clock: Callable[[], float], longest_s: float) -> None:
+        self._clock = clock
+        self._longest_s = longest_s
+        self._last = clock()
+        self.seconds = 0.0
+
+    def listen(self) -> None:
+        """Count the time since the last call, up to ``longest_s`` of it."""
+        now = self._clock()
+        self.seconds += min(now - self._last, self._longest_s)
+        self._last = now
+
+
+class Cluster(Protocol):
+    """Where training processes run."""
+
+    def observe(self) -> tuple[Slot, ...]:
+        """Every slot that is, was, or may be there; one that is missing from this has never existed here."""
+
+    def start(self, slot: str, order: Order) -> None:
+        """Ask the slot to train. A lost order is repeated by the controller."""
+
+    def stop(self, slot: str, run_id: str, attempt: int, grace_s: float) -> None:
+        """Ask the attempt to checkpoint and end within ``grace_s``; nothing if the slot holds another."""
+
+    def close(self) -> None:
+        """Dismiss every slot."""
+
+
+class NoCluster:
+    """A cluster without slots: for what a controller does when nothing is left to train."""
+
+    def observe(self) -> tuple[Slot, ...]:
+        return ()
+
+    def start(self, slot: str, order: Order) -> None:
+        raise LookupError(slot)
+
+    def stop(self, slot: str, run_id: str, attempt: int, grace_s: float) -> None:
+        raise LookupError(slot)
+
+    def close(self) -> None:
+        pass
+
+
+class RemoteController(Protocol):
+    """A sweep's controller as the command line reaches it."""
+
+    def training(self) -> Mapping[str, Work]:
+        """What slots hold right now, by run; empty if the controller does not answer."""
+
+    def cancel(self, run_ids: Sequence[str]) -> None:
+        """Ask runs to stop.
+
+        Raises:
+            OrchestrateError: The controller does not answer.
+        """

@@ -1,0 +1,159 @@
+"""The controller as a detached, named Ray actor, which Ray starts again when it dies."""
+
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass
+
+import ray
+
+from storage.errors import AccessDenied, Fenced, StorageError, Unavailable
+from storage.records import RECORD
+from storage.url import open_store
+from trainer.rundir import Options
+
+from .agent import AgentSetup
+from .cluster import Work
+from .controller import Controller
+from .errors import OrchestrateError
+from .ray_cluster import RayCluster
+from .submission import load_submitted
+from .term import SteppedDown, Term
+
+LINGER_S = 3.0
+"""Between the last run's end, or a failed start, and the actor's: whoever waits gets the last word."""
+
+RETRY_S = 2.0
+
+logger = logging.getLogger(__name__)
+
+
+def controller_name(sweep: str) -> str:
+    return f"lora/{sweep}/controller"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerSetup:
+    """What the controller is told: where the truth is, and who may append to it."""
+
+    sweep: str
+    store_url: str
+    arbitrated: bool
+    """The store has no dependable create-only: this actor appends for all agents."""
+
+
+class ControllerActor:
+    """Ticks until every run of the sweep is over, then dismisses its agents and itself.
+
+    What can fail happens on its thread: an actor whose constructor raises would be started again for ever.
+    """
+
+    def __init__(self, setup: ControllerSetup) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+        self._setup = setup
+        self._cluster: RayCluster | None = None
+        self._controller: Controller | None = None
+        self._failure: str | None = None
+        self._ready = threading.Event()
+        context = ray.get_runtime_context()
+        self._handle = context.current_actor
+        self._restarted = context.was_current_actor_reconstructed
+        threading.Thread(target=self._run, name="controller", daemon=True).start()
+
+    def __repr__(self) -> str:
+        states = self._controller.states.values() if self._controller else ()
+        done = sum(state.finished is not None for state in states)
+        return f"lora/{self._setup.sweep}/controller {done}/{len(states)}"
+
+    def setup(self) -> ControllerSetup:
+        """What this controller was told."""
+        return self._setup
+
+    def failure(self) -> str | None:
+        """Wait until the controller works; returns why it never will, or None."""
+        self._ready.wait()
+        return self._failure
+
+    def append(self, run_id: str, body: bytes) -> str | None:
+        """Append an agent's record; returns why the log refuses it, or None."""
+        try:
+            self._working().append(run_id, RECORD.validate_json(body))
+        except Fenced as error:
+            return str(error)
+        return None
+
+    def cancel(self, run_ids: list[str]) -> None:
+        self._working().cancel(run_ids)
+
+    def training(self) -> dict[str, Work]:
+        """What slots hold right now, by run, as last heard."""
+        slots = self._cluster.slots if self._cluster else ()
+        return {slot.work.run_id: slot.work for slot in slots if slot.work}
+
+    def pid(self) -> int:
+        """This process, for tests."""
+        return os.getpid()
+
+    def _working(self) -> Controller:
+        self._ready.wait()
+        if self._controller is None:
+            raise OrchestrateError(self._failure or "the controller has not started")
+        return self._controller
+
+    def _run(self) -> None:
+        try:
+            controller, cluster = self._prepare()
+        except (OrchestrateError, StorageError) as error:
+            logger.error("%s", error)
+            self._failure = str(error)
+            self._ready.set()
+        else:
+            self._ready.set()
+            self._work(controller)
+            cluster.close()
+        time.sleep(LINGER_S)
+        ray.kill(self._handle)
+
+    def _prepare(self) -> tuple[Controller, RayCluster]:
+        """Take office and read the sweep, waiting for a store that is away."""
+        setup = self._setup
+        store = open_store(setup.store_url, check_then_put=setup.arbitrated)
+        while True:
+            try:
+                sweep = load_submitted(store, setup.sweep)
+                term = Term(store, setup.sweep)
+                break
+            except Unavailable as error:
+                logger.warning("%s; trying again", error)
+            except AccessDenied as error:
+                if not self._restarted:
+                    raise
+                logger.warning("%s; trying again", error)  # agents train on: a person may renew credentials
+            time.sleep(RETRY_S)
+        options = Options(checkpoint=sweep.checkpoint.policy, threads=int(sweep.resources.cpus))
+
+        def agent_setup(name: str) -> AgentSetup:
+            return AgentSetup(
+                sweep=setup.sweep,
+                name=name,
+                store_url=setup.store_url,
+                options=options,
+                arbiter=controller_name(setup.sweep) if setup.arbitrated else None,
+            )
+
+        self._cluster = RayCluster(setup.sweep, sweep.resources, agent_setup)
+        self._controller = Controller(sweep, store, self._cluster, term=term)
+        return self._controller, self._cluster
+
+    def _work(self, controller: Controller) -> None:
+        while not controller.done:
+            try:
+                controller.tick()
+            except SteppedDown as error:
+                logger.warning("%s: this one steps down", error)
+                return
+            except Exception:  # a bug must not end a sweep that others could still finish
+                logger.exception("tick failed; trying again")
+                time.sleep(1.0)
+        logger.info("every run of %s is over", self._setup.sweep)

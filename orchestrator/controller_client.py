@@ -1,0 +1,92 @@
+"""The controller actor from outside: finding it, starting it, asking it."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from .agent import NAMESPACE
+from .cluster import Work
+from .controller_actor import ControllerActor, ControllerSetup, controller_name
+from .errors import OrchestrateError
+
+
+class ControllerClient:
+    """Implements ``cluster.RemoteController`` over the actor, which may die and come back at any time."""
+
+    def __init__(self, handle: Any, sweep: str) -> None:
+        self._handle = handle
+        self._sweep = sweep
+
+    def training(self) -> dict[str, Work]:
+        try:
+            return cast(dict[str, Work], ray.get(self._handle.training.remote(), timeout=5.0))
+        except RayError:
+            return {}
+
+    def cancel(self, run_ids: Sequence[str]) -> None:
+        self._call("cancel", list(run_ids))
+
+    def pid(self) -> int:
+        """The actor's process."""
+        return int(self._call("pid"))
+
+    def setup(self) -> ControllerSetup:
+        """What the actor was told when it was started."""
+        return cast(ControllerSetup, self._call("setup"))
+
+    def failure(self) -> str | None:
+        """Wait until the controller works; returns why it never will, or None."""
+        return cast("str | None", self._call("failure"))
+
+    def _call(self, method: str, *arguments: object) -> Any:
+        try:
+            return ray.get(getattr(self._handle, method).remote(*arguments), timeout=60.0)
+        except RayError as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise OrchestrateError(
+                f"the controller of {self._sweep} does not answer ({reason}) — try again in a minute"
+            ) from error
+
+
+def find_controller(sweep: str) -> ControllerClient | None:
+    """Return the sweep's controller on the connected cluster, if there is one."""
+    try:
+        return ControllerClient(ray.get_actor(controller_name(sweep), namespace=NAMESPACE), sweep)
+    except (ValueError, RayError):
+        return None
+
+
+def start_controller(setup: ControllerSetup) -> ControllerClient:
+    """Start the sweep's controller, or find the one that is already there, and wait until it works.
+
+    Raises:
+        OrchestrateError: It does not come up, or the one that is there works on another store.
+    """
+    head = next((n["NodeID"] for n in ray.nodes() if "node:__internal_head__" in n["Resources"]), None)
+    handle = (
+        ray.remote(ControllerActor)
+        .options(
+            name=controller_name(setup.sweep),
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            max_restarts=-1,
+            max_concurrency=32,
+            num_cpus=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(head, soft=True) if head else "DEFAULT",
+        )
+        .remote(setup)
+    )
+    client = ControllerClient(handle, setup.sweep)
+    there = client.setup()
+    if there.store_url != setup.store_url:
+        raise OrchestrateError(
+            f"a sweep {setup.sweep} of another store ({there.store_url}) runs on this cluster — "
+            "give this one another --name"
+        )
+    if failure := client.failure():
+        raise OrchestrateError(f"the controller of {setup.sweep} cannot work: {failure}")
+    return client

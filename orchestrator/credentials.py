@@ -1,0 +1,21 @@
+"""Which keys of a sweep file hold a secret. What a secret itself looks like: ``storage.redaction``.
+
+A sweep file is copied to the bucket and shown in reports: credentials belong in the environment or in the
+provider's own files.
+"""
+
+import re
+
+from storage.redaction import looks_secret, redacted
+
+__all__ = ["looks_secret", "names_secret", "redacted"]
+
+_KEYS = re.compile(
+    r"(?:^|_)(?:secret|password|passwd|token|api_?key|access_?key|secret_?key|private_?key|credential)s?(?:$|_)"
+)
+_REFERENCE = re.compile(r"_(?:env|file)$")
+
+
+def names_secret(key: str) -> bool:
+    """True if a value under this key would be a secret. ``token_env`` only says where one is."""
+    return _KEYS.search(key.lower()) is not None and not _REFERENCE.search(key.lower())

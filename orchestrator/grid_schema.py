@@ -1,0 +1,157 @@
+"""The blocks of a sweep file, except those that a run's spec consists of (``trainer.config`` has these).
+
+Each is a frozen value with the file's own words, and goes into the sweep's ``spec.json`` as it is. None of
+them changes the bytes of an adapter: where runs go, how often they save, when they are given up.
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from trainer.config import Base, Dataset, Evaluate, Frozen, Samples, Validation
+from trainer.rundir import CheckpointPolicy
+
+SWEEP_NAME = r"^[a-z0-9][a-z0-9-]{0,39}$"
+"""Short enough that ``<sweep>-<index>-<hash>`` is a valid name everywhere: at most 63 characters."""
+
+ALIASES = {"network_dim": "rank", "network_alpha": "alpha", "unet_lr": "learning_rate"}
+"""kohya's names for keys of ``base``."""
+
+BLOCKS: dict[str, type[Frozen]] = {
+    "base": Base,
+    "dataset": Dataset,
+    "validation": Validation,
+    "samples": Samples,
+    "evaluate": Evaluate,
+}
+"""What a run's spec is made of."""
+
+NOT_YET = frozenset(
+    {"early_terminate", "budget", "notify", "track", "export", "program", "command", "controller", "entity"}
+)
+"""Words of our design or of W&B sweeps that this version does not act on."""
+
+METHODS = ("grid", "random", "bayes")
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h)")
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+class Metric(Frozen):
+    """By what runs are compared."""
+
+    name: Annotated[str, Field(min_length=1)] = "val/loss"
+    """``val/loss``, or a number that the ``evaluate`` command reports."""
+    goal: Literal["minimize", "maximize"] = "minimize"
+
+
+class Resources(Frozen):
+    """What one run needs."""
+
+    gpus: Annotated[float, Field(ge=0)] = 1.0
+    """GPUs of one run. 0 trains on the CPU; a fraction lets runs share one."""
+    cpus: Annotated[float, Field(ge=1)] = 1.0
+    max_concurrent: Annotated[int, Field(ge=1)] | None = None
+    """Runs at the same time; by default as many as fit."""
+    price_per_hour: Annotated[float, Field(ge=0)] | None = None
+    """USD for an hour of what one run occupies."""
+
+
+class Storage(Frozen):
+    """Where checkpoints, logs and results go."""
+
+    url: str
+    """``s3://bucket/prefix?endpoint=https://…`` or ``file:///folder``. Credentials are never part of it."""
+
+
+class Checkpoint(Frozen):
+    """When a run saves itself, and what stays in the store."""
+
+    every: Annotated[int, Field(ge=1)] | str = "120s"
+    """Steps (``200``) or time (``120s``, ``5m``, ``1h``): the most work that one preemption can cost."""
+    keep_last: Annotated[int, Field(ge=1)] = 2
+    """How many of the newest checkpoints of a run stay."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Also keep steps divisible by this; 0: none."""
+    keep_best: Annotated[int, Field(ge=0)] = 0
+    """Also keep this many with the best metric."""
+    grace_s: Annotated[float, Field(ge=0)] = 300.0
+    """Seconds between retiring a checkpoint and deleting its data: who is reading it can finish."""
+
+    @field_validator("every")
+    @classmethod
+    def _readable(cls, every: int | str) -> int | str:
+        if isinstance(every, str) and not seconds(every):
+            raise ValueError(f"must be steps (200) or a time ('120s', '5m', '1h'), got {every!r}")
+        return every
+
+    @property
+    def policy(self) -> CheckpointPolicy:
+        """The same, as the training process reads it."""
+        if isinstance(self.every, str):
+            return CheckpointPolicy(every_s=seconds(self.every))
+        return CheckpointPolicy(every_steps=self.every, every_s=None)
+
+
+class Recovery(Frozen):
+    """How patient the controller is. Preemptions are free: only attempts without progress count."""
+
+    max_failures: Annotated[int, Field(ge=1)] = 3
+    """Consecutive attempts that failed without a new checkpoint, after which the run has failed."""
+    backoff_s: Annotated[float, Field(ge=0)] = 5.0
+    """Wait after the first such attempt; doubled by each further one."""
+    max_backoff_s: Annotated[float, Field(ge=0)] = 300.0
+    silence_s: Annotated[float, Field(gt=0)] = 90.0
+    """Seconds without a sign of life after which an attempt is replaced."""
+    stop_grace_s: Annotated[float, Field(gt=0)] = 25.0
+    """Seconds from SIGTERM to SIGKILL. The last checkpoint must fit."""
+
+
+class Grid(Frozen):
+    """A sweep file, as written. What its blocks of training keys hold is checked cell by cell."""
+
+    version: int = 1
+    name: Annotated[str, Field(pattern=SWEEP_NAME)] | None = None
+    description: str = ""
+    project: str = ""
+    method: str = "grid"
+    metric: Metric | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    include: list[dict[str, Any]] = Field(default_factory=list)
+    exclude: list[dict[str, Any]] = Field(default_factory=list)
+    run_cap: Annotated[int, Field(ge=1)] | None = None
+    base: dict[str, Any] = Field(default_factory=dict)
+    dataset: dict[str, Any] = Field(default_factory=dict)
+    validation: dict[str, Any] = Field(default_factory=dict)
+    samples: dict[str, Any] | None = None
+    evaluate: dict[str, Any] | None = None
+    resources: Resources = Resources()
+    storage: Storage | None = None
+    checkpoint: Checkpoint = Checkpoint()
+    recovery: Recovery = Recovery()
+
+
+def seconds(text: str) -> float | None:
+    """Return the seconds of a time such as ``120s``, ``5m`` or ``1.5h``; None if it is not one above 0."""
+    found = _DURATION.fullmatch(text.strip())
+    return float(found[1]) * _SECONDS[found[2]] or None if found else None
+
+
+def parameter_names() -> dict[str, tuple[str, str]]:
+    """Return each name that a parameter may have, and the block and key that it stands for.
+
+    Keys of ``base`` are written without it; those of other blocks as ``dataset.caption_dropout``.
+    """
+    names = {f"{block}.{key}": (block, key) for block, model in BLOCKS.items() for key in model.model_fields}
+    names |= {key: ("base", key) for key in Base.model_fields}
+    return names | {alias: ("base", key) for alias, key in ALIASES.items()}
+
+
+def canonical_name(name: str) -> str | None:
+    """Return the one name of a parameter: ``rank`` for ``network_dim`` and ``base.rank``. None if unknown."""
+    known = parameter_names().get(name)
+    if known is None:
+        return None
+    block, key = known
+    return key if block == "base" else f"{block}.{key}"

@@ -1,0 +1,252 @@
+"""The life of one run, as pure functions.
+
+``advance(state, event, policy)`` returns the records that the controller must append; the next state is their
+fold, so there is no other truth than the log. Nothing here reads a clock, touches the network or imports Ray:
+time arrives on the event, effects leave as records.
+
+    QUEUED --claimed--> RUNNING --exit 0, final checkpoint committed--> SUCCEEDED
+      ^                    |------exit 78, or too many stalls---------> FAILED
+      |                    |------anything, once cancelling was asked-> CANCELLED
+      '--preempted, lost---'
+
+Preemption is an event, not a state: a preempted run is queued again. What counts against a run is a *stall*,
+an attempt that ended through no machine's fault without a new committed step.
+"""
+
+import signal
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import reduce
+from typing import assert_never
+
+from storage.records import (
+    CancelRequested,
+    Ended,
+    EndReason,
+    Finished,
+    Outcome,
+    Quarantined,
+    Record,
+)
+from storage.run_state import FREE_ENDS, RunState, apply, refusal
+from trainer.rundir import (
+    EXIT_BAD_CHECKPOINT,
+    EXIT_BAD_CONFIG,
+    EXIT_COMPLETE,
+    EXIT_PREEMPTED,
+    EXIT_STORE_UNREACHABLE,
+    end_reason,
+)
+
+AT_ONCE = 2
+"""So many preemptions in a row without progress are followed by the next attempt without any wait."""
+
+
+class Phase(StrEnum):
+    """Where a run is; derived from its log, never stored."""
+
+    QUEUED = "QUEUED"
+    RUNNING = "RUNNING"
+    FINISHED = "FINISHED"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """How patient the controller is with a run."""
+
+    max_failures: int = 3
+    """Consecutive stalls after which the run has failed."""
+    backoff_s: float = 5.0
+    """Wait after the first stall, or after the third preemption in a row without progress; then doubled."""
+    max_backoff_s: float = 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exited:
+    """The training process is gone and its checkpoints are pushed. ``code`` is negative for a signal."""
+
+    at: float
+    attempt: int
+    code: int
+    error: str = ""
+    """The last exception, one line."""
+    step: int = 0
+    step_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lost:
+    """The slot that ran the attempt is gone, or has been silent for too long."""
+
+    at: float
+    attempt: int
+    reason: EndReason
+    detail: str
+    step: int = 0
+    step_s: float = 0.0
+    silent_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelAsked:
+    """A person wants the run to stop."""
+
+    at: float
+
+
+Event = Exited | Lost | CancelAsked
+
+
+def phase(state: RunState) -> Phase:
+    if state.finished:
+        return Phase.FINISHED
+    return Phase.RUNNING if state.running else Phase.QUEUED
+
+
+def advance(state: RunState, event: Event, policy: Policy) -> tuple[Record, ...]:
+    """Return what the event adds to the log; nothing for a ghost's event or one that was already recorded."""
+    if state.finished:
+        return ()
+    if isinstance(event, CancelAsked):
+        asked = () if state.cancel_requested else (CancelRequested(at=event.at),)
+        return (*asked, *_settled(state, asked, event.at))
+    if state.running is None or event.attempt != state.attempt:
+        return ()
+    match event:
+        case Lost():
+            ended = Ended(
+                attempt=event.attempt,
+                reason=event.reason,
+                detail=event.detail,
+                step=event.step,
+                silent_s=event.silent_s,
+                step_s=event.step_s,
+                at=event.at,
+            )
+            settled = _settled(state, (ended,), event.at)
+            return (ended, *(settled or _given_up(state, (ended,), ended, policy)))
+        case Exited():
+            return _after_exit(state, event, policy)
+        case _:
+            assert_never(event)
+
+
+def settle(state: RunState, now: float) -> tuple[Record, ...]:
+    """Return what is due on a run that no attempt holds: its result is complete, or it is to be cancelled."""
+    if state.finished or state.running:
+        return ()
+    if state.result:
+        return (Finished(outcome=Outcome.SUCCEEDED, step=state.result.step, at=now),)
+    if state.cancel_requested:
+        return (Finished(outcome=Outcome.CANCELLED, step=state.committed_step, at=now),)
+    return ()
+
+
+def not_before(state: RunState, policy: Policy) -> float:
+    """Return the earliest time, in Unix seconds, at which the queued run may be launched again.
+
+    A lost machine is replaced at once, and again; if nothing comes of that either, replacing it faster than
+    the store, or whatever it is, recovers helps nobody.
+    """
+    last = state.attempts[-1].ended if state.attempts else None
+    if last is None:
+        return 0.0
+    waits = state.fruitless - AT_ONCE
+    if last.reason not in FREE_ENDS | {EndReason.AGENT_LOST}:  # which may be how a lost node shows first
+        waits = max(waits, state.stalls)
+    if waits <= 0:
+        return 0.0
+    doublings = min(waits - 1, 64)  # the limit is long reached; 2.0 ** 1024 is no number
+    return last.at + min(policy.backoff_s * 2.0**doublings, policy.max_backoff_s)
+
+
+def _settled(state: RunState, records: tuple[Record, ...], now: float) -> tuple[Record, ...]:
+    for record in records:
+        if refusal(state, record) is None:
+            state = apply(state, record)
+    return settle(state, now)
+
+
+def _after_exit(state: RunState, event: Exited, policy: Policy) -> tuple[Record, ...]:
+    if event.code == EXIT_COMPLETE and state.result:
+        return (Finished(outcome=Outcome.SUCCEEDED, step=state.result.step, at=event.at),)
+    if event.code == EXIT_BAD_CONFIG and not (state.result or state.cancel_requested):
+        detail = event.error or "the trainer refused its configuration"
+        return (Finished(outcome=Outcome.FAILED, detail=detail, step=event.step, at=event.at),)
+    ended = Ended(
+        attempt=event.attempt,
+        reason=end_reason(event.code),
+        detail=_detail(event),
+        step=event.step,
+        exit_code=event.code,
+        step_s=event.step_s,
+        at=event.at,
+    )
+    records: tuple[Record, ...] = (*_quarantine(state, event), ended)
+    settled = _settled(state, records, event.at)
+    return (*records, *(settled or _given_up(state, records, ended, policy)))
+
+
+def _quarantine(state: RunState, event: Exited) -> tuple[Quarantined, ...]:
+    """Return what sets the checkpoint aside that the attempt resumed from and could not use."""
+    running, resumed = state.running, state.newest
+    if event.code != EXIT_BAD_CHECKPOINT or resumed is None:
+        return ()
+    if running and running.committed_step is not None:
+        return ()  # it did train on from there, and the newest checkpoint is its own
+    return (Quarantined(checkpoint=resumed.ref, reason=_detail(event), at=event.at),)
+
+
+def _given_up(
+    state: RunState, records: tuple[Record, ...], ended: Ended, policy: Policy
+) -> tuple[Record, ...]:
+    """Return FAILED if this end was one stall too many, or the same trouble again without progress."""
+    after = reduce(apply, records, state)
+    if after.stalls == state.stalls:
+        return ()
+    why = None
+    if after.stalls >= policy.max_failures:
+        why = f"no new checkpoint in {after.stalls} attempt{'' if after.stalls == 1 else 's'}"
+    if _same_error(state, ended) and after.stalls >= 2:
+        why = "the same error twice"
+    if after.quarantined != state.quarantined:
+        # Each time the step is reached again and committed, which is progress as far as stalls can tell.
+        step = after.quarantined[-1][0].step
+        times = sum(ref.step == step for ref, _ in after.quarantined)
+        if times >= policy.max_failures:
+            why = f"the checkpoint of step {step} was refused {times} times"
+    if why is None:
+        return ()
+    detail = f"{ended.detail}; {why} (step {after.committed_step})"
+    return (Finished(outcome=Outcome.FAILED, detail=detail, step=ended.step, at=ended.at),)
+
+
+def _same_error(state: RunState, ended: Ended) -> bool:
+    """Whether the last end that was the run's own doing was this very error."""
+    ends = (a.ended for a in reversed(state.attempts[:-1]) if a.ended and a.ended.reason not in FREE_ENDS)
+    before = next(ends, None)
+    return (
+        before is not None
+        and before.reason == ended.reason == EndReason.APP_ERROR
+        and before.detail == ended.detail
+    )
+
+
+def _detail(event: Exited) -> str:
+    if event.code < 0:
+        return f"the trainer was killed by {_signal_name(-event.code)}"
+    if event.code == EXIT_PREEMPTED:
+        return "the trainer was asked to stop and saved its state"
+    if event.code == EXIT_COMPLETE:
+        return "the trainer exited with code 0 but no final checkpoint was committed"
+    said = f": {event.error}" if event.error else ""
+    if event.code == EXIT_STORE_UNREACHABLE:
+        return f"the trainer's node could not reach the store{said}"
+    return f"the trainer exited with code {event.code}{said}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # real-time signals have no names
+        return f"signal {number}"

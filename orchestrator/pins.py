@@ -1,0 +1,115 @@
+"""What ties a run to the bytes it is trained from: absolute paths, content digests, and the run's id.
+
+A path means something on one machine only, content means the same everywhere. So the id of a run is a hash
+in which each local dataset, model or script counts by its content, and not by where it lies.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.config import RunSpec
+from trainer.model_files import content_digest, model_digest
+
+_FILE_URL = "file://"
+
+
+def absolute_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the blocks of a spec with paths that are relative to ``folder`` made absolute.
+
+    ``base.model`` may be a hub id: it is a path if it says so (``./``, ``~``, ``/``) or if it exists. Words
+    of ``evaluate.command`` are paths if they are files.
+    """
+    data = dict(data)
+    base, dataset, evaluate = data.get("base") or {}, data.get("dataset") or {}, data.get("evaluate") or {}
+    model, path, command = base.get("model"), dataset.get("path"), evaluate.get("command")
+    if isinstance(model, str) and (_is_path(model) or _exists(folder / model)):
+        data["base"] = {**base, "model": _absolute(model, folder)}
+    if isinstance(path, str) and path and "://" not in path:
+        data["dataset"] = {**dataset, "path": _absolute(path, folder)}
+    if isinstance(command, list):
+        words = [
+            _absolute(word, folder) if isinstance(word, str) and _is_file(folder / word) else word
+            for word in command
+        ]
+        data["evaluate"] = {**evaluate, "command": words}
+    return data
+
+
+def absolute_url(url: str) -> str:
+    """Return a store's url with a folder, which is relative to the working directory, made absolute."""
+    path = url[len(_FILE_URL) :] if url.lower().startswith(_FILE_URL) else url
+    if "://" in path:
+        return url
+    return _FILE_URL + _absolute(path, Path.cwd())
+
+
+def pins_of(specs: Iterable[RunSpec], folder: Path) -> dict[str, str]:
+    """Return the sha256 of each local thing that the specs name, by its absolute path.
+
+    What is not there is left out. Of a command, only files in ``folder`` count: programs are the node's own.
+    """
+    from trainer.dataset_files import dataset_digest  # imports Pillow, which checking a file needs not
+
+    wanted: dict[str, Callable[[Path], str]] = {}
+    for spec in specs:
+        wanted[spec.dataset.path] = dataset_digest
+        if _is_path(spec.base.model):
+            wanted[spec.base.model] = model_digest
+        if spec.evaluate:
+            scripts = [word for word in spec.evaluate.command if Path(word).is_relative_to(folder)]
+            wanted |= dict.fromkeys(scripts, content_digest)
+    pins: dict[str, str] = {}
+    for name, digest in wanted.items():
+        if _exists(Path(name)):
+            with contextlib.suppress(OSError):  # unreadable: preflight says so
+                pins[name] = digest(Path(name))
+    return pins
+
+
+def with_digest(spec: RunSpec, pins: Mapping[str, str]) -> RunSpec:
+    """Return the spec with its local inputs pinned, if they exist. What the file itself pins stays."""
+    dataset = spec.dataset.model_copy(update={"digest": spec.dataset.digest or pins.get(spec.dataset.path)})
+    base = spec.base.model_copy(update={"digest": spec.base.digest or pins.get(spec.base.model)})
+    return spec.model_copy(update={"dataset": dataset, "base": base})
+
+
+def identity(spec: RunSpec, pins: Mapping[str, str]) -> dict[str, Any]:
+    """Return all that decides a run's result, as JSON values, with local inputs named by their content."""
+    data = spec.model_dump(mode="json")
+    if data["dataset"]["digest"]:
+        del data["dataset"]["path"]
+    data["base"]["model"] = data["base"].pop("digest") or pins.get(spec.base.model, spec.base.model)
+    if spec.evaluate:
+        data["evaluate"]["command"] = [pins.get(word, word) for word in spec.evaluate.command]
+    return data
+
+
+def run_id(sweep: str, index: int, spec: RunSpec, pins: Mapping[str, str]) -> str:
+    """Return ``<sweep>-<index>-<hash>``: the same for the same result, wherever its inputs lie."""
+    canonical = json.dumps(identity(spec, pins), sort_keys=True, separators=(",", ":"))
+    return f"{sweep}-{index:03d}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
+
+
+def _is_path(text: str) -> bool:
+    return text.startswith(("/", "./", "../", "~"))
+
+
+def _absolute(path: str, folder: Path) -> str:
+    # Not Path.resolve: a link to today's dataset keeps its name in messages.
+    return os.path.normpath(folder / os.path.expanduser(path))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long, or with a NUL
+        return False
+
+
+def _is_file(path: Path) -> bool:
+    return _exists(path) and path.is_file()

@@ -1,0 +1,121 @@
+"""What commands share: working on a sweep until it is over, watching it, and what is told of it."""
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from storage.object_store import ObjectStore
+from storage.probe import ProbeResult
+
+from . import launch, local_ray
+from .cluster import NoCluster, RemoteController
+from .controller import Controller
+from .errors import PreflightFailed
+from .sweep import Sweep
+from .view import OVER, RunView, Status, best, described, read_states, rows
+from .watch import console, table, watch
+
+if TYPE_CHECKING:
+    from .controller_client import ControllerClient
+
+EXIT_RUNS_FAILED = 100
+EXIT_DETACHED = 130
+
+
+def work_on(
+    sweep: Sweep,
+    store: ObjectStore,
+    probed: ProbeResult,
+    *,
+    address: str | None,
+    detach: bool,
+    insecure: bool,
+) -> None:
+    """Start the sweep's controller if any run is left to do, and watch unless detached."""
+    views = rows(sweep, read_states(sweep, store))
+    if all(view.status in OVER for view in views):
+        Controller(sweep, store, NoCluster()).tick()  # deletes what a controller that was killed left behind
+        conclude(sweep, views)
+        return
+    how = "agents append to the logs" if probed.atomic else f"{probed.reason}; only the controller appends"
+    click.echo(f"store: {store.url}: {how}", err=True)
+    where = launch.connect(address, insecure=insecure)
+    launch.check_resources(sweep)
+    if warning := launch.unseen_folder(store):
+        click.echo(str(warning), err=True)
+    launch.start(sweep, store.url, arbitrated=not probed.atomic)
+    click.echo(f"sweep {sweep.name} runs on {where}", err=True)
+    if detach:
+        _useful_commands(sweep.name)
+    else:
+        conclude(sweep, watched(sweep, store, lambda: launch.find_controller(sweep.name)))
+
+
+def watched(
+    sweep: Sweep, store: ObjectStore, controller: Callable[[], RemoteController | None]
+) -> list[RunView]:
+    """Show the sweep until it is over. Ctrl-C ends the showing, with its own exit code, and nothing else."""
+    try:
+        return watch(sweep, store, controller=controller)
+    except KeyboardInterrupt:
+        click.echo("\nDetached. The sweep goes on.", err=True)
+        _useful_commands(sweep.name)
+        sys.exit(EXIT_DETACHED)
+
+
+def conclude(sweep: Sweep, views: list[RunView]) -> None:
+    """Print the table, the best run and why others failed; exit with 100 if any did."""
+    console().print(table(sweep, views))
+    if winner := best(sweep, views):
+        click.echo(best_line(sweep, winner))
+    for view in views:
+        if view.detail:
+            click.echo(f"run {view.run} {view.status.lower()}: {view.detail}", err=True)
+    if any(view.status is Status.FAILED for view in views):
+        sys.exit(EXIT_RUNS_FAILED)
+
+
+def best_line(sweep: Sweep, winner: RunView) -> str:
+    return f"best by {sweep.metric.name if sweep.metric else 'metric'}: {winner.run} ({winner.metric:.4f})"
+
+
+def controller_finder(name: str, address: str | None) -> "Callable[[], ControllerClient | None]":
+    """Return a function that finds the sweep's controller, without starting any cluster.
+
+    Without a cluster the store alone must do: that is said, and nothing is found.
+    """
+    cluster = local_ray.find()
+    target = address or (cluster.address if cluster else None)
+    if target is None:
+        return lambda: None
+    try:
+        launch.connect(target, insecure=True)
+    except PreflightFailed as error:
+        click.echo(f"{error.problems[0]}; showing what the store knows", err=True)
+        return lambda: None
+    return lambda: launch.find_controller(name)
+
+
+def show_plan(sweep: Sweep) -> None:
+    """Print the runs of a sweep before it is launched."""
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("RUN", "PARAMS", "STEPS"):
+        shown.add_column(heading)
+    for run in sweep.runs:
+        shown.add_row(run.run_id, Text(described(run.parameters)), str(run.spec.base.max_train_steps))
+    console(stderr=True).print(shown)
+    left_out = f", {sweep.left_out} left out by run_cap" if sweep.left_out else ""
+    click.echo(f"{len(sweep.runs)} runs{left_out}; store {sweep.storage.url}", err=True)
+
+
+def _useful_commands(name: str) -> None:
+    click.echo(
+        f"  orchestrate status {name} -w     watch it again\n"
+        f"  orchestrate why {name}/0         why a run was interrupted\n"
+        f"  orchestrate cancel {name}        stop it; checkpoints stay",
+        err=True,
+    )

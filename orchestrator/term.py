@@ -1,0 +1,64 @@
+"""Which controller may work on a sweep: the one that took office last, wherever the others are.
+
+Inside a Ray cluster an actor's name is unique. Two clusters know nothing of each other, and each would take
+the other's slots for lost, for ever. So a controller that starts takes the next free number in the store,
+create-only, and one that finds a higher number than its own steps down.
+"""
+
+import json
+import os
+import secrets
+import socket
+import time
+
+from storage import layout
+from storage.errors import StorageError, Unavailable
+from storage.object_store import ObjectStore
+
+
+class SteppedDown(Exception):
+    """A newer controller works on the sweep: this one must leave it alone."""
+
+
+class Term:
+    """A controller's time in office."""
+
+    def __init__(self, store: ObjectStore, sweep: str) -> None:
+        """Take office.
+
+        Raises:
+            StorageError: The store does not let us.
+        """
+        self._store = store
+        self._prefix = layout.terms_prefix(sweep)
+        body = json.dumps(
+            {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "at": time.time(),
+                "nonce": secrets.token_hex(16),
+            }
+        ).encode()
+        number = sum(1 for _ in store.list(self._prefix))
+        while not self._took(layout.term(sweep, number), body):
+            number += 1
+        self._key = layout.term(sweep, number)
+
+    def check(self) -> None:
+        """Make sure that no newer controller has taken office.
+
+        Raises:
+            SteppedDown: One has.
+            StorageError: The store does not say.
+        """
+        for newer in self._store.list(self._prefix, after=self._key):
+            raise SteppedDown(f"{newer.key}: another controller has taken over this sweep")
+
+    def _took(self, key: str, body: bytes) -> bool:
+        try:
+            return self._store.create(key, body)
+        except Unavailable:  # perhaps written, with the reply lost
+            try:
+                return self._store.get(key) == body
+            except StorageError:
+                return False

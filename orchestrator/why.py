@@ -1,0 +1,179 @@
+"""Why a run was interrupted and what it cost, in plain sentences. Pure: a fold of the log, in words."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import zip_longest
+
+from storage.records import CheckpointRef, Ended, EndReason, Entry
+from storage.redaction import printable, redacted
+from storage.run_state import Attempt, RunState
+
+_CAUSES = {
+    EndReason.SPOT_NOTICE: "spot notice on {node}",
+    EndReason.NODE_LOST: "node {node} was lost (no notice)",
+    EndReason.NODE_UNREACHABLE: "node {node} stopped answering (no notice)",
+    EndReason.AGENT_LOST: "the agent on {node} died",
+    EndReason.SUPERSEDED: "a newer attempt took over from {node}",
+    EndReason.DRAINED: "asked to stop on {node}",
+    EndReason.STORAGE_DOWN: "{node} could not reach the store",
+    EndReason.APP_ERROR: "the trainer failed on {node}",
+    EndReason.BAD_CONFIG: "the trainer refused its configuration",
+    EndReason.KILLED: "the trainer on {node} was killed",
+    EndReason.CKPT_INVALID: "the trainer on {node} could not use its checkpoint",
+    EndReason.USER_CANCEL: "cancelled",
+}
+_TRAINER = "the trainer "
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interruption:
+    """One end of an attempt, and what came of it."""
+
+    attempt: Attempt
+    reached_step: int
+    resumed_step: int | None
+    """None while the run waits for its next attempt."""
+    lost_steps: int
+    lost_s: float
+    detect_s: float
+    again_s: float | None
+    """From noticing the end to the first step of the next attempt; None if that step is not made yet."""
+
+
+def interruptions(state: RunState) -> tuple[Interruption, ...]:
+    """Return what each ended attempt cost, in order."""
+    found = []
+    for attempt, following in zip_longest(state.attempts, state.attempts[1:]):
+        if attempt.ended is None:
+            continue
+        resumed = _begins_at(following) if following else state.committed_step
+        reached = max(attempt.ended.step, attempt.committed_step or 0, _begins_at(attempt))
+        lost = max(0, reached - resumed)
+        started = following.started if following else None
+        found.append(
+            Interruption(
+                attempt=attempt,
+                reached_step=reached,
+                resumed_step=resumed if following else None,
+                lost_steps=lost,
+                lost_s=lost * attempt.ended.step_s,
+                detect_s=attempt.ended.silent_s,
+                again_s=max(0.0, started.at - attempt.ended.at) if started else None,
+            )
+        )
+    return tuple(found)
+
+
+def _begins_at(attempt: Attempt) -> int:
+    """The step from which an attempt trains: an earlier one than was planned if a checkpoint was unusable."""
+    return attempt.started.step if attempt.started else attempt.resumed_from
+
+
+def why(
+    state: RunState,
+    max_steps: int,
+    price_per_hour: float | None = None,
+    at: Callable[[float], str] | None = None,
+) -> str:
+    """Return the sentences: how often the run was restarted, and for each time why and at what cost.
+
+    Args:
+        price_per_hour: USD; adds what the lost steps cost.
+        at: Formats a time; by default the local time of day.
+    """
+    clock = at or (lambda t: datetime.fromtimestamp(t).strftime("%H:%M:%S"))
+    sentences = [_summary(state, max_steps)]
+    for interruption in interruptions(state):
+        sentences.append(_sentence(interruption, price_per_hour, clock))
+    for ref, reason in state.quarantined:
+        sentences.append(_quarantine(ref, reason))
+    return "\n".join(_shown(sentence) for sentence in sentences)
+
+
+def timeline(entries: Sequence[Entry], at: Callable[[float], str] | None = None) -> list[str]:
+    """Return the log as lines for a person."""
+    clock = at or (lambda t: datetime.fromtimestamp(t).strftime("%H:%M:%S"))
+    return [_shown(f"{clock(entry.record.at)}  {_told(entry)}") for entry in entries]
+
+
+def _shown(line: str) -> str:
+    """What nodes are called and trainers say is not ours: a record may carry anything."""
+    return redacted(printable(line)).replace("\n", " ")
+
+
+def _summary(state: RunState, max_steps: int) -> str:
+    if not state.attempts:
+        if state.finished:
+            return f"Never started; {state.finished.outcome}."
+        return "Not started yet: no slot was free."
+    waiting = not state.finished and not state.running
+    # An attempt whose end was the end of the run was not restarted.
+    cuts = len(state.attempts) if waiting else len(state.attempts) - 1
+    times = f"{'Interrupted' if waiting else 'Restarted'} {_times(cuts)}" if cuts else "Never interrupted"
+    if state.finished:
+        detail = f": {state.finished.detail}" if state.finished.detail else ""
+        return f"{times}; {state.finished.outcome} at step {state.finished.step} of {max_steps}{detail}."
+    doing = f"running on {state.running.claimed.node}" if state.running else "waiting for a slot"
+    return f"{times}; {doing}, step {state.committed_step} of {max_steps} committed."
+
+
+def _times(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
+
+
+def _sentence(cut: Interruption, price_per_hour: float | None, clock: Callable[[float], str]) -> str:
+    ended = cut.attempt.ended
+    assert ended is not None
+    cause = _cause(ended, cut.attempt.claimed.node)
+    cost = f"lost {cut.lost_steps} step{'' if cut.lost_steps == 1 else 's'}"
+    if cut.lost_s:
+        cost += f" = {cut.lost_s:.1f} s"
+        if price_per_hour is not None:
+            cost += f" = ${cut.lost_s / 3600 * price_per_hour:.4f}"
+    if cut.resumed_step is None:
+        resumed = f"reached step {cut.reached_step}"
+    else:
+        resumed = f"resumed from step {cut.resumed_step} of {cut.reached_step}"
+    times = [f"{cut.detect_s:.1f} s to notice"] if cut.detect_s else []
+    if cut.again_s is not None:
+        times.append(f"{cut.again_s:.1f} s to be training again")
+    took = f"; {', '.join(times)}" if times else ""
+    return f"{clock(ended.at)} {cause}: {resumed}, {cost}{took}."
+
+
+def _cause(ended: Ended, node: str) -> str:
+    if ended.detail.startswith(_TRAINER):  # what it did says more than our name for it
+        return f"{_TRAINER}on {node} {ended.detail.removeprefix(_TRAINER)}"
+    return _CAUSES[ended.reason].format(node=node)
+
+
+def _quarantine(ref: CheckpointRef, reason: str) -> str:
+    return f"The checkpoint of {ref} was set aside, and the one before it is used: {reason}."
+
+
+def _told(entry: Entry) -> str:
+    record = entry.record
+    match record.kind:
+        case "claimed":
+            return f"attempt {record.attempt} placed on {record.node}"
+        case "started":
+            return f"attempt {record.attempt} training, from step {record.step}"
+        case "committed":
+            final = " (final)" if record.final else ""
+            size = sum(file.size_bytes for file in record.files)
+            return f"step {record.step} committed by attempt {record.attempt}, {size / 1e6:.2f} MB{final}"
+        case "ended":
+            return f"attempt {record.attempt} ended at step {record.step}: {record.reason}, {record.detail}"
+        case "retired":
+            return f"retired {', '.join(str(ref) for ref in record.checkpoints)}"
+        case "reaped":
+            return f"deleted {', '.join(str(ref) for ref in record.checkpoints)}"
+        case "quarantined":
+            if record.attempt:
+                return f"attempt {record.attempt} could not use {record.checkpoint}: {record.reason}"
+            return f"set aside {record.checkpoint}: {record.reason}"
+        case "cancel_requested":
+            return "cancelling was asked for"
+        case "finished":
+            return f"{record.outcome} at step {record.step}{': ' + record.detail if record.detail else ''}"

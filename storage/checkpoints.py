@@ -1,0 +1,288 @@
+"""The checkpoints of one run in the store.
+
+A checkpoint exists exactly when a record says so: ``publish`` uploads the files first and appends
+``Committed`` last. Deleting goes the other way: ``retire`` in the log, then, after a grace period, ``reap``
+deletes the data. A process may die at any point of either without a reader ever resolving to half a
+checkpoint; what it left without a record is found by ``sweep_orphans``.
+"""
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from . import layout
+from .errors import Corrupt, Fenced, InvalidName, NotFound, StorageError, Unavailable
+from .local import (
+    LocalCheckpoint,
+    Manifest,
+    read_checkpoint,
+    remove,
+    seal,
+    step_dir,
+    temporary_dir,
+    verify,
+)
+from .log import run_log
+from .object_store import ObjectStore
+from .records import CheckpointRef, Committed, Quarantined, Reaped, Record, Retired, StoredFile
+from .run_state import RunState
+
+FETCH_TRIES = 2
+"""A file that arrives with the wrong digest is fetched again once: the network may be to blame."""
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointStore:
+    """Publishes, fetches and deletes the checkpoints of one run.
+
+    Args:
+        append: Appends a record to the run's log and returns the state after it: ``Log.append``, or a call to
+            whoever appends for this process.
+        clock: Unix seconds for the records; shown to people, orders nothing.
+        monotonic: Seconds for the grace period.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        run_id: str,
+        append: Callable[[Record], RunState],
+        *,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._run_id = layout.check_name("run", run_id)
+        self._append = append
+        self._clock = clock
+        self._monotonic = monotonic
+        self._retired_since: dict[CheckpointRef, float] = {}
+
+    def publish(self, local: LocalCheckpoint, attempt: int, incarnation: str) -> Committed:
+        """Upload a local checkpoint and commit it. Publishing the same one twice commits it once.
+
+        Raises:
+            Corrupt: A file is not what its manifest says; nothing was committed.
+            Fenced: The attempt may not commit (any more).
+            AccessDenied, Unavailable: Not committed, or, after the upload, not known to be: publish it again.
+        """
+        manifest = local.manifest
+        layout.check_files(file.name for file in manifest.files)
+        for file in manifest.files:
+            key = layout.checkpoint_file(self._run_id, attempt, incarnation, manifest.step, file.name)
+            self._upload(local.path, file, key)
+        committed = Committed(
+            attempt=attempt,
+            incarnation=incarnation,
+            step=manifest.step,
+            files=manifest.files,
+            metrics=manifest.metrics,
+            final=manifest.final,
+            at=self._clock(),
+        )
+        self._append(committed)
+        return committed
+
+    def fetch(self, checkpoint: Committed, target: Path) -> Path:
+        """Download a checkpoint to a directory, which appears whole and verified, or not at all.
+
+        A directory that is already there is used if it holds the same bytes, and replaced otherwise.
+
+        Raises:
+            Corrupt: A file is not what the record says, also when fetched again.
+            NotFound: A file is not in the store.
+            AccessDenied, Unavailable
+        """
+        layout.check_files(file.name for file in checkpoint.files)
+        if _holds(target, checkpoint):
+            return target
+        try:
+            self._fetch(checkpoint, target)
+        except OSError as error:
+            raise Unavailable(f"{error.filename or target}: {error.strerror or error}") from error
+        return target
+
+    def fetch_newest(
+        self, state: RunState, target_root: Path, *, attempt: int | None = None
+    ) -> tuple[Committed | None, Path | None]:
+        """Fetch the checkpoint to resume from into ``target_root``; (None, None) if the run has none.
+
+        One that cannot be used is quarantined in the name of ``attempt``, and the one before it is taken; but
+        once only, for a second one rather shows that this node is damaged. One that was retired after
+        ``state`` was read is no fault: the log is read again and what it says now is taken.
+
+        Raises:
+            Corrupt, NotFound, InvalidName: It cannot be used, and this attempt alone may not give it up:
+                another node is to try. Without an attempt, nothing is ever given up.
+            Fenced: The attempt is over.
+            AccessDenied, Unavailable
+        """
+        while (newest := state.newest) is not None:
+            try:
+                return newest, self.fetch(newest, target_root / step_dir(newest.step))
+            except (Corrupt, NotFound, InvalidName) as error:
+                state = self._without(newest, error, attempt)
+        return None, None
+
+    def find(self, state: RunState, step: int) -> Committed:
+        """Return the restorable checkpoint of a step.
+
+        Raises:
+            NotFound: There is none; the message lists the steps that there are. A checkpoint asked for by its
+                step is never a fresh start.
+        """
+        for checkpoint in reversed(state.checkpoints):
+            if checkpoint.step == step:
+                return checkpoint
+        steps = ", ".join(str(c.step) for c in state.checkpoints) or "none"
+        raise NotFound(f"run {self._run_id} has no checkpoint of step {step}; there are: {steps}")
+
+    def fetch_step(self, state: RunState, step: int, target_root: Path) -> tuple[Committed, Path]:
+        """Fetch the checkpoint of a step into ``target_root``.
+
+        Raises:
+            Corrupt, NotFound, AccessDenied, Unavailable: See ``find`` and ``fetch``.
+        """
+        checkpoint = self.find(state, step)
+        return checkpoint, self.fetch(checkpoint, target_root / step_dir(step))
+
+    def retire(self, refs: Iterable[CheckpointRef]) -> RunState | None:
+        """Record that these checkpoints may never be read again. Their data stays until ``reap``.
+
+        Raises:
+            Fenced: One is the newest, or not restorable.
+        """
+        checkpoints = tuple(refs)
+        if not checkpoints:
+            return None
+        return self._append(Retired(checkpoints=checkpoints, at=self._clock()))
+
+    def reap(self, state: RunState, *, grace_s: float = 0.0) -> RunState:
+        """Delete the data of checkpoints retired for at least ``grace_s``, then record it.
+
+        The time counts from when this object first saw them retired: a controller that restarts waits again,
+        which costs space for a while and never cuts off a reader.
+        """
+        now = self._monotonic()
+        self._retired_since = {c.ref: self._retired_since.get(c.ref, now) for c in state.retired}
+        due = [c for c in state.retired if now - self._retired_since[c.ref] >= grace_s]
+        if not due:
+            return state
+        self._store.delete(layout.committed_file(self._run_id, c, f.name) for c in due for f in c.files)
+        return self._append(Reaped(checkpoints=tuple(c.ref for c in due), at=self._clock()))
+
+    def sweep_orphans(self, state: RunState) -> int:
+        """Delete uploaded data that no record names and none ever can; return how many objects that were.
+
+        That is the data of attempts older than the newest claim, which are fenced, and, once the run is
+        over, of the newest attempt and of quarantined checkpoints too. No clock takes part. Data of a newer
+        attempt than ``state`` knows is left alone. Uploads that a dead node left half done are not objects
+        yet, but cost as much: they go once the run is over.
+        """
+        named = {
+            layout.checkpoint_prefix(self._run_id, c.attempt, c.incarnation, c.step)
+            for c in (*state.checkpoints, *state.retired)
+        }
+        kept = set() if state.finished else {ref for ref, _ in state.quarantined}
+        fenced_below = state.attempt + 1 if state.finished else state.attempt
+        orphans = [
+            info.key
+            for info in self._store.list(layout.data_prefix(self._run_id))
+            if (data := layout.parse_data(info.key))
+            and data.attempt < fenced_below
+            and layout.checkpoint_prefix(self._run_id, data.attempt, data.incarnation, data.step) not in named
+            and data.ref not in kept
+        ]
+        self._store.delete(orphans)
+        if state.finished:
+            self._store.abort_uploads(layout.data_prefix(self._run_id))
+        return len(orphans)
+
+    def _fetch(self, checkpoint: Committed, target: Path) -> None:
+        temporary = temporary_dir(target.parent)
+        try:
+            for file in checkpoint.files:
+                self._download(checkpoint, file, temporary)
+            if target.exists():
+                remove(target)
+            seal(temporary, _manifest(checkpoint), target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _upload(self, directory: Path, file: StoredFile, key: str) -> None:
+        """Upload one file, making sure that it is the file of the manifest before and during the upload."""
+        path = directory / file.name
+        verify(directory, [file])
+        try:
+            before = _identity(path)
+            self._store.put(key, path)
+            changed = _identity(path) != before
+        except OSError as error:
+            raise Corrupt(f"{path}: {error.strerror or error}") from error
+        if changed:
+            raise Corrupt(f"{path}: changed while it was uploaded")
+
+    def _download(self, checkpoint: Committed, file: StoredFile, directory: Path) -> None:
+        path = directory / file.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        key = layout.committed_file(self._run_id, checkpoint, file.name)
+        for tries_left in reversed(range(FETCH_TRIES)):
+            self._store.download(key, path)
+            try:
+                verify(directory, [file])
+                return
+            except Corrupt as error:
+                if not tries_left:
+                    raise Corrupt(f"{key} in {self._store.url}: {_reason(error, path)}") from error
+
+    def _without(self, unusable: Committed, error: StorageError, attempt: int | None) -> RunState:
+        """Return the state after giving up on a checkpoint, or after learning that it was retired.
+
+        Raises:
+            Fenced: The attempt is over.
+            StorageError: ``error``, if the checkpoint stays.
+        """
+        present = run_log(self._store, self._run_id).refresh()
+        if attempt is not None and present.restorable(unusable.ref):
+            said = Quarantined(checkpoint=unusable.ref, attempt=attempt, reason=str(error), at=self._clock())
+            try:
+                present = self._append(said)
+            except Fenced:
+                present = run_log(self._store, self._run_id).refresh()
+                if present.running is None or present.running.number != attempt:
+                    raise
+        if present.restorable(unusable.ref):
+            raise error
+        logger.warning("%s: %s is not used: %s", self._run_id, unusable.ref, error)
+        return present
+
+
+def _manifest(checkpoint: Committed) -> Manifest:
+    return Manifest(
+        step=checkpoint.step, final=checkpoint.final, metrics=checkpoint.metrics, files=checkpoint.files
+    )
+
+
+def _holds(target: Path, checkpoint: Committed) -> bool:
+    """Whether a directory already is this checkpoint, byte for byte."""
+    there = read_checkpoint(target)
+    if there is None or there.manifest != _manifest(checkpoint):
+        return False
+    try:
+        verify(target, checkpoint.files)
+    except Corrupt:
+        return False
+    return True
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    status = os.stat(path, follow_symlinks=False)
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _reason(error: Corrupt, path: Path) -> str:
+    return str(error).removeprefix(f"{path}: ")

@@ -1,0 +1,252 @@
+"""Every key of the store is built and parsed here, and nowhere else.
+
+    sweeps/<sweep>/spec.json
+    runs/<run>/spec.json
+    runs/<run>/log/<n>.json                                   the truth
+    runs/<run>/data/<attempt>-<incarnation>/<step>/<file>     one incarnation's own prefix
+    runs/<run>/events/<attempt>/<n>.jsonl
+    runs/<run>/logs/<attempt>/<n>.txt
+    runs/<run>/samples/<step>/<file>
+
+Numbers are padded with zeros, so that key order is number order. Whatever cannot be a file name on a node's
+disk is refused before it becomes a key: a bucket would take ``../../etc/passwd`` without a word.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .errors import InvalidName
+from .records import CheckpointRef, Committed
+
+MAX_KEY_BYTES = 900
+"""Stores take 1024, of which the prefix in a store's url needs some."""
+MAX_PART_BYTES = 255
+"""The longest file name on the usual file systems."""
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_INCARNATION = re.compile(r"[0-9a-f]{8}")
+_DATA_KEY = re.compile(r"runs/([^/]+)/data/(\d{6})-([0-9a-f]{8})/(\d{9})/(.+)", re.DOTALL)
+_BATCH_KEY = re.compile(r"runs/([^/]+)/(events|logs)/(\d{6})/(\d{6})\.(jsonl|txt)")
+_SAMPLE_KEY = re.compile(r"runs/([^/]+)/samples/(\d{9})/(.+)", re.DOTALL)
+_SPEC_KEY = re.compile(r"(runs|sweeps)/([^/]+)/spec\.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataKey:
+    """One file of one checkpoint, as its key tells it."""
+
+    run: str
+    attempt: int
+    incarnation: str
+    step: int
+    file: str
+
+    @property
+    def ref(self) -> CheckpointRef:
+        return CheckpointRef(step=self.step, attempt=self.attempt)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchKey:
+    """One batch of an attempt's events or log text."""
+
+    run: str
+    attempt: int
+    n: int
+
+
+def check_name(kind: str, name: str) -> str:
+    """Return the name of a run or a sweep as it is.
+
+    Raises:
+        InvalidName: It is not made of 1 to 63 of ``a-z 0-9 . _ -``, starting with a letter or a digit.
+    """
+    if not _NAME.fullmatch(name):
+        raise InvalidName(
+            f"{kind} name {_shown(name)}: use 1 to 63 lower-case letters, digits, '.', '_' and '-', "
+            "starting with a letter or a digit"
+        )
+    return name
+
+
+def check_path(path: str, what: str = "key") -> str:
+    """Return a relative POSIX path as it is.
+
+    Raises:
+        InvalidName: It could escape, collide with or not fit into a directory: an empty part, ``.`` or
+            ``..``, a leading or trailing slash, a backslash, a control character, more than 900 bytes.
+    """
+    try:
+        encoded = path.encode()
+    except UnicodeEncodeError:
+        raise InvalidName(f"{what} {_shown(path)}: not valid text") from None
+    parts = path.split("/")
+    if "" in parts:
+        raise InvalidName(f"{what} {_shown(path)}: empty, or it has a leading, trailing or double '/'")
+    if "." in parts or ".." in parts:
+        raise InvalidName(f"{what} {_shown(path)}: '.' and '..' are not allowed")
+    if "\\" in path or any(ord(c) < 32 or 127 <= ord(c) < 160 for c in path):
+        raise InvalidName(f"{what} {_shown(path)}: backslashes and control characters are not allowed")
+    if len(encoded) > MAX_KEY_BYTES:
+        raise InvalidName(f"{what} {_shown(path)}: {len(encoded)} bytes long, at most {MAX_KEY_BYTES}")
+    longest = max(len(part.encode()) for part in parts)
+    if longest > MAX_PART_BYTES:
+        raise InvalidName(f"{what} {_shown(path)}: a part is {longest} bytes long, at most {MAX_PART_BYTES}")
+    return path
+
+
+def check_files(names: Iterable[str]) -> None:
+    """Check the file names of one checkpoint together.
+
+    Raises:
+        InvalidName: One is not a relative path (see ``check_path``), or two would be one file, or a file
+            and a directory of one name, on a disk that does not tell upper from lower case.
+    """
+    files: dict[str, str] = {}
+    directories: dict[str, str] = {}
+    for name in names:
+        check_path(name, "file name")
+        folded = name.casefold()
+        if folded in files:
+            raise InvalidName(f"file name {_shown(name)}: collides with {_shown(files[folded])}")
+        files[folded] = name
+        parts = folded.split("/")
+        directories.update(("/".join(parts[:n]), name) for n in range(1, len(parts)))
+    for folded, name in files.items():
+        if folded in directories:
+            raise InvalidName(f"file name {_shown(name)}: also a directory of {_shown(directories[folded])}")
+
+
+def sweep_prefix(sweep: str) -> str:
+    return f"sweeps/{check_name('sweep', sweep)}/"
+
+
+def sweep_spec(sweep: str) -> str:
+    return f"{sweep_prefix(sweep)}spec.json"
+
+
+def terms_prefix(sweep: str) -> str:
+    return f"{sweep_prefix(sweep)}terms/"
+
+
+def term(sweep: str, n: int) -> str:
+    """The n-th time that a controller took office for the sweep."""
+    return f"{terms_prefix(sweep)}{_number('term', n, 12)}.json"
+
+
+def run_prefix(run: str) -> str:
+    return f"runs/{check_name('run', run)}/"
+
+
+def run_spec(run: str) -> str:
+    return f"{run_prefix(run)}spec.json"
+
+
+def parse_spec(key: str) -> tuple[str, str] | None:
+    """Return ("runs" or "sweeps", name) if the key is a spec's."""
+    found = _SPEC_KEY.fullmatch(key)
+    return (found[1], found[2]) if found and _NAME.fullmatch(found[2]) else None
+
+
+def run_log_prefix(run: str) -> str:
+    return f"{run_prefix(run)}log/"
+
+
+def log_entry(prefix: str, n: int) -> str:
+    """The key of entry ``n`` of the log under ``prefix``."""
+    return f"{prefix}{_number('log position', n, 12)}.json"
+
+
+def parse_log_entry(prefix: str, key: str) -> int | None:
+    """Return n if the key is that of an entry of the log under ``prefix``."""
+    found = re.fullmatch(r"(\d{12})\.json", key.removeprefix(prefix)) if key.startswith(prefix) else None
+    return int(found[1]) if found else None
+
+
+def data_prefix(run: str) -> str:
+    """Everything that all attempts of a run uploaded for its checkpoints."""
+    return f"{run_prefix(run)}data/"
+
+
+def checkpoint_prefix(run: str, attempt: int, incarnation: str, step: int) -> str:
+    if not _INCARNATION.fullmatch(incarnation):
+        raise InvalidName(f"incarnation {_shown(incarnation)}: expected 8 hexadecimal digits")
+    owner = f"{_number('attempt', attempt, 6)}-{incarnation}"
+    return f"{data_prefix(run)}{owner}/{_number('step', step, 9)}/"
+
+
+def checkpoint_file(run: str, attempt: int, incarnation: str, step: int, file: str) -> str:
+    check_path(file, "file name")
+    return check_path(checkpoint_prefix(run, attempt, incarnation, step) + file)
+
+
+def committed_file(run: str, committed: Committed, file: str) -> str:
+    """The key of one file of a committed checkpoint."""
+    return checkpoint_file(run, committed.attempt, committed.incarnation, committed.step, file)
+
+
+def parse_data(key: str) -> DataKey | None:
+    found = _DATA_KEY.fullmatch(key)
+    if not found or not _NAME.fullmatch(found[1]):
+        return None
+    return DataKey(
+        run=found[1], attempt=int(found[2]), incarnation=found[3], step=int(found[4]), file=found[5]
+    )
+
+
+def events_prefix(run: str, attempt: int | None = None) -> str:
+    return _batches(run, "events", attempt)
+
+
+def events_key(run: str, attempt: int, n: int) -> str:
+    return f"{events_prefix(run, attempt)}{_number('batch', n, 6)}.jsonl"
+
+
+def logs_prefix(run: str, attempt: int | None = None) -> str:
+    return _batches(run, "logs", attempt)
+
+
+def log_text_key(run: str, attempt: int, n: int) -> str:
+    return f"{logs_prefix(run, attempt)}{_number('batch', n, 6)}.txt"
+
+
+def parse_batch(key: str) -> BatchKey | None:
+    """Return whose batch of events or log text the key is."""
+    found = _BATCH_KEY.fullmatch(key)
+    if not found or not _NAME.fullmatch(found[1]) or (found[2] == "events") != (found[5] == "jsonl"):
+        return None
+    return BatchKey(run=found[1], attempt=int(found[3]), n=int(found[4]))
+
+
+def samples_prefix(run: str, step: int | None = None) -> str:
+    prefix = f"{run_prefix(run)}samples/"
+    return prefix if step is None else f"{prefix}{_number('step', step, 9)}/"
+
+
+def sample_key(run: str, step: int, file: str) -> str:
+    check_path(file, "file name")
+    return check_path(samples_prefix(run, step) + file)
+
+
+def parse_sample(key: str) -> tuple[str, int, str] | None:
+    """Return (run, step, file) if the key is a sample's."""
+    found = _SAMPLE_KEY.fullmatch(key)
+    return (found[1], int(found[2]), found[3]) if found and _NAME.fullmatch(found[1]) else None
+
+
+def _batches(run: str, kind: str, attempt: int | None) -> str:
+    prefix = f"{run_prefix(run)}{kind}/"
+    return prefix if attempt is None else f"{prefix}{_number('attempt', attempt, 6)}/"
+
+
+def _number(what: str, n: int, digits: int) -> str:
+    # A number that outgrew its padding would no longer sort where it belongs.
+    if not 0 <= n < 10**digits:
+        raise InvalidName(f"{what} {n}: expected 0 to {10**digits - 1}")
+    return f"{n:0{digits}d}"
+
+
+def _shown(text: str) -> str:
+    """Attacker's text, made safe to print and short."""
+    return ascii(text if len(text) <= 100 else text[:97] + "...")

@@ -1,0 +1,249 @@
+"""Checkpoint directories on a node's own disk.
+
+A checkpoint is complete exactly when a directory ``step-000000100`` with a valid ``manifest.json`` exists:
+it is written under a temporary name, its files are hashed and flushed to the disk, and then it is renamed.
+A process may die at any point without a reader ever seeing half a checkpoint.
+
+    with staged_checkpoint(root, 100, metrics={"loss": 0.1}, final=False) as directory:
+        (directory / "adapter.safetensors").write_bytes(…)
+"""
+
+import contextlib
+import hashlib
+import math
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, BinaryIO, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from . import layout
+from .errors import Corrupt, InvalidName
+from .records import MAX_RECORD_BYTES, StoredFile
+
+MANIFEST = "manifest.json"
+_TEMPORARY = ".tmp-"
+_STEP_DIR = re.compile(r"step-(\d{9})")
+_CHUNK_BYTES = 1 << 20
+
+
+class Manifest(BaseModel):
+    """What a checkpoint directory contains."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    version: Literal[1] = 1
+    step: Annotated[int, Field(ge=0, lt=10**9)]
+    final: bool
+    metrics: dict[str, float]
+    files: tuple[StoredFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LocalCheckpoint:
+    """A complete checkpoint directory."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def final(self) -> bool:
+        return self.manifest.final
+
+
+def step_dir(step: int) -> str:
+    """The name of a checkpoint's directory."""
+    return f"step-{step:09d}"
+
+
+def temporary_dir(parent: Path) -> Path:
+    """Make a directory that no reader looks into and ``remove_stale`` removes."""
+    path = parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
+    path.mkdir(parents=True)
+    return path
+
+
+@contextlib.contextmanager
+def staged_checkpoint(root: Path, step: int, *, metrics: Mapping[str, float], final: bool) -> Iterator[Path]:
+    """Yield a directory to write a checkpoint's files into; it becomes complete when the block ends.
+
+    If the block raises, nothing remains. A complete checkpoint of the same step is replaced, unless its
+    contents are the same.
+
+    Args:
+        metrics: Numbers known at this step. One that is not finite is left out: JSON cannot say it, and a
+            metric that is missing never makes a checkpoint the best.
+
+    Raises:
+        InvalidName: The block wrote a symlink, a device, or a name that ``layout.check_files`` refuses.
+        OSError: The disk is full or read-only; nothing remains.
+    """
+    temporary = temporary_dir(root)
+    try:
+        yield temporary
+        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+        manifest = Manifest(step=step, final=final, metrics=finite, files=hash_files(temporary))
+        seal(temporary, manifest, root / step_dir(step))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def seal(temporary: Path, manifest: Manifest, target: Path) -> None:
+    """Make a written directory complete: manifest, fsync, rename, fsync of the parent."""
+    (temporary / MANIFEST).write_text(manifest.model_dump_json())
+    _fsync_tree(temporary)
+    existing = read_checkpoint(target)
+    if existing and existing.manifest == manifest:
+        return
+    if target.exists():
+        remove(target)
+    os.rename(temporary, target)
+    fsync_path(target.parent)
+
+
+def hash_files(directory: Path) -> tuple[StoredFile, ...]:
+    """Size and sha256 of every file under a directory, in name order.
+
+    Raises:
+        InvalidName: Something in it is neither a regular file nor a directory, or has a name that is refused.
+    """
+    names = sorted(_files(directory))
+    layout.check_files(names)
+    return tuple(_stored(directory, name) for name in names)
+
+
+def complete_checkpoints(root: Path) -> list[LocalCheckpoint]:
+    """The complete checkpoints in a directory, newest first. Temporary and torn ones are not there."""
+    try:
+        paths = sorted(root.iterdir(), reverse=True)
+    except FileNotFoundError:
+        return []
+    found = (read_checkpoint(path) for path in paths)
+    return [checkpoint for checkpoint in found if checkpoint]
+
+
+def read_checkpoint(path: Path) -> LocalCheckpoint | None:
+    """A complete checkpoint directory, or None if this is not one."""
+    named = _STEP_DIR.fullmatch(path.name)
+    file = path / MANIFEST
+    if not named or path.is_symlink() or file.is_symlink():
+        return None
+    try:
+        if file.stat().st_size > MAX_RECORD_BYTES:
+            return None
+        manifest = Manifest.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError):
+        return None
+    return LocalCheckpoint(path, manifest) if manifest.step == int(named[1]) else None
+
+
+def verify(path: Path, files: Iterable[StoredFile]) -> None:
+    """Check that a directory holds these files, byte for byte.
+
+    Raises:
+        Corrupt: A file is missing, a symlink, or has another size or sha256. The message names it.
+    """
+    for file in files:
+        layout.check_path(file.name, "file name")
+        try:
+            actual = _stored(path, file.name)
+        except OSError as error:
+            raise Corrupt(f"{path / file.name}: {error.strerror or error}") from error
+        except InvalidName as error:
+            raise Corrupt(str(error)) from error
+        if actual.size_bytes != file.size_bytes:
+            raise Corrupt(
+                f"{path / file.name}: {actual.size_bytes} bytes, its record says {file.size_bytes}. "
+                "Use an earlier checkpoint."
+            )
+        if actual.sha256 != file.sha256:
+            raise Corrupt(
+                f"{path / file.name}: sha256 is {actual.sha256[:12]}, its record says {file.sha256[:12]}. "
+                "Use an earlier checkpoint."
+            )
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint directory: first from sight, by a rename, then from the disk."""
+    hidden = path.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
+    try:
+        os.rename(path, hidden)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def remove_stale(root: Path) -> None:
+    """Remove what a killed process left half written. Call it only while nobody writes here."""
+    if root.is_dir():
+        for path in root.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or a directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fsync_tree(root: Path) -> None:
+    for directory, _, names in os.walk(root, topdown=False):
+        for name in names:
+            fsync_path(Path(directory, name))
+        fsync_path(Path(directory))
+
+
+def _files(root: Path) -> Iterator[str]:
+    """Names of the files under a directory, relative to it."""
+    for directory, directories, names in os.walk(root):
+        for name in (*directories, *names):
+            path = Path(directory, name)
+            mode = path.lstat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise InvalidName(f"{path}: a checkpoint holds regular files only, no symlinks or devices")
+            if stat.S_ISREG(mode):
+                yield path.relative_to(root).as_posix()
+
+
+def _stored(root: Path, name: str) -> StoredFile:
+    """Size and digest of one file, read without following a symlink at any part of its name."""
+    for part in Path(name).parents:
+        if (root / part).is_symlink():
+            raise InvalidName(f"{root / part}: a checkpoint holds no symlinks")
+    try:
+        # Not blocking: a pipe in place of a file must not hang the reader.
+        descriptor = os.open(root / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if (root / name).is_symlink():
+            raise InvalidName(f"{root / name}: a checkpoint holds no symlinks") from error
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise InvalidName(f"{root / name}: not a regular file")
+        with open(descriptor, "rb", closefd=False) as file:
+            digest, size = _digest(file)
+    finally:
+        os.close(descriptor)
+    return StoredFile(name=name, size_bytes=size, sha256=digest)
+
+
+def _digest(file: BinaryIO) -> tuple[str, int]:
+    """The sha256 and the length of what is left of a file."""
+    digest, size = hashlib.sha256(), 0
+    while chunk := file.read(_CHUNK_BYTES):
+        digest.update(chunk)
+        size += len(chunk)
+    return digest.hexdigest(), size

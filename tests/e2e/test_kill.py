@@ -1,0 +1,278 @@
+"""The project's proof: kill everything that can be killed, and compare the bytes."""
+
+import contextlib
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from support.cluster import descendants, kill_cluster, running_cluster, trainers, wait_for
+from support.s3_servers import S3Server
+
+from orchestrator import launch, local_ray
+from orchestrator.errors import OrchestrateError
+from orchestrator.local_ray import LocalRay
+from orchestrator.submission import submit
+from orchestrator.sweep import Sweep, load
+from orchestrator.why import interruptions
+from storage.checkpoints import CheckpointStore
+from storage.log import Log, run_log
+from storage.object_store import ObjectStore
+from storage.records import Outcome
+from storage.run_state import Attempt, RunState
+from storage.url import open_store
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+STEPS = 300
+KILLS = ("trainer", "node", "agent", "sigterm") * 3
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "bucket"), [("adamw", "radosgw"), ("adamw8bit", "rclone")], indirect=["bucket"]
+)
+def test_a_run_killed_twelve_times_ends_in_the_same_bytes(
+    optimizer: str, bucket: S3Server, world: Path, tmp_path: Path, figures: dict[str, Any]
+) -> None:
+    sweep = plan(
+        world, tmp_path, bucket.url_of(f"kill-{optimizer}"), f"optimizer: {optimizer}, adam8bit_min_size: 64"
+    )
+    store, probed = launch.open_probed(sweep.storage.url)
+    run_id = sweep.runs[0].run_id
+    seed = 20261121
+    killed: list[str] = []
+
+    with running_cluster(tmp_path / "home", nodes=2, cpus=1) as cluster:
+        submit(sweep, store)
+        launch.start(sweep, sweep.storage.url, arbitrated=not probed.atomic)
+        instants = random.Random(seed)
+        for number, victim in enumerate(KILLS):
+            # Every third dies while it starts, the others some time after their first step.
+            starting = number % 3 == 2
+            wait_s = instants.uniform(0.0, 4.0 if starting else 2.0)
+            cluster = kill(cluster, victim, run_id, store, starting=starting, wait_s=wait_s)
+            killed.append(victim)
+        state = finished(store, run_id, timeout_s=300)
+
+    assert state.outcome is Outcome.SUCCEEDED
+    assert len(interruptions(state)) >= len(KILLS)
+    assert sum(a.committed_step is not None for a in state.attempts) > len(KILLS) // 3, (
+        "hardly any was training"
+    )
+    assert adapter(store, run_id, tmp_path / "killed") == undisturbed(sweep, tmp_path)
+    assert litter(store, run_id, state) == []
+    assert probed.atomic == (bucket_kind(bucket) == "radosgw")
+    cuts = interruptions(state)
+    figures["kills"] = figures.get("kills", 0) + len(killed)
+    figures["bit_identical"] = True
+    figures.setdefault("lost_steps_max", 0)
+    figures["lost_steps_max"] = max(figures["lost_steps_max"], *(cut.lost_steps for cut in cuts))
+    figures.setdefault("optimizers", []).append(optimizer)
+
+
+def test_a_killed_controller_costs_no_trainer_anything(
+    world: Path, tmp_path: Path, figures: dict[str, Any]
+) -> None:
+    sweep = plan(world, tmp_path, f"file://{tmp_path / 'store'}", seeds=4, steps=200)
+    store = open_store(sweep.storage.url)
+    with running_cluster(tmp_path / "home", nodes=2, cpus=2) as cluster:
+        submit(sweep, store)
+        controller = launch.start(sweep, sweep.storage.url, arbitrated=False)
+        wait_for(
+            "four runs that train", lambda: all(s.running and s.running.started for s in states(sweep)), 120
+        )
+        before = {p.pid for p in trainers(cluster.host_pid)}
+        first_pid = controller.pid()
+        os.kill(first_pid, signal.SIGKILL)
+        second_pid = wait_for("a new controller", lambda: other_controller(sweep.name, first_pid), 60)
+        during = {p.pid for p in trainers(cluster.host_pid)}
+        ended = [finished(store, run.run_id, timeout_s=300) for run in sweep.runs]
+
+    assert second_pid != first_pid
+    assert before <= during, "a trainer was restarted"
+    assert [(len(s.attempts), s.outcome) for s in ended] == [(1, Outcome.SUCCEEDED)] * 4
+    for run in sweep.runs:
+        kinds = [entry.record.kind for entry in entries(store, run.run_id)]
+        assert (kinds.count("claimed"), kinds.count("finished")) == (1, 1)
+    figures["controller_kills"] = 1
+    figures["restarts_by_controller_kill"] = 0
+
+
+def test_everything_killed_at_once_resumes_from_the_store_alone(
+    world: Path, tmp_path: Path, figures: dict[str, Any]
+) -> None:
+    sweep = plan(world, tmp_path, f"file://{tmp_path / 'store'}", seeds=2, steps=100)
+    store = open_store(sweep.storage.url)
+    with running_cluster(tmp_path / "home", nodes=2, cpus=1) as cluster:
+        submit(sweep, store)
+        launch.start(sweep, sweep.storage.url, arbitrated=False)
+        wait_for(
+            "committed work of both runs", lambda: all(s.committed_step >= 20 for s in states(sweep)), 120
+        )
+        kill_cluster(cluster)
+    committed = {run.run_id: run_log(store, run.run_id).refresh().committed_step for run in sweep.runs}
+
+    with running_cluster(tmp_path / "home2", nodes=2, cpus=1) as cluster:
+        command = ["resume", sweep.name, "--store", sweep.storage.url, "--address", cluster.address]
+        done = subprocess.run(
+            [sys.executable, "-m", "orchestrator", *command], capture_output=True, text=True, timeout=400
+        )
+
+    assert done.returncode == 0, done.stderr
+    for run in sweep.runs:
+        state = run_log(store, run.run_id).refresh()
+        assert state.outcome is Outcome.SUCCEEDED
+        assert len(state.attempts) == 2
+        assert state.attempts[1].resumed_from == committed[run.run_id]
+    assert adapter(store, sweep.runs[0].run_id, tmp_path / "killed") == undisturbed(sweep, tmp_path)
+    figures["everything_killed"] = 1
+
+
+def plan(
+    world: Path,
+    folder: Path,
+    store_url: str,
+    base: str = "optimizer: adamw",
+    *,
+    seeds: int = 1,
+    steps: int = STEPS,
+) -> Sweep:
+    file = folder / "grid.yaml"
+    file.write_text(f"""
+name: {folder.name.replace("_", "-")[:30].strip("-")}
+parameters: {{seed: {{values: {list(range(seeds))}}}}}
+base: {{model: {world / "base"}, resolution: 32, max_train_steps: {steps}, train_batch_size: 2, rank: 4,
+  gradient_accumulation_steps: 2, lora_dropout: 0.1, learning_rate: 1e-3, lr_scheduler: cosine, {base}}}
+dataset: {{path: {world / "images"}, val_fraction: 0.2, caption_dropout: 0.2, random_flip: true}}
+storage: {{url: "{store_url}"}}
+resources: {{gpus: 0, cpus: 1}}
+checkpoint: {{every: 5, grace_s: 1}}
+recovery: {{max_failures: 50, backoff_s: 0.1, max_backoff_s: 0.2}}
+""")
+    return load(file)
+
+
+def kill(
+    cluster: LocalRay, victim: str, run_id: str, store: ObjectStore, *, starting: bool, wait_s: float
+) -> LocalRay:
+    """Kill ``victim`` under the running attempt, ``wait_s`` after its claim (starting) or its first step."""
+    log = run_log(store, run_id)
+    attempt = wait_for("a running attempt", lambda: log.refresh().running, 120)
+    node = attempt.claimed.node
+    raylet = cluster.raylet_pids[node]
+    trainer = wait_for(f"a trainer on {node}", lambda: next(iter(trainers(raylet)), None), 60)
+    if not starting:
+        wait_for("its first step", lambda: started(log, attempt) or over(log, attempt), 120)
+    time.sleep(wait_s)  # the random instant itself, not a wait for something
+    agent = trainer.ppid()
+    disks = open_run_folders(agent)
+    doomed = {trainer.pid}
+    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+        match victim:
+            case "trainer":
+                trainer.kill()
+            case "sigterm":
+                trainer.send_signal(signal.SIGTERM)
+            case "agent":
+                doomed |= descendants(agent) | {agent}
+                os.kill(agent, signal.SIGKILL)
+            case "node":
+                doomed |= descendants(raylet) | {raylet}
+                local_ray.kill_node(cluster, node)
+                cluster = local_ray.add_node(cluster)
+    wait_for("the victims' end", lambda: not any(psutil.pid_exists(p) and alive(p) for p in doomed), 60)
+    if victim in ("agent", "node"):
+        for folder in disks:
+            subprocess.run(["rm", "-rf", str(folder)], check=True)
+    wait_for("the attempt's end in the log", lambda: over(log, attempt), 90)
+    return cluster
+
+
+def open_run_folders(agent_pid: int) -> list[Path]:
+    """The scratch folders of an agent: its node's disk, as far as runs are concerned."""
+    import tempfile
+
+    root = Path(tempfile.gettempdir()) / f"orchestrate-{os.getuid()}" / str(agent_pid)
+    assert root.is_dir()
+    return [root]
+
+
+def started(log: Log[RunState], attempt: Attempt) -> bool:
+    return any(a.number == attempt.number and a.started for a in log.refresh().attempts)
+
+
+def over(log: Log[RunState], attempt: Attempt) -> bool:
+    state = log.refresh()
+    return state.running is None or state.attempt > attempt.number
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def states(sweep: Sweep) -> list[RunState]:
+    store = open_store(sweep.storage.url)
+    return [run_log(store, run.run_id).refresh() for run in sweep.runs]
+
+
+def entries(store: ObjectStore, run_id: str) -> tuple[Any, ...]:
+    log = run_log(store, run_id)
+    log.refresh()
+    return log.entries()
+
+
+def finished(store: ObjectStore, run_id: str, timeout_s: float) -> RunState:
+    log = run_log(store, run_id)
+    wait_for(f"the end of {run_id}", lambda: log.refresh().finished, timeout_s)
+    wait_for("what it left to be deleted", lambda: not log.refresh().retired, 60)
+    return log.state
+
+
+def other_controller(sweep: str, than: int) -> int | None:
+    controller = launch.find_controller(sweep)
+    try:
+        pid = controller.pid() if controller else None
+    except OrchestrateError:
+        return None
+    return pid if pid != than else None
+
+
+def adapter(store: ObjectStore, run_id: str, scratch: Path) -> str:
+    log = run_log(store, run_id)
+    checkpoint, path = CheckpointStore(store, run_id, log.append).fetch_newest(log.refresh(), scratch)
+    assert checkpoint is not None
+    assert checkpoint.final
+    assert path is not None
+    return hashlib.sha256((path / "adapter.safetensors").read_bytes()).hexdigest()
+
+
+def undisturbed(sweep: Sweep, folder: Path) -> str:
+    """Train the sweep's first run again, in a process of its own, without a cluster and without a kill."""
+    spec = folder / "spec.json"
+    spec.write_text(sweep.runs[0].spec.model_dump_json())
+    url = f"file://{folder / 'undisturbed'}"
+    command = ["run", "--spec", str(spec), "--store", url, "--run-id", "calm", "--threads", "1"]
+    subprocess.run([sys.executable, "-m", "trainer", *command], check=True, timeout=600)
+    return adapter(open_store(url), "calm", folder / "calm")
+
+
+def litter(store: ObjectStore, run_id: str, state: RunState) -> list[str]:
+    """Keys of checkpoint data that no record names."""
+    from storage import layout
+
+    named = {layout.committed_file(run_id, c, f.name) for c in state.checkpoints for f in c.files}
+    return [info.key for info in store.list(f"runs/{run_id}/data/") if info.key not in named]
+
+
+def bucket_kind(bucket: S3Server) -> str:
+    return "rclone" if len(bucket.pids) == 1 else "radosgw"

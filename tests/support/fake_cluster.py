@@ -1,0 +1,389 @@
+"""A cluster in virtual time, whose trainers commit to the real logs of a store as real ones do.
+
+    cluster = FakeCluster(store, sweep, nodes=2)
+    controller = Controller(sweep, store, cluster, clock=cluster.clock)
+    while not controller.done:
+        controller.tick()
+        cluster.advance(1.0)
+
+Training is a chain of hashes: the weights at a step follow from those at the step before, so a run that
+resumed from anything but its own committed bytes ends in other bytes than ``weights_at(run_id, max_steps)``.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from orchestrator.cluster import Health, Order, Slot, Work
+from orchestrator.controller import Controller
+from orchestrator.grid_schema import Checkpoint, Metric, Recovery, Storage
+from orchestrator.sweep import PlannedRun, Sweep
+from storage import layout
+from storage.errors import Fenced
+from storage.log import run_log
+from storage.object_store import ObjectStore
+from storage.records import Committed, Quarantined, Started, StoredFile
+from storage.run_state import RunState
+from trainer.config import Base, Dataset, RunSpec
+from trainer.rundir import EXIT_COMPLETE, EXIT_PREEMPTED
+
+FILE = "adapter.safetensors"
+KILLED = -9
+
+
+def small_sweep(
+    runs: int = 2,
+    max_steps: int = 6,
+    *,
+    name: str = "cat",
+    checkpoint: Checkpoint | None = None,
+    recovery: Recovery | None = None,
+    metric: Metric | None = None,
+) -> Sweep:
+    """A sweep of runs that only ``FakeCluster`` can train."""
+    planned = []
+    for index in range(runs):
+        parameters = {"seed": index}
+        spec = RunSpec(
+            base=Base(model="owner/model", max_train_steps=max_steps, seed=index),
+            dataset=Dataset(path="/data"),
+        )
+        run_id = f"{name}-{index}-{index:08x}"
+        planned.append(PlannedRun(run_id=run_id, index=index, parameters=parameters, spec=spec))
+    return Sweep(
+        name=name,
+        storage=Storage(url="memory://sweep"),
+        checkpoint=checkpoint or Checkpoint(grace_s=0.0),
+        recovery=recovery or Recovery(backoff_s=2.0, silence_s=10.0),
+        metric=metric,
+        runs=tuple(planned),
+    )
+
+
+def weights_at(run_id: str, step: int) -> bytes:
+    """The bytes that training a run for so many steps must give."""
+    weights = b""
+    for n in range(1, step + 1):
+        weights = _trained(run_id, weights, n)
+    return weights
+
+
+def _trained(run_id: str, weights: bytes, step: int) -> bytes:
+    return hashlib.sha256(b"%s %d " % (run_id.encode(), step) + weights).digest()
+
+
+@dataclass(slots=True)
+class _Trainer:
+    """One attempt, training a step a second wherever it lives, seen or unseen."""
+
+    store: ObjectStore
+    order: Order
+    max_steps: int
+    commit_every: int
+    step: int = 0
+    resumed_from: int = 0
+    weights: bytes = b""
+    first_step_at: float | None = None
+    exit_code: int | None = None
+    error: str = ""
+    superseded: bool = False
+    stopping: bool = False
+
+    def begin(self) -> None:
+        log = run_log(self.store, self.order.run_id, sleep=_no_sleep)
+        state = log.refresh()
+        while (newest := state.newest) is not None:
+            body = self.store.get(layout.committed_file(self.order.run_id, newest, FILE))
+            if hashlib.sha256(body).hexdigest() == newest.files[0].sha256:
+                self.step = self.resumed_from = newest.step
+                self.weights = body
+                return
+            state = log.append(Quarantined(checkpoint=newest.ref, reason="sha256 differs", at=0.0))
+
+    def train(self, now: float) -> None:
+        """Make one step, or end. A fence ends it as a kill does."""
+        if self.exit_code is not None:
+            return
+        try:
+            self._train(now)
+        except Fenced as error:
+            self.exit_code, self.error, self.superseded = KILLED, str(error), True
+
+    def _train(self, now: float) -> None:
+        if self.stopping:
+            if self.step > self._state().committed_step:
+                self._commit(now)
+            self.exit_code = EXIT_PREEMPTED
+            return
+        if self.step < self.max_steps:
+            self.step += 1
+            self.weights = _trained(self.order.run_id, self.weights, self.step)
+            if self.first_step_at is None:
+                self.first_step_at = now
+                self._append(Started(attempt=self.order.attempt, step=self.resumed_from, at=now))
+            if self.step % self.commit_every == 0 and self.step < self.max_steps:
+                self._commit(now)
+        if self.step == self.max_steps:
+            self._commit(now, final=True)
+            self.exit_code = EXIT_COMPLETE
+
+    def _commit(self, now: float, final: bool = False) -> None:
+        order = self.order
+        key = layout.checkpoint_file(order.run_id, order.attempt, order.incarnation, self.step, FILE)
+        self.store.put(key, self.weights)
+        digest = hashlib.sha256(self.weights).hexdigest()
+        self._append(
+            Committed(
+                attempt=order.attempt,
+                incarnation=order.incarnation,
+                step=self.step,
+                files=(StoredFile(name=FILE, size_bytes=len(self.weights), sha256=digest),),
+                metrics={"train/loss": 1.0 / (1 + self.step), "val/loss": 1.0 / (1 + self.step)},
+                final=final,
+                at=now,
+            )
+        )
+
+    def _append(self, record: Committed | Started) -> None:
+        run_log(self.store, self.order.run_id, sleep=_no_sleep).append(record)
+
+    def _state(self) -> RunState:
+        return run_log(self.store, self.order.run_id, sleep=_no_sleep).refresh()
+
+    def work(self) -> Work:
+        return Work(
+            run_id=self.order.run_id,
+            attempt=self.order.attempt,
+            step=self.step,
+            resumed_from=self.resumed_from,
+            first_step_at=self.first_step_at,
+            step_s=1.0,
+            loss=1.0 / (1 + self.step),
+            exit_code=self.exit_code,
+            error=self.error,
+            superseded=self.superseded,
+        )
+
+
+@dataclass(slots=True)
+class _Agent:
+    """One slot."""
+
+    slot: str
+    node: str
+    up_since: float
+    trainer: _Trainer | None = None
+    orders: list[Order] = field(default_factory=list)
+    reported: Work | None = None
+    silent_since: float | None = None
+    gone: bool = False
+    node_lost: bool = False
+
+
+class FakeCluster:
+    """Implements ``orchestrator.cluster.Cluster``; its other methods are what happens to it.
+
+    Args:
+        store: Where trainers commit; never the controller's faulty one.
+        commit_every: Steps between a trainer's checkpoints.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        sweep: Sweep,
+        *,
+        nodes: int = 2,
+        slots_per_node: int = 1,
+        commit_every: int = 2,
+        name: str = "n",
+    ) -> None:
+        self._store = store
+        self._max_steps = {run.run_id: run.spec.base.max_train_steps for run in sweep.runs}
+        self._slots_per_node = slots_per_node
+        self._commit_every = commit_every
+        self._agents: dict[str, _Agent] = {}
+        self.ghosts: list[_Trainer] = []
+        """Trainers that the cluster believes dead."""
+        self._name = name
+        self._nodes_added = 0
+        self.now = 1000.0
+        self.lose_orders = 0
+        """So many of the next orders do not arrive."""
+        self.begun: list[Order] = []
+        """Every attempt that began to train, in order."""
+        self.closed = False
+        for _ in range(nodes):
+            self.add_node()
+
+    # What the controller sees and does.
+
+    def observe(self) -> tuple[Slot, ...]:
+        return tuple(self._slot(agent) for agent in self._agents.values())
+
+    def start(self, slot: str, order: Order) -> None:
+        agent = self._agents[slot]
+        if self.lose_orders:
+            self.lose_orders -= 1
+        elif not agent.gone and order not in agent.orders and not _holds(agent, order):
+            agent.orders.append(order)
+
+    def stop(self, slot: str, run_id: str, attempt: int, grace_s: float) -> None:
+        agent = self._agents[slot]
+        trainer = agent.trainer
+        held = (trainer.order.run_id, trainer.order.attempt) if trainer else None
+        if trainer is None or held != (run_id, attempt) or agent.silent_since is not None:
+            return
+        trainer.stopping = True
+        if grace_s <= 0 and trainer.exit_code is None:
+            trainer.exit_code = KILLED
+
+    def close(self) -> None:
+        self.closed = True
+
+    def clock(self) -> float:
+        return self.now
+
+    # What happens to it.
+
+    def advance(self, seconds: int = 1) -> None:
+        """Let time pass: orders arrive, trainers make a step a second, also those that nobody sees."""
+        for _ in range(seconds):
+            self.now += 1.0
+            for agent in self._agents.values():
+                self._take_order(agent)
+                if agent.trainer:
+                    agent.trainer.train(self.now)
+            for ghost in self.ghosts:
+                ghost.train(self.now)
+
+    def add_node(self) -> str:
+        self._nodes_added += 1
+        node = f"{self._name}{self._nodes_added}"
+        for number in range(self._slots_per_node):
+            slot = f"{node}/{number}"
+            self._agents[slot] = _Agent(slot, node, up_since=self.now)
+        return node
+
+    def lose_node(self, node: str, *, ghosts: bool = False) -> None:
+        """A node is gone. With ``ghosts`` the cluster only believes so: what it trains, trains on."""
+        for agent in self._living():
+            if agent.node == node:
+                self._lose(agent, node_lost=True, ghost=ghosts)
+
+    def lose_agent(self, slot: str) -> None:
+        self._lose(self._agents[slot], node_lost=False, ghost=False)
+
+    def silence(self, slot: str) -> None:
+        """A slot cannot be reached from now on; its trainer knows nothing of it."""
+        if self._agents[slot].silent_since is None:
+            self._agents[slot].silent_since = self.now
+
+    def hear(self, slot: str) -> None:
+        """A silent slot can be reached again."""
+        self._agents[slot].silent_since = None
+
+    def hear_all(self) -> None:
+        for agent in self._living():
+            agent.silent_since = None
+
+    def exit(self, slot: str, code: int, error: str = "") -> None:
+        """The training process of a slot ends, as it is."""
+        trainer = self._agents[slot].trainer
+        assert trainer is not None
+        trainer.exit_code, trainer.error = code, error
+
+    def busy(self) -> list[str]:
+        """The slots that train, seen or unseen, oldest first."""
+        return [a.slot for a in self._living() if a.trainer and a.trainer.exit_code is None]
+
+    def training(self, run_id: str) -> str:
+        """The slot that trains a run."""
+        (slot,) = [s for s in self.busy() if (t := self._agents[s].trainer) and t.order.run_id == run_id]
+        return slot
+
+    def misfortune(self, rng: random.Random) -> None:
+        """Do one thing, drawn at random, that a cluster does to those who rely on it."""
+        living = self._living()
+        agent = rng.choice(living)
+        match rng.choice(["node", "ghost", "agent", "silence", "hear", "order", "kill", "preempt"]):
+            case "node" | "ghost" as kind:
+                self.lose_node(agent.node, ghosts=kind == "ghost")
+                self.add_node()
+            case "agent":
+                self.lose_agent(agent.slot)
+                self.add_node()
+            case "silence":
+                self.silence(agent.slot)
+            case "hear":
+                self.hear_all()
+            case "order":
+                self.lose_orders += 1
+            case "kill" if agent.slot in self.busy():
+                self.exit(agent.slot, KILLED)
+            case "preempt" if agent.slot in self.busy() and agent.trainer:
+                agent.trainer.stopping = True
+
+    def _living(self) -> list[_Agent]:
+        return [agent for agent in self._agents.values() if not agent.gone]
+
+    def _lose(self, agent: _Agent, *, node_lost: bool, ghost: bool) -> None:
+        self._slot(agent)
+        agent.gone, agent.node_lost, agent.orders = True, node_lost, []
+        if ghost and agent.trainer:
+            self.ghosts.append(agent.trainer)
+        agent.trainer = None
+
+    def _take_order(self, agent: _Agent) -> None:
+        busy = agent.trainer is not None and agent.trainer.exit_code is None
+        if agent.gone or agent.silent_since is not None or busy or not agent.orders:
+            return
+        order = agent.orders.pop(0)
+        self.begun.append(order)
+        agent.trainer = _Trainer(self._store, order, self._max_steps[order.run_id], self._commit_every)
+        agent.trainer.begin()
+
+    def _slot(self, agent: _Agent) -> Slot:
+        heard = agent.silent_since is None and not agent.gone
+        if heard:
+            agent.reported = agent.trainer.work() if agent.trainer else None
+        health = Health.GONE if agent.gone else Health.ALIVE if heard else Health.UNKNOWN
+        return Slot(
+            slot=agent.slot,
+            node=agent.node,
+            up_since=agent.up_since,
+            health=health,
+            silent_s=0.0 if agent.silent_since is None else self.now - agent.silent_since,
+            node_lost=agent.node_lost,
+            work=replace(agent.reported) if agent.reported else None,
+        )
+
+
+def run_to_end(
+    controller: Controller, cluster: FakeCluster, *, misfortunes: random.Random | None = None
+) -> Iterator[int]:
+    """Yield after each tick, with its number, until the controller is done.
+
+    Args:
+        misfortunes: Draws what goes wrong, in the first 60 ticks, on average every fourth.
+    """
+    for tick in range(1000):
+        controller.tick()
+        yield tick
+        if controller.done:
+            return
+        if misfortunes and tick < 60 and misfortunes.random() < 0.25:
+            cluster.misfortune(misfortunes)
+        if misfortunes and tick == 60:
+            cluster.hear_all()
+        cluster.advance()
+    raise AssertionError(f"not done after 1000 ticks: {controller.states}")
+
+
+def _holds(agent: _Agent, order: Order) -> bool:
+    return agent.trainer is not None and agent.trainer.order == order
+
+
+def _no_sleep(seconds: float) -> None:
+    """Tests wait for nobody."""

@@ -1,0 +1,76 @@
+"""Beside a controller: whom we connect to, who may cancel, who is still there. No cluster is started."""
+
+import os
+from pathlib import Path
+
+import pytest
+from support.fake_cluster import FakeCluster, run_to_end, small_sweep
+
+from orchestrator import launch, local_ray
+from orchestrator.cancelling import ask_to_cancel
+from orchestrator.cluster import NoCluster
+from orchestrator.controller import Controller
+from orchestrator.errors import OrchestrateError, PreflightFailed
+from orchestrator.watch import watch
+from storage.memory import MemoryStore
+
+
+def test_a_cluster_elsewhere_without_authentication_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    for address in ("10.0.0.1:6379", "auto"):
+        with pytest.raises(PreflightFailed, match=r"E2603 .* authentication is off") as refused:
+            launch.connect(address)
+        assert refused.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("address", "local"),
+    [
+        ("127.0.0.1:6379", True),
+        ("localhost:6379", True),
+        ("10.0.0.1:6379", False),
+        ("127.0.0.1.evil.com:1", False),
+    ],
+)
+def test_only_loopback_gets_the_local_token(address: str, local: bool) -> None:
+    assert local_ray.is_local(address) is local
+
+
+def test_a_token_is_made_once_and_for_our_eyes_only(tmp_path: Path) -> None:
+    token = tmp_path / "ray-token"
+    local_ray._make_token(token)
+    first = token.read_text()
+    local_ray._make_token(token)
+    assert (token.read_text(), len(first)) == (first, 64)
+    assert os.stat(token).st_mode & 0o777 == 0o600
+    assert list(tmp_path.iterdir()) == [token]
+
+
+def test_nobody_cancels_beside_the_controller_where_two_writers_could_both_win() -> None:
+    store, sweep = MemoryStore(), small_sweep(runs=1)
+    run_id = sweep.runs[0].run_id
+    with pytest.raises(OrchestrateError, match="only the controller may cancel"):
+        ask_to_cancel(store, [run_id], None, atomic=False)
+    assert list(store.list("runs/")) == []
+    assert ask_to_cancel(store, [run_id], None, atomic=True) == {run_id: "CANCELLED"}
+
+
+def test_watching_a_sweep_that_nobody_works_on_ends_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.watch.ABANDONED_S", -1.0)
+    with pytest.raises(OrchestrateError, match=r"no controller works on cat .* orchestrate resume cat"):
+        watch(small_sweep(runs=1), MemoryStore(), controller=lambda: None)
+
+
+def test_what_a_killed_controller_left_of_a_finished_sweep_goes_without_a_cluster() -> None:
+    store, sweep = MemoryStore(), small_sweep(runs=1)
+    cluster = FakeCluster(store, sweep, nodes=1)
+    controller = Controller(sweep, store, cluster, clock=cluster.clock)
+    assert list(run_to_end(controller, cluster))
+    left = f"runs/{sweep.runs[0].run_id}/data/000001-00000000/000000001/adapter.safetensors"
+    store.put(left, b"uploaded by a ghost")
+
+    again = Controller(sweep, store, NoCluster())
+    again.tick()
+
+    assert again.done
+    assert store.head(left) is None

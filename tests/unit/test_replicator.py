@@ -1,0 +1,260 @@
+"""The replicator: whatever it misses or has to wait for, the newest checkpoint reaches the store."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support.runs import contents, read_files, write_checkpoint
+
+from storage.errors import AccessDenied, Corrupt, Fenced, Unavailable
+from storage.local import LocalCheckpoint, complete_checkpoints
+from storage.replicator import Replicator
+
+NEVER_S = 3600.0
+"""A rescan interval that no test outlives."""
+
+
+class Uplink:
+    """Takes checkpoints; a test may hold it, or let it fail."""
+
+    def __init__(self) -> None:
+        self.published: list[int] = []
+        self.began: list[int] = []
+        self.errors: list[Exception] = []
+        self.fenced: list[Fenced] = []
+        self.failures: list[Exception] = []
+        self.open = threading.Event()
+        self.open.set()
+        self._changed = threading.Condition()
+
+    def publish(self, checkpoint: LocalCheckpoint) -> None:
+        self._note(self.began, checkpoint.step)
+        assert self.open.wait(20)
+        if self.failures:
+            raise self.failures.pop(0)
+        assert read_files(checkpoint.path) == contents(checkpoint.step)
+        self._note(self.published, checkpoint.step)
+
+    def on_error(self, error: Exception) -> None:
+        self._note(self.errors, error)
+
+    def on_fenced(self, error: Fenced) -> None:
+        self._note(self.fenced, error)
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        with self._changed:
+            assert self._changed.wait_for(condition, timeout=20), vars(self)
+
+    def _note(self, where: list, what: object) -> None:  # type: ignore[type-arg]
+        with self._changed:
+            where.append(what)
+            self._changed.notify_all()
+
+
+Start = Callable[..., Replicator]
+
+
+@pytest.fixture
+def uplink() -> Uplink:
+    return Uplink()
+
+
+@pytest.fixture
+def start(tmp_path: Path, uplink: Uplink) -> Iterator[Start]:
+    """Starts replicators of ``tmp_path`` that look only when told by an event, unless asked otherwise."""
+    started: list[Replicator] = []
+
+    def start(**options: float) -> Replicator:
+        replicator = Replicator(
+            tmp_path,
+            uplink.publish,
+            on_fenced=uplink.on_fenced,
+            on_error=uplink.on_error,
+            **{"rescan_s": NEVER_S, **options},  # type: ignore[arg-type]
+        )
+        started.append(replicator)
+        replicator.start()
+        return replicator
+
+    yield start
+    uplink.open.set()
+    for replicator in started:
+        replicator.stop()
+
+
+def test_a_checkpoint_is_published_when_it_appears(tmp_path: Path, uplink: Uplink, start: Start) -> None:
+    replicator = start()
+    write_checkpoint(tmp_path, 10)
+    uplink.until(lambda: uplink.published == [10])
+    write_checkpoint(tmp_path, 20)
+    uplink.until(lambda: uplink.published == [10, 20])
+    assert replicator.drain(10)
+    assert replicator.pending is None
+
+
+def test_what_was_there_before_the_start_is_published(tmp_path: Path, uplink: Uplink, start: Start) -> None:
+    write_checkpoint(tmp_path, 10)
+    write_checkpoint(tmp_path, 20)
+    assert start().drain(10)
+    assert uplink.published == [20], "newest first, and the superseded one not at all"
+
+
+def test_what_was_superseded_while_an_upload_ran_is_skipped(
+    tmp_path: Path, uplink: Uplink, start: Start
+) -> None:
+    uplink.open.clear()
+    replicator = start()
+    write_checkpoint(tmp_path, 10)
+    uplink.until(lambda: uplink.began == [10])
+    for step in (20, 30, 40):
+        write_checkpoint(tmp_path, step)
+    assert replicator.pending is not None
+    uplink.open.set()
+    assert replicator.drain(10)
+    assert uplink.published == [10, 40]
+
+
+def test_a_missed_event_is_made_up_for_by_looking_again(tmp_path: Path, uplink: Uplink, start: Start) -> None:
+    replicator = start(rescan_s=0.02)
+    replicator._observer.stop()
+    replicator._observer.join()
+    write_checkpoint(tmp_path, 10)
+    uplink.until(lambda: uplink.published == [10])
+
+
+def test_draining_needs_no_event_either(tmp_path: Path, uplink: Uplink, start: Start) -> None:
+    replicator = start()
+    replicator._observer.stop()
+    replicator._observer.join()
+    write_checkpoint(tmp_path, 10, final=True)
+    assert replicator.drain(10)
+    assert uplink.published == [10]
+
+
+@pytest.mark.parametrize(
+    "failure", [Unavailable("no answer"), AccessDenied("403"), RuntimeError("a bug"), Corrupt("log entry 7")]
+)
+def test_a_store_that_fails_is_tried_again_until_it_works(
+    tmp_path: Path, uplink: Uplink, start: Start, failure: Exception
+) -> None:
+    uplink.failures = [failure, failure]
+    replicator = start()
+    write_checkpoint(tmp_path, 10)
+    assert replicator.drain(20)
+    assert uplink.published == [10]
+    assert uplink.errors == [failure, failure]
+
+
+def test_a_newer_checkpoint_takes_the_place_of_one_that_could_not_be_published(
+    tmp_path: Path, uplink: Uplink, start: Start
+) -> None:
+    uplink.failures = [Unavailable("no answer")]
+    replicator = start()
+    write_checkpoint(tmp_path, 10)
+    uplink.until(lambda: len(uplink.errors) == 1)
+    write_checkpoint(tmp_path, 20)
+    assert replicator.drain(20)
+    assert uplink.published == [20]
+
+
+def test_being_fenced_ends_replication_for_good(tmp_path: Path, uplink: Uplink, start: Start) -> None:
+    uplink.failures = [Fenced("attempt 2 is the newest")]
+    replicator = start()
+    write_checkpoint(tmp_path, 10)
+    uplink.until(lambda: len(uplink.fenced) == 1)
+    write_checkpoint(tmp_path, 20)
+
+    began = time.monotonic()
+    assert not replicator.drain(20)
+    assert time.monotonic() - began < 10, "there is nothing to wait for"
+    assert (uplink.published, uplink.began, len(uplink.fenced)) == ([], [10], 1)
+
+
+def test_draining_ends_at_its_deadline(tmp_path: Path, uplink: Uplink, start: Start) -> None:
+    uplink.open.clear()
+    replicator = start()
+    write_checkpoint(tmp_path, 10)
+    uplink.until(lambda: uplink.began == [10])
+    assert not replicator.drain(0.05)
+    uplink.open.set()
+    assert replicator.drain(10)
+
+
+def test_draining_what_was_never_started_waits_for_nothing(tmp_path: Path, uplink: Uplink) -> None:
+    replicator = Replicator(tmp_path, uplink.publish, on_fenced=uplink.on_fenced)
+    assert replicator.drain(20)
+    write_checkpoint(tmp_path, 10)
+    began = time.monotonic()
+    assert not replicator.drain(20)
+    assert time.monotonic() - began < 10
+    replicator.stop()
+
+
+def test_a_damaged_newest_is_reported_and_the_one_before_published(
+    tmp_path: Path, uplink: Uplink, start: Start
+) -> None:
+    write_checkpoint(tmp_path, 10)
+    newest = write_checkpoint(tmp_path, 20)
+    (newest.path / "adapter.safetensors").write_bytes(b"torn")
+    damage = Corrupt("adapter.safetensors: 4 bytes")
+    uplink.failures = [damage]
+    replicator = start()
+    uplink.until(lambda: uplink.published == [10])
+    assert uplink.errors == [damage]
+    assert not replicator.drain(10), "the newest is not published, and drain must not claim it"
+
+
+def test_the_disk_keeps_the_newest_few(tmp_path: Path, uplink: Uplink, start: Start) -> None:
+    replicator = start(keep_local=2, rescan_s=0.02)
+    for step in (10, 20, 30, 40):
+        write_checkpoint(tmp_path, step)
+        assert replicator.drain(10)
+    until(lambda: [c.step for c in complete_checkpoints(tmp_path)] == [40, 30])
+
+
+def test_a_store_that_is_away_does_not_fill_the_disk_nor_lose_the_newest(
+    tmp_path: Path, uplink: Uplink, start: Start
+) -> None:
+    uplink.failures = [Unavailable("no answer")] * 3
+    replicator = start(keep_local=1)
+    for tries, step in enumerate((10, 20, 30), 1):
+        write_checkpoint(tmp_path, step)
+        uplink.until(lambda tries=tries: len(uplink.errors) >= tries)  # type: ignore[misc]
+    until(lambda: [c.step for c in complete_checkpoints(tmp_path)] == [30])
+    assert replicator.drain(20)
+    assert uplink.published == [30]
+
+
+def test_steps_up_to_where_the_attempt_began_are_not_published_again(
+    tmp_path: Path, uplink: Uplink, start: Start
+) -> None:
+    write_checkpoint(tmp_path, 10)
+    replicator = start(after_step=10)
+    assert replicator.pending is None
+    write_checkpoint(tmp_path, 20)
+    assert replicator.drain(10)
+    assert uplink.published == [20]
+
+
+def test_an_unfinished_checkpoint_is_left_alone(tmp_path: Path, uplink: Uplink, start: Start) -> None:
+    half = tmp_path / ".tmp-0123456789abcdef"
+    half.mkdir()
+    (half / "adapter.safetensors").write_bytes(b"half")
+    replicator = start(rescan_s=0.02)
+    write_checkpoint(tmp_path, 10)
+    assert replicator.drain(10)
+    assert (uplink.published, half.exists()) == ([10], True)
+
+
+def test_at_least_one_checkpoint_must_stay_on_the_disk(tmp_path: Path, uplink: Uplink) -> None:
+    with pytest.raises(ValueError, match="keep_local must be at least 1, got 0"):
+        Replicator(tmp_path, uplink.publish, on_fenced=uplink.on_fenced, keep_local=0)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.01)

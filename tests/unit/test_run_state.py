@@ -1,0 +1,190 @@
+"""What a log means: the fold, the fence, and invariants over arbitrary histories."""
+
+from functools import reduce
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.runs import claimed, committed, ended, finished, incarnation, ref, retired
+
+from storage.records import (
+    CancelRequested,
+    EndReason,
+    Entry,
+    Outcome,
+    Quarantined,
+    Reaped,
+    Record,
+    Started,
+)
+from storage.run_state import RunState, fold, holds, refusal
+
+
+def state_after(*records: Record) -> RunState:
+    return reduce(fold, map(entry, records), RunState())
+
+
+def entry(record: Record) -> Entry:
+    return Entry(seq=0, nonce="0" * 32, prev="", record=record)
+
+
+def quarantined(step: int, attempt: int = 1) -> Quarantined:
+    return Quarantined(checkpoint=ref(step, attempt), reason="sha256", at=1.0)
+
+
+def refused(step: int, by: int, attempt: int = 1) -> Quarantined:
+    """An attempt's word that it could not use a checkpoint."""
+    return quarantined(step, attempt).model_copy(update={"attempt": by})
+
+
+def test_a_run_that_was_preempted_resumes_from_its_newest_checkpoint() -> None:
+    state = state_after(claimed(), committed(10), committed(20), ended(), claimed(2))
+
+    assert state.running is not None
+    assert (state.running.number, state.running.resumed_from) == (2, 20)
+    assert state.newest == committed(20)
+    assert (state.stalls, state.outcome, state.result) == (0, None, None)
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (committed(30, attempt=1), "attempt 2 is the newest, attempt 1 is fenced"),
+        (committed(30, attempt=3), "attempt 2 is the newest, attempt 3 is fenced"),
+        (Started(attempt=1, step=0, at=0.0), "attempt 1 is fenced"),
+        (ended(1), "attempt 1 is fenced"),
+        (claimed(3), "attempt 2 is still running"),
+        (committed(20, attempt=2), "step 20 is already committed"),
+        (committed(15, attempt=2), "step 20 is already committed"),
+        (committed(30, 2).model_copy(update={"incarnation": "f" * 8}), "claimed by another incarnation"),
+        (retired(ref(20)), "is the newest checkpoint"),
+        (retired(ref(11)), "not restorable: step 11"),
+        (Reaped(checkpoints=(ref(10),), at=0.0), "not retired: step 10"),
+        (quarantined(11), "not restorable any more"),
+        (refused(20, by=1), "attempt 1 is fenced"),
+        (refused(20, by=3), "attempt 2 is the newest, attempt 3 is fenced"),
+    ],
+)
+def test_what_the_log_does_not_admit_is_refused_and_changes_nothing(record: Record, reason: str) -> None:
+    state = state_after(claimed(), committed(10), committed(20), ended(), claimed(2))
+    refused = refusal(state, record)
+    assert refused is not None
+    assert reason in refused
+    assert fold(state, entry(record)) == state
+
+
+def test_an_attempt_whose_end_is_recorded_may_not_commit() -> None:
+    state = state_after(claimed(), ended(1))
+    assert refusal(state, committed(10)) == "attempt 1 has ended"
+
+
+def test_only_ends_that_are_the_runs_own_count_as_stalls() -> None:
+    failed = state_after(claimed(), ended(1, EndReason.APP_ERROR), claimed(2), ended(2, EndReason.NODE_LOST))
+    assert failed.stalls == 1
+    recovered = state_after(claimed(), ended(1, EndReason.APP_ERROR), claimed(2), committed(10, 2))
+    assert recovered.stalls == 0
+
+
+def test_a_quarantined_checkpoint_is_never_resumed_from_and_its_step_can_be_reached_again() -> None:
+    state = state_after(claimed(), committed(10), committed(20), ended(), claimed(2), quarantined(20))
+    assert state.newest == committed(10)
+    again = fold(state, entry(committed(20, attempt=2)))
+    assert again.newest == committed(20, attempt=2)
+
+
+def test_the_only_checkpoint_stays_until_a_second_node_could_not_use_it_either() -> None:
+    first = state_after(claimed(), committed(10), ended(), claimed(2), refused(10, by=2))
+    assert (first.newest, first.quarantined) == (committed(10), ())
+    assert holds(first, refused(10, by=2))
+    assert refusal(first, refused(10, by=2)) == "attempt 2 has refused step 10 (attempt 1) already"
+
+    same_node = (entry(ended(2)), entry(claimed(3)), entry(refused(10, by=3)))
+    assert reduce(fold, same_node, first).newest == committed(10)
+    other_node = (entry(ended(2)), entry(claimed(3, node="n2")), entry(refused(10, by=3)))
+    assert reduce(fold, other_node, first).newest is None
+
+
+def test_a_final_checkpoint_is_the_result() -> None:
+    state = state_after(claimed(), committed(10), committed(20, final=True), finished())
+    assert state.result == committed(20, final=True)
+    assert state.outcome is Outcome.SUCCEEDED
+
+
+Move = tuple[str, int, int]
+MOVES = st.tuples(
+    st.sampled_from(["claim", "start", "commit", "commit", "end", "retire", "reap", "quarantine", "cancel"]),
+    st.sampled_from([0, 0, 0, -1, 1]),
+    st.integers(-2, 3),
+)
+"""What a writer tries, relative to where the run is: mostly what is admitted, often what is not."""
+
+
+def tried(state: RunState, move: Move) -> Record:
+    kind, other_attempt, n = move
+    attempt = max(1, state.attempt + other_attempt)
+    # Counted from the newest checkpoint back, so that the newest itself is tried as well.
+    chosen = state.checkpoints[-1 - abs(n)].ref if abs(n) < len(state.checkpoints) else ref(99, attempt)
+    match kind:
+        case "claim":
+            return claimed(attempt + 1)
+        case "start":
+            return Started(attempt=attempt, step=0, at=0.0)
+        case "commit":
+            return committed(max(1, state.committed_step + n), attempt, final=n == 3)
+        case "end":
+            return ended(attempt, list(EndReason)[n])
+        case "retire":
+            return retired(chosen)
+        case "reap":
+            return Reaped(checkpoints=tuple(c.ref for c in state.retired) or (chosen,), at=0.0)
+        case "quarantine":
+            return Quarantined(checkpoint=chosen, attempt=attempt if n > 0 else None, reason="sha256", at=1.0)
+        case _:
+            return CancelRequested(at=0.0)
+
+
+@given(st.lists(MOVES, max_size=60), st.booleans())
+def test_any_history_keeps_its_promises(moves: list[Move], finish: bool) -> None:
+    """Whatever writers try, in whatever order, admitted or not."""
+    state = state_after(claimed())
+    for move in [*moves, None] if finish else moves:
+        record = tried(state, move) if move else finished()
+        before, refused = state, refusal(state, record)
+        state = fold(state, entry(record))
+
+        assert refused is None or state == before, "a refused record changed the state"
+        assert [a.number for a in state.attempts] == list(range(1, len(state.attempts) + 1))
+        steps = [c.step for c in state.checkpoints]
+        assert steps == sorted(set(steps)), "restorable steps are in order"
+        assert not {c.ref for c in state.checkpoints} & {c.ref for c in state.retired}
+        assert all(a.ended for a in state.attempts[:-1]), "two attempts run at once"
+        if before.newest and record.kind != "quarantined":
+            assert state.newest is not None, "the newest checkpoint went"
+            assert state.newest.step >= before.newest.step
+        new = [c for c in state.checkpoints if c not in before.checkpoints]
+        if new:
+            assert before.running is not None, "a commit without a running attempt"
+            assert [(c.attempt, c.incarnation) for c in new] == [
+                (before.running.number, incarnation(before.running.number))
+            ]
+        if refused is None and record.kind not in {"reaped", "quarantined"}:
+            assert holds(state, record), "a written fact must be recognised when it is stated again"
+
+
+def test_the_histories_above_reach_what_they_are_about() -> None:
+    """Guards the test above against histories in which nothing is ever admitted."""
+    seen: set[str] = set()
+
+    @settings(database=None, derandomize=True)
+    @given(st.lists(MOVES, max_size=60))
+    def explore(moves: list[Move]) -> None:
+        state = state_after(claimed())
+        for move in moves:
+            record = tried(state, move)
+            admitted = refusal(state, record) is None
+            seen.add(f"{record.kind} {'admitted' if admitted else 'refused'}")
+            state = fold(state, entry(record))
+
+    explore()
+    kinds = {"claimed", "committed", "ended", "retired", "reaped", "quarantined"}
+    assert seen >= {f"{kind} {what}" for kind in kinds for what in ("admitted", "refused")}

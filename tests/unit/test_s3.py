@@ -1,0 +1,205 @@
+"""How an S3 server's answers become ours, shown on a server that says what a test tells it to."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from storage.errors import AccessDenied, NotFound, StorageError, Unavailable
+from storage.s3 import S3Store
+from storage.url import open_store
+
+
+@dataclass
+class Answer:
+    """One scripted answer. ``cut`` closes the connection after so many bytes of the body."""
+
+    status: int
+    code: str = ""
+    body: bytes = b""
+    cut: int | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Script:
+    """Answers still to give, and the requests that came."""
+
+    answers: list[Answer] = field(default_factory=list)
+    requests: list[tuple[str, str, dict[str, str], bytes]] = field(default_factory=list)
+    endpoint: str = ""
+
+    @property
+    def methods(self) -> list[str]:
+        return [method for method, _, _, _ in self.requests]
+
+
+@pytest.fixture
+def script() -> Iterator[Script]:
+    told = Script()
+
+    class Scripted(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            length = int(self.headers.get("Content-Length", 0))
+            told.requests.append((self.command, self.path, dict(self.headers), self.rfile.read(length)))
+            answer = told.answers.pop(0) if len(told.answers) > 1 else told.answers[0]
+            body = answer.body or f"<Error><Code>{answer.code}</Code></Error>".encode() * bool(answer.code)
+            self.send_response(answer.status)
+            self.send_header("Content-Length", str(len(body)))
+            for name, value in answer.headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body[: answer.cut])
+            self.close_connection = answer.cut is not None
+
+        do_HEAD = do_PUT = do_DELETE = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    told.endpoint = f"http://127.0.0.1:{server.server_port}"
+    yield told
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def store(script: Script, monkeypatch: pytest.MonkeyPatch) -> S3Store:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "TESTACCESSKEY001")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testsecretkey0001")
+    opened = open_store(f"s3://loras/team?endpoint={script.endpoint}&region=us-east-1")
+    assert isinstance(opened, S3Store)
+    return opened
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [
+        (403, "AccessDenied", AccessDenied),
+        (403, "InvalidAccessKeyId", AccessDenied),
+        (403, "SignatureDoesNotMatch", AccessDenied),
+        (403, "RequestTimeTooSkewed", AccessDenied),
+        (404, "NoSuchBucket", AccessDenied),
+        (501, "NotImplemented", AccessDenied),
+        (500, "InternalError", Unavailable),
+        (503, "SlowDown", Unavailable),
+        (429, "TooManyRequests", Unavailable),
+        (400, "RequestTimeout", Unavailable),
+        (400, "BadDigest", Unavailable),
+    ],
+)
+def test_an_answer_says_whether_trying_again_helps(
+    store: S3Store, script: Script, status: int, code: str, kind: type[StorageError]
+) -> None:
+    script.answers = [Answer(status, code)]
+    with pytest.raises(StorageError) as failed:
+        store.create("k", b"x")
+    assert type(failed.value) is kind
+    assert str(failed.value).startswith(f"k in s3://loras/team?endpoint={script.endpoint}")
+    assert code in str(failed.value)
+    assert "testsecretkey" not in str(failed.value)
+
+
+def test_create_is_sent_once_conditionally_and_with_its_digest(store: S3Store, script: Script) -> None:
+    script.answers = [Answer(503, "SlowDown")]
+    with pytest.raises(Unavailable):
+        store.create("k", b"x")
+    ((method, path, headers, body),) = script.requests
+    assert (method, path, body) == ("PUT", "/loras/team/k", b"x")
+    assert headers["If-None-Match"] == "*"
+    assert headers["Content-MD5"] == "ndTkYSaMgDT1yFZOFVxnpg=="
+    assert not [name for name in headers if "checksum" in name.lower() or "trailer" in name.lower()]
+
+
+def test_other_writes_are_repeated(store: S3Store, script: Script) -> None:
+    script.answers = [Answer(503, "SlowDown"), Answer(200)]
+    store.put("k", b"x")
+    assert script.methods == ["PUT", "PUT"]
+    assert [headers["Content-MD5"] for _, _, headers, _ in script.requests] == [
+        "ndTkYSaMgDT1yFZOFVxnpg=="
+    ] * 2
+
+
+def test_a_server_that_lists_from_the_beginning_is_not_believed(store: S3Store, script: Script) -> None:
+    found = "".join(f"<Contents><Key>team/log/{n}</Key><Size>1</Size></Contents>" for n in range(3))
+    script.answers = [Answer(200, body=f"<ListBucketResult>{found}</ListBucketResult>".encode())]
+    assert [info.key for info in store.list("log/", after="log/0")] == ["log/1", "log/2"]
+    assert "start-after=team%2Flog%2F0" in script.requests[0][1]
+
+
+def test_a_taken_key_is_not_an_error(store: S3Store, script: Script) -> None:
+    script.answers = [Answer(412, "PreconditionFailed")]
+    assert store.create("k", b"x") is False
+
+
+def test_a_conflict_is_settled_by_looking(store: S3Store, script: Script) -> None:
+    script.answers = [Answer(409, "ConditionalRequestConflict"), Answer(200, headers={"ETag": '"x"'})]
+    assert store.create("k", b"x") is False
+    script.answers = [Answer(409, "ConditionalRequestConflict"), Answer(404)]
+    with pytest.raises(Unavailable, match="conflicting creates, none has won"):
+        store.create("k", b"x")
+
+
+def test_a_reply_that_never_comes_leaves_the_outcome_unknown(store: S3Store, script: Script) -> None:
+    script.answers = [Answer(200, body=b"half a reply", cut=3)]
+    with pytest.raises(Unavailable):
+        store.create("k", b"x")
+
+
+def test_an_object_that_is_not_there_is_not_found(store: S3Store, script: Script, tmp_path: Path) -> None:
+    script.answers = [Answer(404, "NoSuchKey")]
+    with pytest.raises(NotFound, match=r"k in s3://.*: no such object"):
+        store.get("k")
+    with pytest.raises(NotFound):
+        store.download("k", tmp_path / "k")
+    assert store.head("k") is None
+
+
+def test_a_download_that_is_cut_goes_on_where_it_was(store: S3Store, script: Script, tmp_path: Path) -> None:
+    whole = bytes(range(250)) * 40
+    script.answers = [Answer(200, body=whole, cut=7000), Answer(206, body=whole[7000:])]
+    store.download("k", tmp_path / "k")
+    assert (tmp_path / "k").read_bytes() == whole
+    assert script.requests[1][2]["Range"] == "bytes=7000-"
+
+
+def test_a_download_that_is_cut_again_and_again_is_given_up(
+    store: S3Store, script: Script, tmp_path: Path
+) -> None:
+    script.answers = [Answer(200, body=b"x" * 5000, cut=0)]
+    with pytest.raises(Unavailable):
+        store.download("k", tmp_path / "k")
+    assert len(script.requests) == 4
+
+
+@pytest.mark.parametrize(("status", "code"), [(501, "NotImplemented"), (404, "NoSuchUpload")])
+def test_a_server_that_cannot_list_uploads_has_none_to_abort(
+    status: int, code: str, store: S3Store, script: Script
+) -> None:
+    script.answers = [Answer(status, code)]
+    assert store.abort_uploads("runs/a/data/") == 0
+
+    script.answers = [Answer(403, "AccessDenied")]
+    with pytest.raises(AccessDenied):
+        store.abort_uploads("runs/a/data/")
+
+
+def test_looking_before_writing_takes_a_free_key_and_leaves_a_taken_one(
+    script: Script, store: S3Store
+) -> None:
+    store.check_then_put = True
+    script.answers = [Answer(404), Answer(200)]
+    assert store.create("k", b"x") is True
+    script.answers = [Answer(200)]
+    assert store.create("k", b"x") is False
+    assert script.methods == ["HEAD", "PUT", "HEAD"]

@@ -1,0 +1,61 @@
+"""Two clusters know nothing of each other: the controller that took office last works on, the other stops."""
+
+import pytest
+from support.fake_cluster import FakeCluster, small_sweep
+from support.flaky_store import Fault, FlakyStore
+
+from orchestrator.controller import Controller
+from orchestrator.term import SteppedDown, Term
+from storage import layout
+from storage.memory import MemoryStore
+from storage.records import Outcome
+
+
+def test_the_last_to_take_office_holds_it() -> None:
+    store = MemoryStore()
+    first = Term(store, "cat")
+    first.check()
+
+    second = Term(store, "cat")
+    second.check()
+    with pytest.raises(SteppedDown, match="another controller has taken over"):
+        first.check()
+    Term(store, "dog")
+    second.check()
+
+
+def test_taking_office_with_a_lost_reply_takes_it_once() -> None:
+    store = MemoryStore()
+    Term(store, "cat")
+    Term(FlakyStore(store, 2, Fault.LOSE_REPLY), "cat").check()  # its create
+    assert len(list(store.list(layout.terms_prefix("cat")))) == 2
+
+
+def test_a_sweep_resumed_on_a_second_cluster_ends_there_and_the_first_steps_down() -> None:
+    store, sweep = MemoryStore(), small_sweep(runs=2, max_steps=40)
+    here, there = (FakeCluster(store, sweep, nodes=1, name=name) for name in ("here", "there"))
+    first = Controller(sweep, store, here, clock=here.clock, term=Term(store, sweep.name))
+    for _ in range(8):
+        first.tick()
+        here.advance(1)
+        there.advance(1)
+    assert any(state.committed_step for state in first.states.values())
+
+    second = Controller(sweep, store, there, clock=there.clock, term=Term(store, sweep.name))
+    stepped_down = False
+    for _ in range(300):
+        if not stepped_down:
+            try:
+                first.tick()
+            except SteppedDown:
+                stepped_down = True
+                here.close()
+        second.tick()
+        here.advance(1)
+        there.advance(1)
+        if second.done:
+            break
+
+    assert stepped_down
+    assert {state.outcome for state in second.states.values()} == {Outcome.SUCCEEDED}
+    assert max(len(state.attempts) for state in second.states.values()) <= 3

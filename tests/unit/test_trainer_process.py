@@ -1,0 +1,218 @@
+"""The real training process: its signals, its stdin, its exit codes, and what a kill costs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support.tiny_world import build_base, build_images, tiny_spec
+from support.training import contents, events, lay_out, newest
+
+from trainer.attempt import run_attempt
+from trainer.config import RunSpec
+from trainer.process import serve
+from trainer.rundir import EXIT_BAD_CONFIG, EXIT_COMPLETE, EXIT_PREEMPTED, RunDir
+from trainer.stop import Stop
+
+DEADLINE_S = 90.0
+
+
+class Process:
+    """``python -m trainer.process`` in a group of its own."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", "trainer.process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment,
+        )
+        assert self.popen.stdin is not None
+        assert self.popen.stdout is not None
+        self.stdin, self.stdout = self.popen.stdin, self.popen.stdout
+
+    def begin(self, run_dir: RunDir) -> None:
+        self.stdin.write(json.dumps({"run_dir": str(run_dir.root)}).encode() + b"\n")
+        self.stdin.flush()
+
+    def exit_code(self) -> int:
+        return self.popen.wait(timeout=DEADLINE_S)
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for something the process does, which it must do before it ends."""
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert self.popen.poll() is None, "the process ended too early"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[], Process]]:
+    started: list[Process] = []
+
+    def make() -> Process:
+        started.append(Process())
+        return started[-1]
+
+    yield make
+    for process in started:
+        if process.popen.poll() is None:
+            os.killpg(process.popen.pid, signal.SIGKILL)
+        with process.popen:
+            assert process.stdout.read() == b"", "what it prints belongs into the run's log"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    build_base(root / "base")
+    build_images(root / "images")
+    return root
+
+
+@pytest.fixture(scope="module")
+def spec(world: Path) -> RunSpec:
+    return tiny_spec(
+        world / "base",
+        world / "images",
+        base={"max_train_steps": 8, "optimizer": "adamw8bit", "adam8bit_min_size": 64},
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(world: Path, spec: RunSpec, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The final checkpoint of a run that nothing interrupted, trained in this very process."""
+    run_dir = lay_out(tmp_path_factory.mktemp("straight") / "run", spec, cache=world / "cache")
+    assert run_attempt(run_dir, Stop()) == EXIT_COMPLETE
+    return contents(newest(run_dir))
+
+
+def reached(run_dir: RunDir, step: int) -> Callable[[], bool]:
+    return lambda: any(event["step"] >= step for event in events(run_dir, "step"))
+
+
+def test_killed_twice_equals_never_killed(
+    world: Path,
+    spec: RunSpec,
+    straight: dict[str, bytes],
+    start: Callable[[], Process],
+    tmp_path: Path,
+) -> None:
+    processes = [start(), start()]  # the second is a warm spare while the first trains
+    resume = None
+    for number, (process, step) in enumerate(zip(processes, (2, 5), strict=True)):
+        run_dir = lay_out(tmp_path / str(number), spec, resume=resume, cache=world / "cache", every_steps=1)
+        process.begin(run_dir)
+        process.until(reached(run_dir, step))
+        os.kill(process.popen.pid, signal.SIGKILL)
+        assert process.exit_code() == -signal.SIGKILL
+        resume = newest(run_dir)
+
+    last = lay_out(tmp_path / "last", spec, resume=resume, cache=world / "cache")
+    assert run_attempt(last, Stop()) == EXIT_COMPLETE
+
+    assert events(last, "step")[0]["step"] > 4
+    assert contents(newest(last)) == straight
+
+
+def test_sigterm_finishes_the_step_saves_it_and_exits_75(
+    world: Path,
+    spec: RunSpec,
+    straight: dict[str, bytes],
+    start: Callable[[], Process],
+    tmp_path: Path,
+) -> None:
+    run_dir = lay_out(tmp_path / "run", spec, cache=world / "cache")
+    process = start()
+    process.begin(run_dir)
+    process.until(reached(run_dir, 3))
+    os.kill(process.popen.pid, signal.SIGTERM)
+    assert process.exit_code() == EXIT_PREEMPTED
+
+    *_, last_step, saved, ended = events(run_dir)
+    assert (saved["event"], saved["step"]) == ("checkpoint", last_step["step"])
+    assert (ended["event"], ended["step"]) == ("preempted", last_step["step"])
+    again = lay_out(tmp_path / "again", spec, resume=newest(run_dir), cache=world / "cache")
+    assert run_attempt(again, Stop()) == EXIT_COMPLETE
+    assert contents(newest(again)) == straight
+
+
+def test_sigterm_while_waiting_for_the_order_to_start_exits_75_with_nothing_saved(
+    world: Path, spec: RunSpec, start: Callable[[], Process], tmp_path: Path
+) -> None:
+    run_dir = lay_out(tmp_path / "run", spec, cache=world / "cache")
+    run_dir.start.unlink()
+    process = start()
+    process.begin(run_dir)
+    process.until(run_dir.log.exists)
+    os.kill(process.popen.pid, signal.SIGTERM)
+
+    assert process.exit_code() == EXIT_PREEMPTED
+    assert list(run_dir.checkpoints.iterdir()) == []
+
+
+def test_the_end_of_stdin_kills_the_process_and_its_children(
+    world: Path, start: Callable[[], Process], tmp_path: Path
+) -> None:
+    """The evaluate command stands for anything that the process started."""
+    pid_file = tmp_path / "pid"
+    program = f"import os,time; open({str(pid_file)!r},'w').write(str(os.getpid())); time.sleep(600)"
+    spec = tiny_spec(
+        world / "base",
+        world / "images",
+        base={"max_train_steps": 1, "lr_warmup_steps": 0},
+        samples={"prompts": ["a dog"], "steps": 1},
+        evaluate={"command": ["python", "-c", program]},
+    )
+    run_dir = lay_out(tmp_path / "run", spec, cache=world / "cache")
+    process = start()
+    process.begin(run_dir)
+    process.until(lambda: pid_file.exists() and pid_file.read_text() != "")
+
+    process.stdin.close()
+
+    assert process.exit_code() == -signal.SIGKILL
+    child, deadline = int(pid_file.read_text()), time.monotonic() + DEADLINE_S
+    while _alive(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_missing_base_model_is_code_78_and_says_what_to_give(world: Path, tmp_path: Path) -> None:
+    run_dir = lay_out(
+        tmp_path / "run", tiny_spec(tmp_path / "nowhere", world / "images"), cache=world / "cache"
+    )
+
+    assert serve(run_dir, Stop()) == EXIT_BAD_CONFIG
+    assert events(run_dir) == [
+        {
+            "event": "error",
+            "type": "BadInput",
+            "message": f"base model {tmp_path / 'nowhere'}: no such file or folder",
+            "hint": "base.model is a diffusers folder, a single .safetensors file, "
+            "or a hub id such as owner/name",
+        }
+    ]
+
+
+def test_the_trainer_imports_no_ray() -> None:
+    program = "import sys, trainer.process, trainer.attempt, trainer.export; print('ray' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert shown.stdout.strip() == "False"

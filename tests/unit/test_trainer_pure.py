@@ -1,0 +1,174 @@
+"""Randomness, data order, learning rate, objective: what a run's n-th sample and step are."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.config import Base
+from trainer.data import crop, draw, split
+from trainer.encode import fit
+from trainer.objective import add_noise, loss, target
+from trainer.optim import learning_rate
+from trainer.randomness import generator, key
+from trainer.validate import validation_timesteps
+
+
+def numbers(seed: int, purpose: str, n: int) -> list[float]:
+    return torch.randn(4, generator=generator(seed, purpose, n)).tolist()
+
+
+def test_a_generator_depends_on_its_arguments_only() -> None:
+    before = numbers(1, "noise", 5)
+    torch.manual_seed(99)
+    numbers(1, "noise", 4)
+    state = torch.get_rng_state()
+
+    assert numbers(1, "noise", 5) == before
+    assert torch.equal(torch.get_rng_state(), state), "the global generator was touched"
+
+
+def test_seed_purpose_and_number_each_make_another_stream() -> None:
+    streams = [numbers(*k) for k in ((1, "noise", 5), (2, "noise", 5), (1, "crop", 5), (1, "noise", 6))]
+
+    assert len({tuple(stream) for stream in streams}) == 4
+
+
+def test_the_key_of_a_stream_never_changes() -> None:
+    """Another key would silently change what every interrupted run resumes into."""
+    assert key(0, "noise", 0) == 0x1A30FC0F22099EC2
+
+
+def draws(first: int, count: int, **changes: Any) -> list[int]:
+    options = {"images": 5, "views": 2, "caption_dropout": 0.5, "seed": 3, **changes}
+    return [draw(n, **options).image for n in range(first, first + count)]
+
+
+def test_every_epoch_visits_every_image_once_in_an_order_of_its_own() -> None:
+    epochs = [draws(first, 5) for first in range(0, 50, 5)]
+
+    assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 5
+
+
+@given(st.integers(0, 10_000), st.integers(0, 10_000))
+def test_a_sample_does_not_depend_on_the_ones_before_it(n: int, other: int) -> None:
+    options = {"images": 7, "views": 2, "caption_dropout": 0.3, "seed": 1}
+    alone = draw(n, **options)
+    draw(other, **options)
+
+    assert draw(n, **options) == alone
+    assert 0 <= alone.top < 1
+    assert 0 <= alone.left < 1
+
+
+def test_captions_and_flips_come_at_their_rates() -> None:
+    seen = [draw(n, images=9, views=2, caption_dropout=0.2, seed=0) for n in range(2000)]
+
+    assert 0.17 < sum(s.drop_caption for s in seen) / 2000 < 0.23
+    assert 0.46 < Counter(s.view for s in seen)[1] / 2000 < 0.54
+
+
+def test_the_split_is_the_same_for_every_seed_and_leaves_nothing_out() -> None:
+    train, validation = split(10, 3)
+
+    assert sorted(train + validation) == list(range(10))
+    assert (len(train), len(validation)) == (7, 3)
+    assert split(10, 3) == (train, validation)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rates"),
+    [
+        ({}, [1, 1, 1, 1]),
+        ({"lr_warmup_steps": 3}, [1 / 4, 2 / 4, 3 / 4, 1]),
+        ({"lr_scheduler": "linear"}, [1, 3 / 4, 2 / 4, 1 / 4]),
+        ({"lr_scheduler": "linear", "lr_warmup_steps": 2}, [1 / 3, 2 / 3, 1, 1 / 2]),
+        ({"lr_scheduler": "cosine"}, [1, (1 + math.sqrt(0.5)) / 2, 1 / 2, (1 - math.sqrt(0.5)) / 2]),
+        ({"lr_scheduler": "cosine", "lr_warmup_steps": 1}, [1 / 2, 1, 3 / 4, 1 / 4]),
+    ],
+)
+def test_learning_rate(changes: dict[str, Any], rates: list[float]) -> None:
+    base = Base(model="m", max_train_steps=4, learning_rate=2.0, **changes)
+
+    assert [learning_rate(base, step) / 2 for step in range(4)] == pytest.approx(rates)
+
+
+def case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x0, noise = torch.randn(2, 3, 4, 5, 5, generator=generator(0, "test", 0)).double()
+    return x0, noise, torch.tensor([0.9, 0.5, 0.01]).double()
+
+
+def test_the_targets_recover_the_clean_latent() -> None:
+    x0, noise, alpha_bar = case()
+    x_t = add_noise(x0, noise, alpha_bar)
+    a, s = alpha_bar.sqrt().view(3, 1, 1, 1), (1 - alpha_bar).sqrt().view(3, 1, 1, 1)
+
+    v = target(x0, noise, alpha_bar, "v_prediction")
+
+    assert target(x0, noise, alpha_bar, "epsilon") is noise
+    torch.testing.assert_close(a * x_t - s * v, x0)
+    torch.testing.assert_close(s * x_t + a * v, noise)
+
+
+@pytest.mark.parametrize(("kind", "weight"), [("epsilon", lambda r: r), ("v_prediction", lambda r: r + 1)])
+def test_an_error_in_x0_is_weighted_by_the_signal_to_noise_ratio(kind: str, weight: Any) -> None:
+    """|e' - e|² = SNR |x' - x|² and |v' - v|² = (SNR + 1) |x' - x|²."""
+    x0, noise, alpha_bar = case()
+    x_t = add_noise(x0, noise, alpha_bar)
+    guess = x0 + 0.1
+    a, s = alpha_bar.sqrt().view(3, 1, 1, 1), (1 - alpha_bar).sqrt().view(3, 1, 1, 1)
+    implied = target(guess, (x_t - a * guess) / s, alpha_bar, kind)
+
+    error = (implied - target(x0, noise, alpha_bar, kind)).square().mean(dim=(1, 2, 3))
+
+    torch.testing.assert_close(error, weight(alpha_bar / (1 - alpha_bar)) * 0.01)
+
+
+def test_the_loss_is_computed_in_fp32() -> None:
+    half = torch.full((1, 4, 8, 8), 300.0, dtype=torch.float16)
+
+    assert loss(half, torch.zeros_like(half)) == 90_000
+
+
+def test_an_unknown_prediction_type_is_refused() -> None:
+    x0, noise, alpha_bar = case()
+    with pytest.raises(ValueError, match="epsilon or v_prediction, got 'x0'"):
+        target(x0, noise, alpha_bar, "x0")
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "timesteps"), [(1, 1000, [500]), (4, 1000, [125, 375, 625, 875]), (3, 3, [0, 1, 2])]
+)
+def test_validation_timesteps_lie_in_the_middle_of_their_shares(
+    count: int, total: int, timesteps: list[int]
+) -> None:
+    assert validation_timesteps(count, total) == timesteps
+
+
+def test_a_crop_reaches_both_edges_and_no_further() -> None:
+    latents = torch.arange(12).view(1, 2, 6)
+
+    assert crop(latents, 2, 0.0, 0.0).tolist() == [[[0, 1], [6, 7]]]
+    assert crop(latents, 2, 0.999, 0.999).tolist() == [[[4, 5], [10, 11]]]
+
+
+@pytest.mark.parametrize(
+    ("size", "shape", "expected"),
+    [
+        ((100, 50), "square", (32, 32)),
+        ((100, 50), "whole", (64, 32)),
+        ((50, 90), "whole", (32, 56)),
+        ((10, 10), "whole", (32, 32)),
+    ],
+)
+def test_images_are_scaled_by_their_shorter_side(
+    size: tuple[int, int], shape: Any, expected: tuple[int, int]
+) -> None:
+    from PIL import Image
+
+    assert fit(Image.new("RGB", size), 32, shape, 8).size == expected

@@ -1,0 +1,136 @@
+"""An interrupted run ends in the same bytes as one that was never interrupted."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tiny_world import build_base, build_images, tiny_spec
+from support.training import StopAtStep, contents, events, lay_out, newest
+
+from trainer.attempt import run_attempt
+from trainer.config import RunSpec
+from trainer.errors import BadCheckpoint
+from trainer.process import serve
+from trainer.rundir import EXIT_BAD_CHECKPOINT, EXIT_COMPLETE, EXIT_PREEMPTED, RunDir
+from trainer.stop import Stop
+
+Lay = Callable[..., RunDir]
+
+EIGHT_BIT = {"optimizer": "adamw8bit", "adam8bit_min_size": 64}
+"""The tiny adapter's matrices have 32 to 512 elements: most get 8-bit state, some do not."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    build_base(root / "base")
+    build_images(root / "images")
+    return root
+
+
+@pytest.fixture
+def lay(world: Path, tmp_path: Path) -> Lay:
+    def make(name: str, spec: RunSpec, **options: Any) -> RunDir:
+        return lay_out(tmp_path / name, spec, cache=world / "cache", **options)
+
+    return make
+
+
+def spec_of(world: Path, **base: Any) -> RunSpec:
+    return tiny_spec(world / "base", world / "images", base=base)
+
+
+@pytest.mark.parametrize(
+    "base", [{}, EIGHT_BIT, {**EIGHT_BIT, "mixed_precision": "bf16"}], ids=["adamw", "adamw8bit", "bf16"]
+)
+def test_stopped_twice_equals_never_stopped(world: Path, lay: Lay, base: dict[str, Any]) -> None:
+    spec = spec_of(world, **base)
+    straight = lay("straight", spec)
+    assert run_attempt(straight, Stop()) == EXIT_COMPLETE
+
+    first = lay("first", spec)
+    assert run_attempt(first, StopAtStep(first, 1)) == EXIT_PREEMPTED
+    second = lay("second", spec, resume=newest(first))
+    assert run_attempt(second, StopAtStep(second, 4)) == EXIT_PREEMPTED
+    third = lay("third", spec, resume=newest(second))
+    assert run_attempt(third, Stop()) == EXIT_COMPLETE
+
+    assert newest(second).name == "step-000000004"
+    assert contents(newest(third)) == contents(newest(straight))
+    seen = [event for run_dir in (first, second, third) for event in events(run_dir, "step")]
+    assert without_times(seen) == without_times(events(straight, "step"))
+
+
+def without_times(seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in event.items() if key != "step_s"} for event in seen]
+
+
+def test_eight_bit_state_is_really_used(world: Path, lay: Lay) -> None:
+    from safetensors import safe_open
+
+    run_dir = lay("run", spec_of(world, max_train_steps=2, **EIGHT_BIT))
+    run_attempt(run_dir, Stop())
+
+    with safe_open(newest(run_dir) / "optimizer.safetensors", framework="pt") as file:
+        pieces = {(name.rpartition("#")[2], file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
+    assert {("state1", "U8"), ("state1", "F32"), ("absmax1", "F32"), ("qmap2", "F32")} <= pieces
+
+
+def test_checkpoint_policy_and_an_interval_do_not_change_the_result(world: Path, lay: Lay) -> None:
+    spec = spec_of(world, max_train_steps=4)
+    rare, often = lay("rare", spec), lay("often", spec, every_steps=1)
+    for run_dir in (rare, often):
+        assert run_attempt(run_dir, Stop()) == EXIT_COMPLETE
+
+    assert contents(newest(rare)) == contents(newest(often))
+    saved = [event["step"] for event in events(often, "checkpoint")]
+    assert saved[0] == 1
+    assert saved[-1] == 4
+
+
+def test_a_checkpoint_of_the_last_step_leads_straight_to_the_final_part(world: Path, lay: Lay) -> None:
+    spec = spec_of(world, max_train_steps=3)
+    straight = lay("straight", spec)
+    run_attempt(straight, Stop())
+    stopped = lay("stopped", spec)
+    assert run_attempt(stopped, StopAtStep(stopped, 3)) == EXIT_PREEMPTED
+    again = lay("again", spec, resume=newest(stopped))
+    assert run_attempt(again, Stop()) == EXIT_COMPLETE
+
+    assert events(again, "step") == []
+    assert contents(newest(again)) == contents(newest(straight))
+
+
+def test_a_flipped_bit_in_the_checkpoint_is_code_65(world: Path, lay: Lay) -> None:
+    spec = spec_of(world, max_train_steps=2)
+    run_dir = lay("run", spec)
+    run_attempt(run_dir, Stop())
+    adapter = newest(run_dir) / "adapter.safetensors"
+    body = bytearray(adapter.read_bytes())
+    body[-1] ^= 1
+    adapter.write_bytes(body)
+
+    again = lay("again", spec, resume=newest(run_dir))
+
+    assert serve(again, Stop()) == EXIT_BAD_CHECKPOINT
+    assert "adapter.safetensors: sha256 is" in events(again, "error")[0]["message"]
+
+
+def test_a_checkpoint_of_another_rank_is_refused(world: Path, lay: Lay) -> None:
+    run_dir = lay("run", spec_of(world, max_train_steps=1, lr_warmup_steps=0))
+    run_attempt(run_dir, Stop())
+    other = lay("other", spec_of(world, rank=2), resume=newest(run_dir))
+
+    with pytest.raises(BadCheckpoint, match=r"has shape \[4, 8\], expected \[2, 8\]"):
+        run_attempt(other, Stop())
+
+
+def test_a_seed_decides_the_adapter(world: Path, lay: Lay) -> None:
+    ends = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run_dir = lay(name, spec_of(world, max_train_steps=2, seed=seed))
+        run_attempt(run_dir, Stop())
+        ends.append(contents(newest(run_dir))["adapter.safetensors"])
+
+    assert ends[0] == ends[1] != ends[2]

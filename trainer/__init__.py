@@ -1,0 +1,1 @@
+"""Turns a RunSpec into an adapter. Knows neither the orchestrator nor Ray."""

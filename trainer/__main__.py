@@ -1,0 +1,214 @@
+"""``python -m trainer``: one run without any cluster, and the conversions that need torch.
+
+    python -m trainer run --spec run.json --store file:///srv/loras --run-id cat
+    python -m trainer export --checkpoint DIR --spec run.json --out DIR --to diffusers
+    python -m trainer sample --spec run.json [--checkpoint DIR] --out DIR
+
+``run`` claims the run's next attempt in its log, so that killing it and starting it again resumes it, here or
+on another machine, exactly as the orchestrator would.
+"""
+
+import contextlib
+import secrets
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from pydantic import ValidationError
+
+from storage import layout
+from storage.errors import Fenced, StorageError
+from storage.log import run_log
+from storage.object_store import ObjectStore
+from storage.probe import race_probe
+from storage.records import Claimed, Ended, EndReason, Finished, Outcome, Quarantined, Record
+from storage.run_state import RunState
+from storage.url import open_store
+
+from .config import RunSpec
+from .rundir import (
+    EXIT_BAD_CHECKPOINT,
+    EXIT_BAD_CONFIG,
+    EXIT_COMPLETE,
+    CheckpointPolicy,
+    Options,
+    end_reason,
+)
+from .supervisor import Assignment, Progress, Supervisor
+
+if TYPE_CHECKING:
+    from .export import Form
+
+spec_option = click.option(
+    "--spec", "spec_path", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True
+)
+out_option = click.option("--out", type=click.Path(path_type=Path), required=True)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Train, export or sample one run, without a cluster."""
+
+
+@main.command()
+@spec_option
+@click.option("--store", "store_url", required=True, help="s3://bucket/prefix?endpoint=… or file:///folder")
+@click.option("--run-id", default="run", show_default=True, help="The run's name in the store.")
+@click.option("--every-steps", type=click.IntRange(min=1), help="Steps between checkpoints.")
+@click.option(
+    "--every-s",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Seconds between checkpoints; 120 if neither is given.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch.")
+@click.option("--grace-s", type=float, default=25.0, show_default=True, help="From SIGTERM to SIGKILL.")
+def run(
+    spec_path: Path,
+    store_url: str,
+    run_id: str,
+    every_steps: int | None,
+    every_s: float | None,
+    threads: int | None,
+    grace_s: float,
+) -> None:
+    """Train one run to its end, resuming from its newest checkpoint in the store."""
+    spec = _spec(spec_path)
+    policy = CheckpointPolicy(every_steps=every_steps, every_s=every_s if every_s or every_steps else 120.0)
+    options = Options(checkpoint=policy, threads=threads)
+    try:
+        layout.check_name("run", run_id)
+        code = _run(open_probed(store_url), run_id, spec, options, grace_s)
+    except StorageError as error:
+        raise click.ClickException(f"{store_url}: {error}") from error
+    sys.exit(code)
+
+
+@main.command()
+@click.option("--checkpoint", type=click.Path(exists=True, path_type=Path), required=True)
+@spec_option
+@out_option
+@click.option(
+    "--to", "form", type=click.Choice(["diffusers", "kohya"]), default="diffusers", show_default=True
+)
+def export(checkpoint: Path, spec_path: Path, out: Path, form: "Form") -> None:
+    """Write a checkpoint's LoRA as a file that other programs load, verify it, and print its path."""
+    from .export import export_adapter, verify_export
+
+    spec = _spec(spec_path)
+    written = export_adapter(checkpoint, spec, out, form)
+    click.echo(verify_export(written, spec, checkpoint), err=True)
+    click.echo(written)
+
+
+@main.command()
+@spec_option
+@click.option(
+    "--checkpoint", type=click.Path(exists=True, path_type=Path), help="Without it: the base model."
+)
+@out_option
+def sample(spec_path: Path, checkpoint: Path | None, out: Path) -> None:
+    """Draw the spec's sample images from a checkpoint, or from the base model."""
+    from .sample import sample_images
+
+    sample_images(_spec(spec_path), checkpoint, out)
+    click.echo(out)
+
+
+def open_probed(store_url: str) -> ObjectStore:
+    """Open a store, whose create-only is used if it holds: somebody may have started the same run twice."""
+    store = open_store(store_url)
+    probed = race_probe(store)
+    if probed.atomic:
+        return store
+    click.echo(f"{store_url}: never start the same run twice at once here: {probed.reason}", err=True)
+    return open_store(store_url, check_then_put=True)
+
+
+def _run(store: ObjectStore, run_id: str, spec: RunSpec, options: Options, grace_s: float) -> int:
+    if not store.create(layout.run_spec(run_id), spec.model_dump_json().encode()):
+        known = RunSpec.model_validate_json(store.get(layout.run_spec(run_id)))
+        if known != spec:
+            raise click.ClickException(
+                f"run {run_id} is in the store with another spec: give another --run-id"
+            )
+    log = run_log(store, run_id)
+    state = log.refresh()
+    if state.finished:
+        click.echo(f"{run_id} is over: {state.finished.outcome}", err=True)
+        return EXIT_COMPLETE if state.outcome is Outcome.SUCCEEDED else 1
+    if state.running:  # whoever held it is not us, and a person started us in its place
+        detail = "replaced by hand"
+        log.append(
+            Ended(attempt=state.attempt, reason=EndReason.SUPERSEDED, detail=detail, step=0, at=time.time())
+        )
+    claimed = Claimed(
+        attempt=state.attempt + 1,
+        incarnation=secrets.token_hex(4),
+        node="local",
+        slot=f"pid-{secrets.token_hex(3)}",
+        at=time.time(),
+    )
+    log.append(claimed)
+    with tempfile.TemporaryDirectory() as scratch:
+        supervisor = Supervisor(
+            store,
+            Assignment(run_id=run_id, attempt=claimed.attempt, incarnation=claimed.incarnation),
+            spec,
+            options,
+            scratch=Path(scratch),
+            append=log.append,
+        )
+        signal.signal(signal.SIGTERM, lambda number, frame: supervisor.stop(grace_s))
+        signal.signal(signal.SIGINT, lambda number, frame: supervisor.stop(grace_s))
+        progress = supervisor.run()
+    if progress.error:
+        click.echo(progress.error, err=True)
+    with contextlib.suppress(Fenced):
+        for record in _end(log.refresh(), claimed.attempt, progress):
+            log.append(record)
+    complete = log.state.outcome is Outcome.SUCCEEDED
+    code = progress.exit_code or EXIT_COMPLETE
+    return EXIT_COMPLETE if complete else code if code > 0 else 1
+
+
+def _end(state: RunState, attempt: int, progress: Progress) -> tuple[Record, ...]:
+    """Return the records with which a run, or only this attempt of it, is over."""
+    now, code = time.time(), progress.exit_code or EXIT_COMPLETE
+    if state.running is None or state.attempt != attempt:
+        return ()  # somebody else goes on with it
+    if code == EXIT_COMPLETE and state.result:
+        return (Finished(outcome=Outcome.SUCCEEDED, step=state.result.step, at=now),)
+    if code == EXIT_BAD_CONFIG:
+        return (Finished(outcome=Outcome.FAILED, detail=progress.error, step=progress.step, at=now),)
+    ended = Ended(
+        attempt=attempt,
+        reason=end_reason(code),
+        detail=progress.error,
+        step=progress.step,
+        exit_code=code,
+        step_s=progress.step_s,
+        at=now,
+    )
+    if code == EXIT_BAD_CHECKPOINT and state.newest and state.running.committed_step is None:
+        return (Quarantined(checkpoint=state.newest.ref, reason=progress.error, at=now), ended)
+    return (ended,)
+
+
+def _spec(path: Path) -> RunSpec:
+    try:
+        return RunSpec.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+            for problem in error.errors()
+        )
+        click.echo(f"{path}: {problems}", err=True)
+        sys.exit(EXIT_BAD_CONFIG)
+
+
+if __name__ == "__main__":
+    main()

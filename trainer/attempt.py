@@ -1,0 +1,141 @@
+"""One attempt at a run, in this process: prepare, wait for the order to start, restore, train.
+
+Preparing needs no checkpoint, so it overlaps with fetching one. Nothing is lost by dying before the first
+step; until then a stop ends the process at once.
+"""
+
+import time
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from .cache import Cache, default_cache_dir
+from .config import RunSpec
+from .data import TrainingSet, split
+from .dataset_files import Example, dataset_digest, held_out, scan
+from .encode import encode_images, encode_texts
+from .errors import BadCheckpoint, BadInput
+from .families import load_family
+from .loop import Loop, Parts
+from .methods import attach
+from .model_files import model_digest
+from .optim import build_optimizer
+from .randomness import make_deterministic
+from .rundir import Options, RunDir, StartOrder
+from .sample import sample_texts
+from .snapshot import Progress, load_checkpoint
+from .stop import Stop
+
+_POLL_S = 0.02
+
+
+def run_attempt(run_dir: RunDir, stop: Stop) -> int:
+    """Train the run of a run directory and return the exit code of ``trainer.rundir``.
+
+    Raises:
+        TrainerError: Whatever ended the attempt; its ``exit_code`` says what that means.
+    """
+    parts = prepare(run_dir, stop)
+    order = wait_for_order(run_dir)
+    progress = Progress()
+    if order.resume is not None:
+        progress = load_checkpoint(run_dir.root / order.resume, parts.method, parts.optimizer)
+        if progress.step > parts.spec.base.max_train_steps:
+            raise BadCheckpoint(
+                f"the checkpoint is at step {progress.step}, "
+                f"the run ends at {parts.spec.base.max_train_steps}"
+            )
+    stop.exit_at_once = False
+    return Loop(parts, progress).run()
+
+
+def prepare(run_dir: RunDir, stop: Stop) -> Parts:
+    """Load the base model, encode the data, attach the adapter: all that does not depend on a checkpoint.
+
+    Raises:
+        BadInput: The spec, the data or the base model are wrong.
+        BaseUnavailable: The hub did not answer.
+    """
+    spec, options = read_spec(run_dir), read_options(run_dir)
+    make_deterministic(options.threads)
+    cache_dir = Path(options.cache_dir).expanduser() if options.cache_dir else None
+    examples = read_dataset(spec)
+    check_base(spec)
+    family = load_family(spec.base, cache_dir / "hub" if cache_dir else None)
+    if spec.base.resolution % family.latent_pixels:
+        raise BadInput(
+            f"base.resolution {spec.base.resolution} is not a multiple of {family.latent_pixels}, "
+            f"the pixels of a latent of {spec.base.model}"
+        )
+    cache = Cache(cache_dir or default_cache_dir())
+    text = encode_texts(family, cache, ["", *(example.caption for example in examples), *sample_texts(spec)])
+    images = encode_images(family, cache, examples, spec)
+    family.rest_encoders()
+    train, validation = split(len(images), held_out(len(images), spec.dataset.val_fraction))
+    method = attach(spec.base, family)
+    return Parts(
+        spec=spec,
+        options=options,
+        run_dir=run_dir,
+        family=family,
+        method=method,
+        optimizer=build_optimizer(spec.base, method.parameters),
+        training=TrainingSet(
+            [images[index] for index in train],
+            text,
+            spec.dataset,
+            side=spec.base.resolution // family.latent_pixels,
+            timesteps=len(family.alpha_bar_T),
+            seed=spec.base.seed,
+        ),
+        validation=[images[index] for index in validation],
+        text=text,
+        stop=stop,
+    )
+
+
+def read_spec(run_dir: RunDir) -> RunSpec:
+    try:
+        return RunSpec.model_validate_json(run_dir.spec.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise BadInput(f"{run_dir.spec}: {error}") from error
+
+
+def read_options(run_dir: RunDir) -> Options:
+    try:
+        return Options.model_validate_json(run_dir.options.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise BadInput(f"{run_dir.options}: {error}") from error
+
+
+def read_dataset(spec: RunSpec) -> list[Example]:
+    """Return the examples of the run's dataset, which must be the one that was submitted."""
+    folder = Path(spec.dataset.path).expanduser()
+    examples = scan(spec.dataset, folder)
+    if spec.dataset.digest and (actual := dataset_digest(folder)) != spec.dataset.digest:
+        raise BadInput(
+            f"dataset {folder} has digest {actual[:12]}, the run was submitted with "
+            f"{spec.dataset.digest[:12]}: its files differ from those at submission",
+            "restore them, or submit a new sweep",
+        )
+    return examples
+
+
+def check_base(spec: RunSpec) -> None:
+    """Make sure that a local base model is the one that was submitted: a resumed run would mix two."""
+    path = Path(spec.base.model).expanduser()
+    if spec.base.digest and path.exists() and (actual := model_digest(path)) != spec.base.digest:
+        raise BadInput(
+            f"base model {path} has digest {actual[:12]}, the run was submitted with "
+            f"{spec.base.digest[:12]}: its files differ from those at submission",
+            "restore them, or submit a new sweep",
+        )
+
+
+def wait_for_order(run_dir: RunDir) -> StartOrder:
+    while not run_dir.start.exists():
+        time.sleep(_POLL_S)
+    try:
+        return StartOrder.model_validate_json(run_dir.start.read_bytes())
+    except ValidationError as error:
+        raise BadInput(f"{run_dir.start}: {error}") from error

@@ -1,0 +1,45 @@
+"""What can end a training process. The only question a class answers: would trying again help?
+
+TrainerError
+├── BadInput          the spec, the data or the base model are wrong      no                       exit 78
+├── BadCheckpoint     the checkpoint to resume from cannot be used        with an earlier one      exit 65
+├── BaseUnavailable   the hub did not answer                              yes                      exit 1
+├── Diverged          loss or gradient is not finite                      seldom: the retry rule decides
+└── EvaluationFailed  the evaluate command did not give scores            perhaps                  exit 1
+"""
+
+from .rundir import EXIT_BAD_CHECKPOINT, EXIT_BAD_CONFIG
+
+
+class TrainerError(Exception):
+    """Anything this package raises on purpose. ``hint`` says what to do next."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class BadInput(TrainerError):
+    """The spec, the data or the base model are wrong: no retry can help."""
+
+    exit_code = EXIT_BAD_CONFIG
+
+
+class BadCheckpoint(TrainerError):
+    """The checkpoint to resume from is damaged or belongs to something else."""
+
+    exit_code = EXIT_BAD_CHECKPOINT
+
+
+class BaseUnavailable(TrainerError):
+    """The base model could not be fetched now."""
+
+
+class Diverged(TrainerError):
+    """The loss or its gradient is infinite or not a number; the adapter was not touched by it."""
+
+
+class EvaluationFailed(TrainerError):
+    """The evaluate command failed, timed out, or printed no scores."""

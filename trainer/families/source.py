@@ -1,0 +1,133 @@
+"""Where a base model comes from: a hub id, a diffusers folder or a single ``.safetensors`` file.
+
+Only safetensors weights are read and no code that ships with a model is run. Foreign errors of loading are
+translated here, once.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers.utils import logging as transformers_logging
+
+from ..config import Base
+from ..errors import BadInput, BaseUnavailable
+
+WHERE = "base.model is a diffusers folder, a single .safetensors file, or a hub id such as owner/name"
+OFFLINE_CONFIG = (
+    "a single file holds weights only: put a folder of the same name without .safetensors beside it, with "
+    "the configuration and tokenizer of its family (a diffusers folder without weights), or allow the hub"
+)
+
+
+def load_pipeline(base: Base, pipeline_class: Any, hub_cache: Path | None) -> Any:
+    """Return the model as a diffusers pipeline of this class, without safety checker, on the CPU.
+
+    Raises:
+        BadInput, BaseUnavailable
+    """
+    _quiet_libraries()
+    path = Path(base.model).expanduser()
+    if path.is_file():
+        return _load_file(path, pipeline_class, hub_cache)
+    if path.is_dir():
+        return _load_folder(str(path), pipeline_class, base, {})
+    if base.model.startswith((".", "/", "~")) or base.model.endswith(".safetensors"):
+        raise BadInput(f"base model {base.model}: no such file or folder", WHERE)
+    _probe_hub(base, hub_cache)
+    where = {"revision": base.revision, "cache_dir": hub_cache}
+    return _load_folder(base.model, pipeline_class, base, where)
+
+
+def _quiet_libraries() -> None:
+    """Errors reach us as exceptions; progress bars and advice would only fill the run's log."""
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def _load_folder(name: str, pipeline_class: Any, base: Base, where: dict[str, Any]) -> Any:
+    try:
+        found = pipeline_class.load_config(name, **where).get("_class_name")
+        if found != pipeline_class.__name__:
+            raise BadInput(
+                f"base model {base.model} is a {found}; only {pipeline_class.__name__} can be trained",
+                "choose a Stable Diffusion 1.x model",
+            )
+        return pipeline_class.from_pretrained(
+            name,
+            use_safetensors=True,
+            safety_checker=None,
+            feature_extractor=None,
+            image_encoder=None,
+            requires_safety_checker=False,
+            **where,
+        )
+    except (ConnectionError, TimeoutError) as error:
+        raise _unavailable(base.model, error) from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        # What diffusers and transformers raise for a missing, damaged or pickled component.
+        raise BadInput(f"base model {base.model} cannot be loaded: {error}", WHERE) from error
+
+
+def _load_file(path: Path, pipeline_class: Any, hub_cache: Path | None) -> Any:
+    if path.suffix != ".safetensors":
+        raise BadInput(f"base model {path}: only .safetensors files are read, never pickles", WHERE)
+    config = path.with_suffix("")
+    where: dict[str, Any] = {"config": str(config)} if config.is_dir() else {"cache_dir": hub_cache}
+    try:
+        return pipeline_class.from_single_file(
+            str(path), safety_checker=None, feature_extractor=None, requires_safety_checker=False, **where
+        )
+    except LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE:
+            raise BadInput(f"base model {path}: HF_HUB_OFFLINE is set", OFFLINE_CONFIG) from error
+        raise BaseUnavailable(
+            f"base model {path}: the hub did not answer: {error}", OFFLINE_CONFIG
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        hint = WHERE if config.is_dir() else OFFLINE_CONFIG
+        raise BadInput(f"base model {path} cannot be loaded: {error}", hint) from error
+
+
+def _probe_hub(base: Base, hub_cache: Path | None) -> None:
+    """Ask for the smallest file first: its errors are precise, those of loading a pipeline are not."""
+    name = f"base model {base.model}" + (f" at revision {base.revision}" if base.revision else "")
+    try:
+        hf_hub_download(base.model, "model_index.json", revision=base.revision, cache_dir=hub_cache)
+    except GatedRepoError as error:
+        raise BadInput(
+            f"{name} is gated", "accept its licence on huggingface.co, then `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise BadInput(f"{name}: the hub has no such revision", "base.revision is a commit") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise BadInput(f"{name}: neither a local path nor a model on the hub", WHERE) from error
+    except LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE:
+            raise BadInput(
+                f"{name} is neither a local path nor in the local hub cache, and HF_HUB_OFFLINE is set",
+                "download it first with `hf download`, or give a local folder",
+            ) from error
+        raise _unavailable(base.model, error) from error
+    except EntryNotFoundError as error:
+        raise BadInput(f"{name} has no model_index.json: not a diffusers model", WHERE) from error
+    except Exception as error:  # whatever the HTTP library of the day raises
+        raise _unavailable(base.model, error) from error
+
+
+def _unavailable(model: str, error: Exception) -> BaseUnavailable:
+    return BaseUnavailable(
+        f"base model {model} is not a local path, and the hub did not answer: "
+        f"{type(error).__name__}: {error}",
+        "give a local diffusers folder, or check this node's network",
+    )

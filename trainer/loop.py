@@ -1,0 +1,251 @@
+"""The step loop: from the progress of a checkpoint, or from nothing, to the final checkpoint.
+
+    step ─► validation and samples, where due ─► checkpoint, where due ─► … ─► final checkpoint, with metrics
+
+A stop is obeyed after the step in flight: state saved, exit 75. The clock decides when a checkpoint is taken,
+never what is in it. The loop knows neither the family nor the method that it trains.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import Evaluate, RunSpec
+from .data import Batch, EncodedImage, TrainingSet
+from .errors import Diverged, EvaluationFailed
+from .evaluate import evaluate
+from .families import Family
+from .methods import Method
+from .objective import add_noise, loss, target
+from .optim import learning_rate, set_learning_rate
+from .randomness import seed_layers
+from .rundir import EXIT_COMPLETE, EXIT_PREEMPTED, Options, RunDir, append_event
+from .sample import draw_images, write_samples
+from .snapshot import CheckpointWriter, Progress
+from .stop import Stop, Stopped
+from .validate import METRIC, validation_loss
+
+LOSS_WINDOW = 100
+"""Steps that the reported training loss averages over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Everything the loop works with, ready to go."""
+
+    spec: RunSpec
+    options: Options
+    run_dir: RunDir
+    family: Family
+    method: Method
+    optimizer: torch.optim.Optimizer
+    training: TrainingSet
+    validation: list[EncodedImage]
+    text: Mapping[str, Tensor]
+    """States (L, D) of every caption and prompt."""
+    stop: Stop
+
+
+class Loop:
+    """One attempt's training."""
+
+    def __init__(self, parts: Parts, progress: Progress) -> None:
+        self.parts = parts
+        self.progress = progress
+        self._base = parts.spec.base
+        self._parameters = list(parts.method.parameters.values())
+        self._resumed_step = self._saved_step = progress.step
+        self._saved_at = time.monotonic()
+        self._metrics: dict[str, float] = {}
+        self._writer = CheckpointWriter(
+            parts.run_dir.checkpoints, parts.method, parts.optimizer, self._on_written
+        )
+        fp16 = self._base.mixed_precision == "fp16"
+        self._scaler = torch.amp.GradScaler(parts.family.device.type, enabled=fp16)
+        if progress.scaler:
+            self._scaler.load_state_dict(dict(progress.scaler))
+
+    def run(self) -> int:
+        """Train to the end or to a stop, and return the exit code.
+
+        Raises:
+            Diverged: The loss or its gradient is not finite.
+            EvaluationFailed: The evaluate command gave no scores.
+        """
+        try:
+            self._train()
+            self._finish()
+        except Stopped:
+            return self._preempted()
+        finally:
+            self._writer.wait()
+        self._event("complete")
+        return EXIT_COMPLETE
+
+    def _train(self) -> None:
+        self.parts.family.denoiser.train()
+        self._sample_if_due()  # the checkpoint was taken before its step's samples
+        while self.progress.step < self._base.max_train_steps:
+            self.parts.stop.check()
+            self._step()
+            self._validate_if_due()
+            self._save_if_due()
+            self._sample_if_due()
+
+    def _step(self) -> None:
+        began, step = time.monotonic(), self.progress.step
+        set_learning_rate(self.parts.optimizer, rate := learning_rate(self._base, step))
+        mean_loss = self._accumulate(step)
+        self._update(mean_loss, step)
+        done = step + 1
+        share = 1 / min(done, LOSS_WINDOW)
+        self._metrics = {}
+        self.progress = self.progress.model_copy(
+            update={
+                "step": done,
+                "train_loss": (1 - share) * self.progress.train_loss + share * mean_loss,
+                "scaler": self._scaler.state_dict() or None,
+            }
+        )
+        if step == self._resumed_step:
+            self._event("started", step=step)
+        self._event(
+            "step",
+            loss=mean_loss,
+            lr=rate,
+            step_s=time.monotonic() - began,
+            first_sample=step * self._base.samples_per_step,
+        )
+
+    def _accumulate(self, step: int) -> float:
+        """Add up the gradients of one step's samples and return their mean loss."""
+        passes, size = self._base.gradient_accumulation_steps, self._base.train_batch_size
+        total = torch.zeros((), device=self.parts.family.device)
+        for micro in range(passes):
+            n = step * passes + micro
+            batch = self.parts.training.batch(n * size, size)
+            seed_layers(self._base.seed, "dropout", n)
+            mean_loss = self._loss(batch) / passes
+            self._scaler.scale(mean_loss).backward()  # type: ignore[no-untyped-call]
+            total += mean_loss.detach()
+        return float(total)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        family = self.parts.family
+        x0, noise, timesteps, text = (part.to(family.device, non_blocking=True) for part in batch)
+        alpha_bar = family.alpha_bar_T[timesteps]
+        predicted = family.predict(add_noise(x0, noise, alpha_bar), timesteps, text)
+        return loss(predicted, target(x0, noise, alpha_bar, family.prediction_type))
+
+    def _update(self, mean_loss: float, step: int) -> None:
+        """Clip the gradient and let the optimizer move, unless that would put NaN into the adapter."""
+        optimizer = self.parts.optimizer
+        self._scaler.unscale_(optimizer)
+        limit = math.inf if self._base.max_grad_norm is None else self._base.max_grad_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, limit))
+        overflow = self._scaler.is_enabled() and not math.isfinite(norm)  # fp16: the scaler skips this step
+        if not math.isfinite(mean_loss) or not (math.isfinite(norm) or overflow):
+            raise Diverged(
+                f"step {step + 1}: loss {mean_loss}, gradient norm {norm}",
+                "lower base.learning_rate, or set base.max_grad_norm",
+            )
+        self._scaler.step(optimizer)
+        self._scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _validate_if_due(self) -> None:
+        if self._due(self.parts.spec.validation.every):
+            self._validate()
+
+    def _sample_if_due(self) -> None:
+        samples = self.parts.spec.samples
+        if samples and self._due(samples.every) and self.progress.sampled_step < self.progress.step:
+            self._sample()
+
+    def _save_if_due(self) -> None:
+        policy, step = self.parts.options.checkpoint, self.progress.step
+        by_step = policy.every_steps is not None and self._due(policy.every_steps)
+        by_time = policy.every_s is not None and time.monotonic() - self._saved_at >= policy.every_s
+        # While the last one is still being written a newer one may as well wait: training goes on.
+        if (by_step or by_time) and step < self._base.max_train_steps and not self._writer.busy:
+            self._save()
+
+    def _due(self, every: int) -> bool:
+        """Whether something done every so many steps is due now. The end has its own turn."""
+        step = self.progress.step
+        return bool(every) and step > 0 and step % every == 0 and step < self._base.max_train_steps
+
+    def _validate(self) -> None:
+        parts = self.parts
+        if not parts.validation:
+            return
+        value = validation_loss(
+            parts.family,
+            parts.validation,
+            parts.text,
+            resolution=self._base.resolution,
+            timesteps=parts.spec.validation.timesteps,
+            stop=parts.stop,
+        )
+        if not math.isfinite(value):
+            raise Diverged(f"step {self.progress.step}: {METRIC} is {value}", "lower base.learning_rate")
+        self._metrics[METRIC] = value
+        self._event("validation", **{METRIC: value})
+
+    def _sample(self) -> Path:
+        parts, step = self.parts, self.progress.step
+        images = draw_images(parts.family, parts.spec, parts.text, parts.stop)
+        folder = write_samples(parts.run_dir.samples, step, images)
+        self.progress = self.progress.model_copy(update={"sampled_step": step})
+        self._event("samples", folder=folder.name)
+        return folder
+
+    def _save(self, *, final: bool = False) -> None:
+        metrics = {"train/loss": self.progress.train_loss, **self._metrics}
+        self._writer.snapshot(self.progress, metrics=metrics, final=final)
+        self._saved_step, self._saved_at = self.progress.step, time.monotonic()
+
+    def _finish(self) -> None:
+        """Validate, sample and score the finished adapter; then write the final checkpoint."""
+        spec = self.parts.spec
+        if self.progress.step == self._resumed_step:
+            self._event("started")
+        self._validate()
+        if spec.samples:
+            samples = self._sample()
+            if spec.evaluate:
+                found = self._evaluate(spec.evaluate, samples)
+                self._event("score", scores=found)
+                self._metrics |= found
+        self._save(final=True)
+        self._writer.wait()
+
+    def _evaluate(self, evaluation: Evaluate, samples: Path) -> dict[str, float]:
+        try:
+            return evaluate(evaluation, samples, self.parts.stop)
+        except EvaluationFailed:
+            self._save_progress()  # another attempt need only evaluate
+            raise
+
+    def _save_progress(self) -> None:
+        """Write what no checkpoint holds yet, and wait for it."""
+        if self.progress.step > self._saved_step:
+            self._save()
+        self._writer.wait()
+
+    def _preempted(self) -> int:
+        self._save_progress()
+        self._event("preempted")
+        return EXIT_PREEMPTED
+
+    def _on_written(self, step: int, stall_s: float, write_s: float) -> None:
+        append_event(self.parts.run_dir.events, "checkpoint", step=step, stall_s=stall_s, write_s=write_s)
+
+    def _event(self, event: str, **fields: Any) -> None:
+        append_event(self.parts.run_dir.events, event, **{"step": self.progress.step, **fields})

@@ -1,0 +1,132 @@
+"""The contract between a training process and whoever supervises it: files, signals, exit codes.
+
+    <run directory>/
+      spec.json        the RunSpec
+      options.json     Options: what does not change the result
+      start.json       appears by rename once the checkpoint to resume from is there: StartOrder
+      resume/          that checkpoint
+      checkpoints/     step-000000100/ appears by rename, complete, with a manifest.json
+      samples/         step-000000100/ appears by rename: images and index.json
+      events.jsonl     one JSON object a line, see Event
+      log.txt          stdout and stderr
+
+The training process is started as ``python -m trainer.process``, reads one line from stdin, the run
+directory, and kills its own process group when stdin reaches its end: it cannot outlive its supervisor.
+SIGTERM means: finish the step, checkpoint, exit 75. Imports no torch.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from storage.records import EndReason
+
+from .config import Frozen
+
+EXIT_COMPLETE = 0
+"""The final checkpoint is written."""
+EXIT_PREEMPTED = 75
+"""Asked to stop; state saved."""
+EXIT_BAD_CONFIG = 78
+"""No retry can help: the spec, the data or the base model are wrong."""
+EXIT_BAD_CHECKPOINT = 65
+"""The checkpoint to resume from cannot be used; an earlier one may."""
+
+EXIT_STORE_UNREACHABLE = 69
+"""Said by the supervisor: what the attempt needed, or had saved, did not get from or to the store."""
+
+EVENTS_FILE = "events.jsonl"
+LOG_FILE = "log.txt"
+
+
+def end_reason(code: int) -> EndReason:
+    """What an attempt's exit code, negative for a signal, says about why it ended."""
+    if code < 0:
+        return EndReason.KILLED
+    return {
+        EXIT_PREEMPTED: EndReason.DRAINED,
+        EXIT_BAD_CHECKPOINT: EndReason.CKPT_INVALID,
+        EXIT_BAD_CONFIG: EndReason.BAD_CONFIG,
+        EXIT_STORE_UNREACHABLE: EndReason.STORAGE_DOWN,
+    }.get(code, EndReason.APP_ERROR)
+
+
+class CheckpointPolicy(Frozen):
+    """When a run saves itself. Whichever of the two comes first."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    every_s: float | None = Field(default=120.0, gt=0)
+
+
+class Options(Frozen):
+    """How this attempt runs, on this node. None of it changes the bytes of the result, except ``threads``."""
+
+    checkpoint: CheckpointPolicy = CheckpointPolicy()
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of torch. Sums are split by thread, so runs are bit-identical only at an equal number."""
+    cache_dir: str | None = None
+    """Where latents, text embeddings and hub files are kept on this node."""
+
+
+class StartOrder(Frozen):
+    """What the process waits for before its first step."""
+
+    resume: str | None
+    """Directory of a verified checkpoint, relative to the run directory; None: from the beginning."""
+
+
+class RunDir:
+    """Paths of one run directory, and the few files both sides read and write."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.spec = root / "spec.json"
+        self.options = root / "options.json"
+        self.start = root / "start.json"
+        self.resume = root / "resume"
+        self.checkpoints = root / "checkpoints"
+        self.samples = root / "samples"
+        self.events = root / EVENTS_FILE
+        self.log = root / LOG_FILE
+
+    def order_start(self, order: StartOrder) -> None:
+        """Release the waiting process."""
+        temporary = self.start.with_suffix(".tmp")
+        temporary.write_text(order.model_dump_json())
+        os.replace(temporary, self.start)
+
+
+def append_event(path: Path, event: str, **fields: Any) -> None:
+    """Append one event: ``started step checkpoint validation samples score preempted complete error``.
+
+    ``started`` carries ``step`` (resumed from); ``step`` carries ``step``, ``loss``, ``lr``, ``step_s``;
+    ``checkpoint`` carries ``step``, ``stall_s``; ``error`` carries ``type``, ``message``, ``hint``.
+    One write of one line: a reader never sees two lines mixed.
+    """
+    line = json.dumps({"event": event, **fields}, allow_nan=True) + "\n"
+    with path.open("ab", buffering=0) as file:
+        file.write(line.encode())
+
+
+def read_events(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (offset after the line, event) for each complete line from ``offset`` on.
+
+    A line that is no event, as a full disk leaves them, is passed over.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            with contextlib.suppress(ValueError):
+                event = json.loads(line)
+                if isinstance(event, dict):
+                    yield offset, event

@@ -1,0 +1,161 @@
+"""Sample images: DPM-Solver multistep with classifier-free guidance, one generator per image.
+
+An image is decided by prompt, seed and weights: seeds of a prompt are drawn together only for speed. A seed
+gives the same starting noise as ``torch.Generator().manual_seed(seed)`` in diffusers.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from storage.local import remove_stale, step_dir, temporary_dir
+
+from .cache import Cache, default_cache_dir
+from .config import RunSpec, Samples
+from .dataset_files import fill_trigger
+from .encode import encode_texts
+from .errors import BadCheckpoint, BadInput
+from .families import Family, load_family
+from .methods import attach, restore
+from .snapshot import ADAPTER, read_adapter, read_progress
+from .stop import Stop
+from .validate import evaluating
+
+INDEX = "index.json"
+_TOGETHER = 8
+"""Images of one prompt that are denoised together."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleImage:
+    prompt: str
+    seed: int
+    image: Image.Image
+
+
+def prompts(spec: RunSpec) -> list[str]:
+    """The prompts of a run as the model sees them, ``[trigger]`` replaced."""
+    return [fill_trigger(p, spec.dataset.trigger) for p in spec.samples.prompts] if spec.samples else []
+
+
+def sample_texts(spec: RunSpec) -> list[str]:
+    """Every text that must be encoded to draw a run's samples."""
+    return [*prompts(spec), spec.samples.negative] if spec.samples else []
+
+
+def draw_images(
+    family: Family, spec: RunSpec, text: Mapping[str, Tensor], stop: Stop
+) -> Iterator[SampleImage]:
+    """Yield the run's sample images from the family as it is now, prompt by prompt, seed by seed.
+
+    Raises:
+        Stopped: A stop was requested meanwhile.
+    """
+    samples = spec.samples
+    assert samples is not None
+    side = spec.base.resolution // family.latent_pixels
+    for prompt in prompts(spec):
+        for first in range(0, len(samples.seeds), _TOGETHER):
+            seeds = samples.seeds[first : first + _TOGETHER]
+            with evaluating(family):
+                latents_BCHW = _denoise(
+                    family, samples, seeds, side, text[prompt], text[samples.negative], stop
+                )
+                images = [_to_image(family.decode(latents_CHW)) for latents_CHW in latents_BCHW]
+            for seed, image in zip(seeds, images, strict=True):
+                yield SampleImage(prompt, seed, image)
+
+
+def write_samples(root: Path, step: int, images: Iterator[SampleImage]) -> Path:
+    """Write images and their index as ``root/step-000000100``, which appears complete or not at all."""
+    remove_stale(root)
+    target, temporary = root / step_dir(step), temporary_dir(root)
+    try:
+        write_images(temporary, images)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def write_images(folder: Path, images: Iterator[SampleImage]) -> None:
+    """Write each image as PNG, and ``index.json``: a list of ``{"file", "prompt", "seed"}`` as drawn."""
+    index: list[dict[str, object]] = []
+    numbers: dict[str, int] = {}
+    for sample in images:
+        number = numbers.setdefault(sample.prompt, len(numbers))
+        name = f"p{number:02d}-s{sample.seed}.png"
+        sample.image.save(folder / name)
+        index.append({"file": name, "prompt": sample.prompt, "seed": sample.seed})
+    (folder / INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False))
+
+
+def sample_images(
+    spec: RunSpec, checkpoint_dir: Path | None, out: Path, *, cache_dir: Path | None = None
+) -> Path:
+    """Draw the samples of a spec into a new or empty folder, from a checkpoint or from the bare base.
+
+    Raises:
+        BadInput: The spec has no samples, or the folder is not empty.
+        BadCheckpoint: The checkpoint is damaged or does not fit the spec.
+    """
+    if spec.samples is None:
+        raise BadInput("the spec has no samples block", "name at least one prompt")
+    if out.exists() and any(out.iterdir()):
+        raise BadInput(f"{out} is not empty", "give a new folder")
+    family = adapted_family(spec, checkpoint_dir)
+    text = encode_texts(family, Cache(cache_dir or default_cache_dir()), sample_texts(spec))
+    out.mkdir(parents=True, exist_ok=True)
+    write_images(out, draw_images(family, spec, text, Stop()))
+    return out
+
+
+def adapted_family(spec: RunSpec, checkpoint_dir: Path | None) -> Family:
+    """Load the base of a spec, with the adapter of a verified checkpoint unless that is None."""
+    family = load_family(spec.base)
+    if checkpoint_dir:
+        read_progress(checkpoint_dir)
+        if problem := restore(attach(spec.base, family), read_adapter(checkpoint_dir)):
+            raise BadCheckpoint(f"{checkpoint_dir / ADAPTER}: {problem}", "it belongs to another run")
+    return family
+
+
+def _denoise(
+    family: Family,
+    samples: Samples,
+    seeds: tuple[int, ...],
+    side: int,
+    text_LD: Tensor,
+    negative_LD: Tensor,
+    stop: Stop,
+) -> Tensor:
+    guided = samples.cfg > 1
+    count, device = len(seeds), family.device
+    text_BLD = torch.stack([negative_LD] * count * guided + [text_LD] * count).to(device)
+    schedule = family.sampling_schedule()
+    schedule.set_timesteps(samples.steps, device=device)
+    noise = [torch.randn((4, side, side), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    latents_BCHW: Tensor = torch.stack(noise).to(device) * schedule.init_noise_sigma
+    for timestep in schedule.timesteps:
+        stop.check()
+        model_input = schedule.scale_model_input(torch.cat([latents_BCHW] * (1 + guided)), timestep)
+        predicted = family.predict(model_input, timestep.expand(len(model_input)), text_BLD)
+        if guided:
+            without, given = predicted.chunk(2)
+            predicted = without + samples.cfg * (given - without)
+        latents_BCHW = schedule.step(predicted, timestep, latents_BCHW).prev_sample
+    return latents_BCHW
+
+
+def _to_image(pixels_CHW: Tensor) -> Image.Image:
+    levels_HWC = ((pixels_CHW / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0)
+    return Image.fromarray(levels_HWC.numpy().astype(np.uint8))

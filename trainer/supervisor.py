@@ -1,0 +1,277 @@
+"""Supervises one attempt of one run: training process, replicator and shipper, from claim to exit.
+
+    fetch + verify the newest checkpoint ─► start.json ─► process steps ─► checkpoints/ ─► replicator ─► log
+
+The process loads the base model while its checkpoint is fetched. It never sees the store; what it wrote is
+pushed even after it crashed. Knows neither Ray nor torch: an agent actor runs this, and so does
+``python -m trainer run``.
+"""
+
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from storage.checkpoints import CheckpointStore
+from storage.errors import AccessDenied, Corrupt, Fenced, NotFound, StorageError, Unavailable
+from storage.local import LocalCheckpoint
+from storage.log import run_log
+from storage.object_store import ObjectStore
+from storage.records import Committed, Record, Started
+from storage.replicator import Replicator
+from storage.run_state import RunState
+
+from .config import RunSpec
+from .patience import one_line, patiently
+from .rundir import (
+    EXIT_COMPLETE,
+    EXIT_PREEMPTED,
+    EXIT_STORE_UNREACHABLE,
+    Options,
+    RunDir,
+    StartOrder,
+    read_events,
+)
+from .shipper import Shipper
+from .training_process import TrainingProcess
+
+POLL_S = 0.05
+PUSH_POLL_S = 0.5
+PUSH_PATIENCE_S = 900.0
+"""How long the last checkpoint may take to reach the store after the process has exited by itself."""
+PUSH_AFTER_STOP_S = 120.0
+"""The same after the attempt was asked to stop: whoever asked waits for the slot."""
+
+Append = Callable[[Record], RunState]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """Which attempt to supervise; the run's spec comes from the store."""
+
+    run_id: str
+    attempt: int
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """What the attempt has done so far."""
+
+    step: int = 0
+    resumed_from: int = 0
+    first_step_at: float | None = None
+    step_s: float = 0.0
+    loss: float | None = None
+    error: str = ""
+    exit_code: int | None = None
+    superseded: bool = False
+
+
+class Supervisor:
+    """Runs one attempt to its end. ``run`` blocks; ``stop`` and ``progress`` are for other threads."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        assignment: Assignment,
+        spec: RunSpec,
+        options: Options,
+        *,
+        scratch: Path,
+        append: Append,
+        process: TrainingProcess | None = None,
+        on_change: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        self.assignment = assignment
+        self.progress = Progress()
+        self._store = store
+        self._spec = spec
+        self._options = options
+        self._append = append
+        self._process = process
+        self._on_change = on_change
+        self._run_dir = RunDir(
+            scratch / f"{assignment.run_id}-a{assignment.attempt}-{assignment.incarnation}"
+        )
+        self._checkpoints = CheckpointStore(store, assignment.run_id, append)
+        self._shipper = Shipper(store, assignment.run_id, assignment.attempt, self._run_dir)
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._stop_by: float | None = None
+        self._fenced = threading.Event()
+        self._push_error: Exception | None = None
+        self._start_recorded = False
+        self._events_offset = 0
+
+    def stop(self, grace_s: float) -> None:
+        """Ask the attempt to save itself and end; it is killed after ``grace_s``."""
+        deadline = time.monotonic() + grace_s
+        self._stop_by = deadline if self._stop_by is None else min(self._stop_by, deadline)
+        self._stopping.set()
+
+    def run(self) -> Progress:
+        """Train until the process exits, push what it saved, and say how it ended.
+
+        Never raises for what the run, the store or the disk does: the attempt ends with a code, and the
+        error says why.
+        """
+        try:
+            code = self._train()
+        except Fenced as error:
+            self._on_fenced(error)
+            code = EXIT_PREEMPTED
+        except (Unavailable, AccessDenied, Corrupt, NotFound) as error:
+            # The damage may be this node's disk, memory or way to the store: the next attempt is elsewhere.
+            self._fail(error)
+            code = EXIT_STORE_UNREACHABLE
+        except (StorageError, OSError) as error:
+            self._fail(error)
+            code = 1
+        finally:
+            if self._process:
+                self._process.kill()
+            shutil.rmtree(self._run_dir.root, ignore_errors=True)
+        self._update(exit_code=code, superseded=self._fenced.is_set())
+        return self.progress
+
+    def _train(self) -> int:
+        self._prepare()
+        process = self._process or TrainingProcess()
+        self._process = process
+        process.begin(self._run_dir.root)
+        shipper = self._shipper
+        replicator = Replicator(
+            self._run_dir.checkpoints, self._publish, on_fenced=self._on_fenced, on_error=self._on_push_error
+        )
+        try:
+            self._order_start()
+            replicator.start()
+            shipper.start()
+            code = self._watch(process)
+        finally:
+            process.kill()  # whatever it started must not outlive it, nor write on
+            pushed = self._push(replicator)
+            replicator.stop()
+            shipper.finish(timeout_s=30.0)
+        if code == EXIT_COMPLETE and not pushed and not self._fenced.is_set():
+            self._fail(
+                self._push_error or Unavailable("the final checkpoint did not reach the store in time")
+            )
+            return EXIT_STORE_UNREACHABLE
+        return code
+
+    def _push(self, replicator: Replicator) -> bool:
+        """Wait until what the process saved is in the store; False if it is given up."""
+        give_up = time.monotonic() + PUSH_PATIENCE_S
+        while not replicator.drain(PUSH_POLL_S):
+            if replicator.pending is None:
+                return True  # what there is cannot be published at all: waiting would not help
+            late = self._stop_by is not None and time.monotonic() > self._stop_by + PUSH_AFTER_STOP_S
+            if self._fenced.wait(POLL_S) or late or time.monotonic() > give_up:
+                return False
+        return True
+
+    def _prepare(self) -> None:
+        root = self._run_dir.root
+        shutil.rmtree(root, ignore_errors=True)
+        self._run_dir.checkpoints.mkdir(parents=True)
+        self._run_dir.spec.write_text(self._spec.model_dump_json())
+        self._run_dir.options.write_text(self._options.model_dump_json())
+
+    def _order_start(self) -> None:
+        checkpoint, path = patiently(self._fetch, self._stopping)
+        resumed_from = checkpoint.step if checkpoint else 0
+        self._update(resumed_from=resumed_from, step=resumed_from)
+        relative = str(path.relative_to(self._run_dir.root)) if path else None
+        self._run_dir.order_start(StartOrder(resume=relative))
+
+    def _fetch(self) -> tuple[Committed | None, Path | None]:
+        """Fetch what to resume from, if this attempt may run at all: its order may have come late."""
+        state = run_log(self._store, self.assignment.run_id).refresh()
+        running = state.running.claimed if state.running else None
+        mine = (self.assignment.attempt, self.assignment.incarnation)
+        if running is None or (running.attempt, running.incarnation) != mine:
+            raise Fenced(f"{self.assignment.run_id}: attempt {mine[0]} is over, or was never claimed")
+        return self._checkpoints.fetch_newest(state, self._run_dir.resume, attempt=self.assignment.attempt)
+
+    def _watch(self, process: TrainingProcess) -> int:
+        asked = False
+        while (code := process.exit_code) is None:
+            self._read_events()
+            if self._fenced.is_set():
+                process.kill()
+            elif self._stop_by is not None:
+                if not asked:
+                    process.terminate()
+                    asked = True
+                if time.monotonic() > self._stop_by:
+                    process.kill()
+            time.sleep(POLL_S)
+        self._read_events()
+        # It was asked before it listened, so there is nothing that it could have saved.
+        return EXIT_PREEMPTED if asked and code == -signal.SIGTERM else code
+
+    def _publish(self, local: LocalCheckpoint) -> None:
+        if self.progress.first_step_at is not None and not self._start_recorded:
+            self._record_start()  # the store was away at the first step
+        if local.manifest.final:
+            # Once this is committed the run is over: if the node dies then, nobody ships the rest.
+            self._shipper.ship_results()
+        self._checkpoints.publish(local, self.assignment.attempt, self.assignment.incarnation)
+        self._push_error = None
+
+    def _on_push_error(self, error: Exception) -> None:
+        self._push_error = error
+
+    def _on_fenced(self, error: Fenced) -> None:
+        self._update(error=str(error))
+        self._fenced.set()
+
+    def _read_events(self) -> None:
+        for offset, event in read_events(self._run_dir.events, self._events_offset):
+            self._events_offset = offset
+            match event:
+                case {"event": "step", "step": int(step)}:
+                    self._on_step(step, event)
+                case {"event": "error", "type": str(kind), "message": str(message)}:
+                    hint = event.get("hint")
+                    self._update(error=one_line(f"{kind}: {message}" + (f" ({hint})" if hint else "")))
+
+    def _on_step(self, step: int, event: dict[str, object]) -> None:
+        first = self.progress.first_step_at is None
+        loss, step_s = event.get("loss"), event.get("step_s")
+        self._update(
+            step=step,
+            loss=float(loss) if isinstance(loss, int | float) else None,
+            step_s=float(step_s) if isinstance(step_s, int | float) else self.progress.step_s,
+            first_step_at=time.time() if first else self.progress.first_step_at,
+        )
+        if first:
+            threading.Thread(target=self._record_start, daemon=True).start()
+
+    def _record_start(self) -> None:
+        progress = self.progress
+        record = Started(
+            attempt=self.assignment.attempt,
+            step=progress.resumed_from,
+            at=progress.first_step_at or time.time(),
+        )
+        try:
+            self._append(record)
+            self._start_recorded = True
+        except Fenced as error:
+            self._on_fenced(error)
+        except StorageError:
+            pass  # said for people only; training must not depend on it
+
+    def _fail(self, error: Exception) -> None:
+        self._update(error=one_line(f"{type(error).__name__}: {error}"))
+
+    def _update(self, **changes: object) -> None:
+        with self._lock:
+            self.progress = replace(self.progress, **changes)  # type: ignore[arg-type]
+        self._on_change(self.progress)

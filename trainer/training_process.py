@@ -1,0 +1,67 @@
+"""One training process as its supervisor holds it: started warm, given work, asked to stop, killed.
+
+The process leads its own group. Its stdin is a pipe that only we hold: when we die, however we die, the pipe
+closes and the process kills its group.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+REAP_S = 60.0
+"""A killed process that is not gone by then hangs in the kernel: whoever holds it had better end, too."""
+
+SECRETS = ("AWS_", "RAY_", "SLACK_")
+"""Prefixes of environment variables that a training process has no use for: it never talks to the store."""
+
+
+class TrainingProcess:
+    """A ``python -m trainer.process`` that imports what it needs and waits for its run directory.
+
+    Args:
+        command: Something else that honours the contract in ``rundir``.
+    """
+
+    def __init__(self, command: Sequence[str] = (sys.executable, "-m", "trainer.process")) -> None:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(SECRETS)}
+        environment["PYTHONUNBUFFERED"] = "1"
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+            env=environment,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def begin(self, run_dir: Path) -> None:
+        """Hand over the run directory. A process that is already gone shows in ``exit_code``."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps({"run_dir": str(run_dir)}).encode() + b"\n")
+            self._process.stdin.flush()
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.poll()
+
+    def terminate(self) -> None:
+        """Ask it to finish the step, checkpoint and exit 75."""
+        if self.exit_code is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it and everything it started, at once."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(timeout=REAP_S)
+        if self._process.stdin:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
