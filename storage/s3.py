@@ -9,6 +9,8 @@ import base64
 import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator, Set
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +202,23 @@ class S3Store:
                     Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"]
                 )
         return len(found)
+
+    def server_time(self) -> datetime | None:
+        """What the server's clock says, to the second; None if its answers carry no date.
+
+        A refusal tells the time too: one that refuses a wrong clock, for example.
+        """
+        with self._translated("server time"):
+            try:
+                answer = self._client.head_bucket(Bucket=self._bucket)
+            except boto_errors.ClientError as error:
+                answer = error.response
+        date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+        try:
+            moment = parsedate_to_datetime(date or "")
+        except ValueError:
+            return None
+        return moment.replace(tzinfo=moment.tzinfo or UTC)
 
     def _key(self, key: str) -> str:
         return layout.check_path(self._prefix + layout.check_path(key))

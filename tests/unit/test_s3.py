@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def script() -> Iterator[Script]:
             told.requests.append((self.command, self.path, dict(self.headers), self.rfile.read(length)))
             answer = told.answers.pop(0) if len(told.answers) > 1 else told.answers[0]
             body = answer.body or f"<Error><Code>{answer.code}</Code></Error>".encode() * bool(answer.code)
-            self.send_response(answer.status)
+            self.send_response_only(answer.status)
             self.send_header("Content-Length", str(len(body)))
             for name, value in answer.headers.items():
                 self.send_header(name, value)
@@ -203,3 +204,15 @@ def test_looking_before_writing_takes_a_free_key_and_leaves_a_taken_one(
     script.answers = [Answer(200)]
     assert store.create("k", b"x") is False
     assert script.methods == ["HEAD", "PUT", "HEAD"]
+
+
+@pytest.mark.parametrize("status", [200, 403, 404])
+def test_the_servers_clock_is_read_from_any_answer(store: S3Store, script: Script, status: int) -> None:
+    script.answers = [Answer(status, headers={"Date": "Sat, 21 Nov 2026 14:28:22 GMT"})]
+    assert store.server_time() == datetime(2026, 11, 21, 14, 28, 22, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("date", [{}, {"Date": "yesterday"}])
+def test_an_answer_without_a_date_tells_no_time(store: S3Store, script: Script, date: dict[str, str]) -> None:
+    script.answers = [Answer(200, headers=date)]
+    assert store.server_time() is None
