@@ -2,28 +2,113 @@
 
     with rclone_server(directory) as server:
         store = open_store(server.url)          # credentials: server.environment
+        server.kill()                           # SIGKILL ...
+        server.restart()                        # ... and up again: same port, same directory
 
-``rclone serve s3`` is always there and ignores create-only: it plays the store that lies. Ceph's ``radosgw``
-keeps create-only and writes through to the disk; it needs ``ceph-mon ceph-osd radosgw ceph-common`` and root.
+``rclone serve s3`` is always there and ignores create-only: it plays the store that lies. Swift (``pip
+install swift``) lies subtly: its create-only holds in sequence and fails a race. Ceph's ``radosgw`` keeps
+create-only and writes through to the disk; it needs ``ceph-mon ceph-osd radosgw ceph-common`` and root.
+rclone and radosgw also speak TLS, with a certificate that ``Tls.make`` makes.
 """
 
 import contextlib
+import datetime
+import ipaddress
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from support.server_process import ServerProcess, answers, free_ports, running, wait_for
+from support.swift import start_swift, why_no_swift
+
+__all__ = [
+    "BUCKET",
+    "S3Server",
+    "Tls",
+    "free_ports",
+    "radosgw_server",
+    "rclone_server",
+    "swift_server",
+    "why_no_radosgw",
+    "why_no_swift",
+]
 
 BUCKET = "loras"
+# One pair for all servers, so that a process can use several; Swift wants a colon in the key's id.
+KEY, SECRET = "tester:TESTACCESSKEY001", "testsecretkey0001"
 _CEPH_PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph", "monmaptool", "ceph-authtool")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tls:
+    """A certificate for 127.0.0.1, and the authority that signed it."""
+
+    authority: Path
+    certificate: Path
+    key: Path
+
+    @classmethod
+    def make(cls, directory: Path) -> "Tls":
+        """Make an authority of our own and have it sign a certificate."""
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        now = datetime.datetime.now(datetime.UTC)
+        keys = [ec.generate_private_key(ec.SECP256R1()) for _ in range(2)]
+        issuer, subject = (
+            x509.Name([x509.NameAttribute(x509.oid.NameOID.COMMON_NAME, name)])
+            for name in ("test authority", "127.0.0.1")
+        )
+        issuer_id = x509.SubjectKeyIdentifier.from_public_key(keys[0].public_key())
+        usage = {
+            "digital_signature": True,
+            "content_commitment": False,
+            "key_encipherment": False,
+            "data_encipherment": False,
+            "key_agreement": False,
+            "encipher_only": False,
+            "decipher_only": False,
+        }
+        signed = [
+            x509.CertificateBuilder()
+            .issuer_name(issuer)
+            .subject_name(name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=7))
+            .add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
+            .add_extension(
+                x509.KeyUsage(**usage, key_cert_sign=is_authority, crl_sign=is_authority), critical=True
+            )
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer_id), critical=False
+            )
+            .add_extension(
+                x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
+                critical=False,
+            )
+            .sign(keys[0], hashes.SHA256())
+            for name, key, is_authority in ((issuer, keys[0], True), (subject, keys[1], False))
+        ]
+        made = cls(
+            authority=directory / "ca.pem", certificate=directory / "cert.pem", key=directory / "key.pem"
+        )
+        pem = serialization.Encoding.PEM
+        made.authority.write_bytes(signed[0].public_bytes(pem))
+        made.certificate.write_bytes(signed[1].public_bytes(pem))
+        made.key.write_bytes(
+            keys[1].private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        )
+        return made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +118,14 @@ class S3Server:
     endpoint: str
     environment: Mapping[str, str]
     """What a process needs in its environment to use the server, beside ``url``."""
+    processes: tuple[ServerProcess, ...]
+    secure_endpoint: str | None = None
+    """The same over TLS, where the server has both."""
     bucket: str = BUCKET
-    pids: tuple[int, ...] = field(default=())
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        return tuple(process.pid for process in self.processes)
 
     @property
     def url(self) -> str:
@@ -46,6 +137,22 @@ class S3Server:
         path = f"/{prefix}" if prefix else ""
         return f"s3://{self.bucket}{path}?endpoint={self.endpoint}&region=us-east-1"
 
+    def over_tls(self) -> "S3Server":
+        assert self.secure_endpoint is not None
+        return replace(self, endpoint=self.secure_endpoint)
+
+    def kill(self) -> None:
+        """SIGKILL everything that the server consists of, at once."""
+        for process in self.processes:
+            process.kill()
+
+    def restart(self, timeout_s: float = 90) -> None:
+        """Start it again after ``kill``, on the same port and directory, and wait until it answers."""
+        for process in self.processes:
+            process.start()
+        authority = self.environment.get("AWS_CA_BUNDLE")
+        wait_for(lambda: _serves(self.endpoint, authority), timeout_s, self.processes, self.processes[-1].log)
+
 
 def why_no_radosgw() -> str | None:
     """Say why radosgw cannot be started here, or None if it can."""
@@ -56,62 +163,85 @@ def why_no_radosgw() -> str | None:
 
 
 @contextlib.contextmanager
-def rclone_server(directory: Path) -> Iterator[S3Server]:
-    """Serve ``directory/buckets`` by ``rclone serve s3``."""
+def rclone_server(directory: Path, tls: Tls | None = None) -> Iterator[S3Server]:
+    """Serve ``directory/buckets`` by ``rclone serve s3``: over TLS only, if there is a certificate."""
     (directory / "buckets" / BUCKET).mkdir(parents=True)
-    key, secret, port = "TESTACCESSKEY001", "testsecretkey0001", free_ports(1)[0]
+    port = free_ports(1)[0]
     program = Path(sys.executable).with_name("rclone")
     command = [
         str(program if program.exists() else "rclone"),
-        *("serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{key},{secret}"),
+        *("serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}"),
+        *(("--cert", str(tls.certificate), "--key", str(tls.key)) if tls else ()),
         str(directory / "buckets"),
     ]
-    endpoint = f"http://127.0.0.1:{port}"
-    with _process(command, directory / "rclone.log", {"RCLONE_CONFIG": "/dev/null"}) as server:
-        _wait_for(lambda: _answers(endpoint), 20, [server], directory / "rclone.log")
-        yield S3Server(endpoint=endpoint, environment=_environment(key, secret), pids=(server.pid,))
+    endpoint = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
+    with running(command, directory / "rclone.log", {"RCLONE_CONFIG": "/dev/null"}) as server:
+        wait_for(lambda: answers(endpoint), 20, [server], server.log)
+        yield S3Server(endpoint=endpoint, environment=_environment(tls), processes=(server,))
 
 
 @contextlib.contextmanager
-def radosgw_server(directory: Path) -> Iterator[S3Server]:
-    """Run one monitor, one OSD and one gateway in ``directory``."""
-    key, secret = "TESTACCESSKEY001", "testsecretkey0001"
+def swift_server(directory: Path) -> Iterator[S3Server]:
+    """Run Swift with its S3 interface: create-only holds in sequence, and not under a race."""
+    with contextlib.ExitStack() as stack:
+        endpoint, processes = start_swift(directory, KEY, SECRET, stack)
+        _create_bucket(endpoint)
+        yield S3Server(endpoint=endpoint, environment=_environment(None), processes=tuple(processes))
+
+
+@contextlib.contextmanager
+def radosgw_server(directory: Path, tls: Tls | None = None) -> Iterator[S3Server]:
+    """Run one monitor, one OSD and one gateway in ``directory``; with a certificate, also over TLS."""
     # A path of a unix socket is at most 107 bytes long, which directories of tests exceed.
     sockets = Path("/tmp") / f"ceph-{uuid.uuid4().hex[:8]}"
     sockets.mkdir()
     try:
-        with contextlib.ExitStack() as running:
-            cluster, gateway = _started(directory, sockets, running)
+        with contextlib.ExitStack() as stack:
+            cluster = _started(directory, sockets, tls, stack)
             cluster.run("radosgw-admin", "user", "create", "--uid=test", "--display-name=test",
-                        f"--access-key={key}", f"--secret-key={secret}")  # fmt: skip
-            _create_bucket(gateway, key, secret)
-            yield S3Server(endpoint=gateway, environment=_environment(key, secret), pids=tuple(cluster.pids))
+                        f"--access-key={KEY}", f"--secret-key={SECRET}")  # fmt: skip
+            _create_bucket(cluster.endpoint)
+            yield S3Server(
+                endpoint=cluster.endpoint,
+                environment=_environment(tls),
+                processes=tuple(cluster.processes),
+                secure_endpoint=cluster.secure_endpoint,
+            )
     finally:
         shutil.rmtree(sockets, ignore_errors=True)
 
 
-def _started(directory: Path, sockets: Path, running: contextlib.ExitStack) -> tuple["_Ceph", str]:
+def _started(directory: Path, sockets: Path, tls: Tls | None, stack: contextlib.ExitStack) -> "_Ceph":
     """Start a cluster; once more, on other ports, if somebody took one between look and use."""
     try:
         with contextlib.ExitStack() as first:
-            cluster = _Ceph(directory / "first", sockets)
-            gateway = cluster.start(first)
-            running.enter_context(first.pop_all())
-            return cluster, gateway
+            cluster = _Ceph(directory / "first", sockets, tls)
+            cluster.start(first)
+            stack.enter_context(first.pop_all())
+            return cluster
     except RuntimeError:
-        cluster = _Ceph(directory / "second", sockets)
-        return cluster, cluster.start(running)
+        cluster = _Ceph(directory / "second", sockets, tls)
+        cluster.start(stack)
+        return cluster
 
 
 class _Ceph:
     """The smallest cluster that serves S3, on loopback, without authentication between its parts."""
 
-    def __init__(self, directory: Path, sockets: Path) -> None:
+    def __init__(self, directory: Path, sockets: Path, tls: Tls | None) -> None:
         self._directory = directory
         self._conf = directory / "ceph.conf"
         self._fsid = str(uuid.uuid4())
-        self._v2_port, self._v1_port, self._rgw_port = free_ports(3)
-        self.pids: list[int] = []
+        self._v2_port, self._v1_port, plain_port, secure_port = free_ports(4)
+        self.endpoint = f"http://127.0.0.1:{plain_port}"
+        self.secure_endpoint = f"https://127.0.0.1:{secure_port}" if tls else None
+        self.processes: list[ServerProcess] = []
+        frontend = f"beast endpoint=127.0.0.1:{plain_port}"
+        if tls:
+            frontend += (
+                f" ssl_endpoint=127.0.0.1:{secure_port}"
+                f" ssl_certificate={tls.certificate} ssl_private_key={tls.key}"
+            )
         for name in ("mon", "osd", "rgw", "log"):
             (directory / name).mkdir(parents=True)
         self._conf.write_text(
@@ -161,7 +291,7 @@ ms mon client mode = crc
 [client.rgw]
 ms mon client mode = crc
 rgw data = {directory}/rgw
-rgw frontends = beast endpoint=127.0.0.1:{self._rgw_port}
+rgw frontends = {frontend}
 rgw gc obj min wait = 1
 rgw gc processor period = 5
 rgw enable usage log = false
@@ -186,33 +316,28 @@ rgw thread pool size = 64
             )
         return done.stdout
 
-    def start(self, running: contextlib.ExitStack) -> str:
-        """Start the three daemons; return the gateway's url once it answers."""
+    def start(self, stack: contextlib.ExitStack) -> None:
+        """Start the three daemons, and wait until the gateway answers."""
         monmap = self._directory / "monmap"
         self.run("monmaptool", "--create", "--clobber", "--fsid", self._fsid, "--addv", "a",
                  f"[v2:127.0.0.1:{self._v2_port},v1:127.0.0.1:{self._v1_port}]", str(monmap))  # fmt: skip
         self.run("ceph-mon", "--mkfs", "-i", "a", "--monmap", str(monmap))
-        self._daemon(running, "ceph-mon", "-i", "a")
+        self._daemon(stack, "ceph-mon", "-i", "a")
         (self._directory / "osd" / "0").mkdir()
         osd_id = str(uuid.uuid4())
         self._until_ok("ceph", "--connect-timeout", "2", "osd", "new", osd_id)
         self.run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd_id)
-        self._daemon(running, "ceph-osd", "-i", "0")
-        _wait_for(
+        self._daemon(stack, "ceph-osd", "-i", "0")
+        wait_for(
             lambda: '"num_up_osds":1' in self.run("ceph", "osd", "stat", "-f", "json").replace(" ", ""),
             60, (), self._directory / "log" / "osd.0.log")  # fmt: skip
-        gateway = self._daemon(running, "radosgw", "-n", "client.rgw")
-        endpoint = f"http://127.0.0.1:{self._rgw_port}"
-        _wait_for(lambda: _answers(endpoint), 90, [gateway], self._directory / "log" / "radosgw.out")
-        return endpoint
+        gateway = self._daemon(stack, "radosgw", "-n", "client.rgw")
+        wait_for(lambda: answers(self.endpoint), 90, [gateway], gateway.log)
 
-    def _daemon(
-        self, running: contextlib.ExitStack, program: str, *arguments: str
-    ) -> subprocess.Popen[bytes]:
+    def _daemon(self, stack: contextlib.ExitStack, program: str, *arguments: str) -> ServerProcess:
         log = self._directory / "log" / f"{program}.out"
-        command = [program, "-c", str(self._conf), "-f", *arguments]
-        process = running.enter_context(_process(command, log, {}))
-        self.pids.append(process.pid)
+        process = stack.enter_context(running([program, "-c", str(self._conf), "-f", *arguments], log))
+        self.processes.append(process)
         return process
 
     def _until_ok(self, *command: str) -> None:
@@ -222,75 +347,34 @@ rgw thread pool size = 64
                 return True
             return False
 
-        _wait_for(succeeds, 60, (), self._directory / "log" / "mon.a.log")
+        wait_for(succeeds, 60, (), self._directory / "log" / "mon.a.log")
 
 
-def free_ports(count: int) -> list[int]:
-    """Different ports that nothing listens on now."""
-    with contextlib.ExitStack() as held:
-        probes = [held.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
+def _client(endpoint: str, authority: str | None = None) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    return boto3.session.Session(KEY, SECRET, region_name="us-east-1").client(
+        "s3",
+        endpoint_url=endpoint,
+        verify=authority,
+        config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1}),
+    )
 
 
-@contextlib.contextmanager
-def _process(
-    command: list[str], log: Path, environment: Mapping[str, str]
-) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server with its output in a file, and end exactly it."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
-        )
-        try:
-            yield process
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+def _create_bucket(endpoint: str) -> None:
+    _client(endpoint).create_bucket(Bucket=BUCKET)
 
 
-def _answers(endpoint: str) -> bool:
+def _serves(endpoint: str, authority: str | None) -> bool:
+    """Whether the bucket is there, not only the gateway before it."""
     try:
-        urllib.request.urlopen(endpoint, timeout=2).close()
-    except urllib.error.HTTPError as error:
-        error.close()  # also a refusal is an answer
-    except OSError:
+        _client(endpoint, authority).list_objects_v2(Bucket=BUCKET, MaxKeys=1)
+    except Exception:
         return False
     return True
 
 
-def _wait_for(
-    ready: Callable[[], bool],
-    timeout_s: float,
-    processes: Sequence[subprocess.Popen[bytes]],
-    log: Path,
-) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not ready():
-        ended = [process.args for process in processes if process.poll() is not None]
-        if ended or time.monotonic() > deadline:
-            tail = log.read_text(errors="replace")[-2000:] if log.exists() else ""
-            raise RuntimeError(f"{ended or log.name}: not ready after {timeout_s:g} s:\n{tail}")
-        time.sleep(0.05)
-
-
-def _create_bucket(endpoint: str, key: str, secret: str) -> None:
-    import boto3
-    from botocore.config import Config
-
-    boto3.session.Session(key, secret, region_name="us-east-1").client(
-        "s3", endpoint_url=endpoint, config=Config(s3={"addressing_style": "path"})
-    ).create_bucket(Bucket=BUCKET)
-
-
-def _environment(key: str, secret: str) -> dict[str, str]:
-    return {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret, "AWS_EC2_METADATA_DISABLED": "true"}
+def _environment(tls: Tls | None) -> dict[str, str]:
+    pair = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_EC2_METADATA_DISABLED": "true"}
+    return {**pair, "AWS_CA_BUNDLE": str(tls.authority)} if tls else pair
