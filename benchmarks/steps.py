@@ -133,7 +133,7 @@ class _Bench:
                     cache_dir=str(self._scratch / "home" / ".cache" / "orchestrate"),
                 ),
                 scratch=self._scratch / "attempts",
-                append=log.append,
+                ledger=log,
                 process=spare,
             )
             final = supervisor.run()

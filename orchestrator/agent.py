@@ -15,7 +15,6 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import psutil
 import ray
 
 from storage.errors import AccessDenied, Fenced, Unavailable
+from storage.ledger import Ledger
 from storage.log import run_log
 from storage.object_store import ObjectStore
 from storage.records import RECORD, Record
@@ -31,7 +31,7 @@ from storage.url import open_store
 from trainer.config import RunSpec
 from trainer.patience import one_line, patiently
 from trainer.rundir import EXIT_STORE_UNREACHABLE, Options
-from trainer.supervisor import Append, Assignment, Progress, Supervisor
+from trainer.supervisor import Assignment, Progress, Supervisor
 from trainer.training_process import TrainingProcess
 
 from .cluster import Order, Work
@@ -169,15 +169,15 @@ class Agent:
             spec,
             self._setup.options,
             scratch=self._scratch,
-            append=self._append_for(order.run_id),
+            ledger=self._ledger_of(order.run_id),
             process=spare,
             on_change=self._on_progress,
         )
 
-    def _append_for(self, run_id: str) -> Append:
+    def _ledger_of(self, run_id: str) -> Ledger:
         if self._setup.arbiter is None:
-            return run_log(self._store, run_id).append
-        return arbitrated_append(self._store, run_id, self._setup.arbiter)
+            return run_log(self._store, run_id)
+        return ArbitratedLedger(self._store, run_id, self._setup.arbiter)
 
     def _on_progress(self, progress: Progress) -> None:
         with self._changed:
@@ -237,23 +237,29 @@ def _own_scratch() -> Path:
     return mine
 
 
-def arbitrated_append(store: ObjectStore, run_id: str, arbiter: str) -> Callable[[Record], RunState]:
-    """Return an append that asks the controller, for stores where two writers could both win a position.
+class ArbitratedLedger:
+    """Reads a run's log and asks the controller to append, where two writers could both win a position.
 
     A controller that cannot be reached is ``Unavailable``: the caller tries again when it is back. The
     controller recognises a record that it has already written.
     """
 
-    def append(record: Record) -> RunState:
+    def __init__(self, store: ObjectStore, run_id: str, arbiter: str) -> None:
+        self._log = run_log(store, run_id)
+        self._run_id = run_id
+        self._arbiter = arbiter
+
+    def refresh(self) -> RunState:
+        return self._log.refresh()
+
+    def append(self, record: Record) -> RunState:
         try:
-            controller = ray.get_actor(arbiter, namespace=NAMESPACE)
-            refused = ray.get(controller.append.remote(run_id, RECORD.dump_json(record)), timeout=60.0)
+            controller = ray.get_actor(self._arbiter, namespace=NAMESPACE)
+            refused = ray.get(controller.append.remote(self._run_id, RECORD.dump_json(record)), timeout=60.0)
         except (ray.exceptions.RayError, ValueError, TimeoutError) as error:
             raise Unavailable(
-                f"the controller {arbiter} cannot be reached: {type(error).__name__}"
+                f"the controller {self._arbiter} cannot be reached: {type(error).__name__}"
             ) from error
         if refused is not None:
             raise Fenced(refused)
-        return run_log(store, run_id).refresh()
-
-    return append
+        return self._log.refresh()

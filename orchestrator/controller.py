@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from storage.checkpoints import CheckpointStore
 from storage.errors import AccessDenied, Fenced, StorageError
-from storage.log import Log, run_log
+from storage.log import RunLog, run_log
 from storage.object_store import ObjectStore
 from storage.records import CheckpointRef, Claimed, EndReason, Record
 from storage.retention import plan_prune
@@ -45,7 +45,7 @@ class _Run:
     """A run's plan, its log, and when the controller last looked."""
 
     plan: PlannedRun
-    log: Log[RunState]
+    log: RunLog
     checkpoints: CheckpointStore
     lock: threading.RLock = field(default_factory=threading.RLock)
     read_at: float = float("-inf")
@@ -86,7 +86,7 @@ class Controller:
         self._runs: dict[str, _Run] = {}
         for plan in sweep.runs:
             log = run_log(store, plan.run_id)
-            self._runs[plan.run_id] = _Run(plan, log, CheckpointStore(store, plan.run_id, log.append))
+            self._runs[plan.run_id] = _Run(plan, log, CheckpointStore(store, plan.run_id, log))
 
     @property
     def states(self) -> dict[str, RunState]:

@@ -143,7 +143,7 @@ def _undisturbed_digest(out: Path, run: PlannedRun) -> str:
 
 def _adapter_digest(store: ObjectStore, run_id: str, scratch: Path) -> str:
     log = run_log(store, run_id)
-    checkpoint, path = CheckpointStore(store, run_id, log.append).fetch_newest(log.refresh(), scratch)
+    checkpoint, path = CheckpointStore(store, run_id, log).fetch_newest(log.refresh(), scratch)
     if checkpoint is None or path is None or not checkpoint.final:
         raise OrchestrateError(f"{run_id} has no final checkpoint in {store.url}")
     return hashlib.sha256((path / "adapter.safetensors").read_bytes()).hexdigest()

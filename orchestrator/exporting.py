@@ -26,7 +26,7 @@ def export_run(
     """
     log = run_log(store, run.run_id)
     state = log.refresh()
-    checkpoints = CheckpointStore(store, run.run_id, log.append)
+    checkpoints = CheckpointStore(store, run.run_id, log)
     if state.newest is None:
         raise Unknown(f"{run.run_id} has no checkpoint yet: export it after its first commit")
     try:

@@ -12,9 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from storage.errors import Unavailable
-from storage.log import Log, run_log
+from storage.log import RunLog, run_log
 from storage.object_store import ObjectStore
-from storage.run_state import RunState
 
 from .cluster import RemoteController
 from .errors import OrchestrateError
@@ -42,7 +41,7 @@ class Watcher:
 
     def __init__(self, sweep: Sweep, store: ObjectStore) -> None:
         self._sweep = sweep
-        self._logs: dict[str, Log[RunState]] = {r.run_id: run_log(store, r.run_id) for r in sweep.runs}
+        self._logs: dict[str, RunLog] = {r.run_id: run_log(store, r.run_id) for r in sweep.runs}
 
     def look(self, controller: RemoteController | None = None) -> list[RunView]:
         """Return the rows as of now; a store that does not answer leaves the last known ones."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import zip_longest
 
-from storage.records import CheckpointRef, Ended, EndReason, Entry
+from storage.records import CheckpointRef, Ended, EndReason, RunEntry
 from storage.redaction import printable, redacted
 from storage.run_state import Attempt, RunState
 
@@ -91,7 +91,7 @@ def why(
     return "\n".join(_shown(sentence) for sentence in sentences)
 
 
-def timeline(entries: Sequence[Entry], at: Callable[[float], str] | None = None) -> list[str]:
+def timeline(entries: Sequence[RunEntry], at: Callable[[float], str] | None = None) -> list[str]:
     """Return the log as lines for a person."""
     clock = at or (lambda t: datetime.fromtimestamp(t).strftime("%H:%M:%S"))
     return [_shown(f"{clock(entry.record.at)}  {_told(entry)}") for entry in entries]
@@ -152,7 +152,7 @@ def _quarantine(ref: CheckpointRef, reason: str) -> str:
     return f"The checkpoint of {ref} was set aside, and the one before it is used: {reason}."
 
 
-def _told(entry: Entry) -> str:
+def _told(entry: RunEntry) -> str:
     record = entry.record
     match record.kind:
         case "claimed":
@@ -162,7 +162,10 @@ def _told(entry: Entry) -> str:
         case "committed":
             final = " (final)" if record.final else ""
             size = sum(file.size_bytes for file in record.files)
-            return f"step {record.step} committed by attempt {record.attempt}, {size / 1e6:.2f} MB{final}"
+            part = "" if record.resumable else " (adapter only)"
+            return (
+                f"step {record.step} committed by attempt {record.attempt}, {size / 1e6:.2f} MB{final}{part}"
+            )
         case "ended":
             return f"attempt {record.attempt} ended at step {record.step}: {record.reason}, {record.detail}"
         case "retired":
@@ -173,6 +176,8 @@ def _told(entry: Entry) -> str:
             if record.attempt:
                 return f"attempt {record.attempt} could not use {record.checkpoint}: {record.reason}"
             return f"set aside {record.checkpoint}: {record.reason}"
+        case "pinned" | "unpinned":
+            return f"{record.checkpoint} {record.kind} by hand"
         case "cancel_requested":
             return "cancelling was asked for"
         case "finished":

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from . import layout
 from .errors import Corrupt, Fenced, InvalidName, NotFound, StorageError, Unavailable
+from .ledger import Ledger
 from .local import (
     LocalCheckpoint,
     Manifest,
@@ -25,9 +26,8 @@ from .local import (
     temporary_dir,
     verify,
 )
-from .log import run_log
 from .object_store import ObjectStore
-from .records import CheckpointRef, Committed, Quarantined, Reaped, Record, Retired, StoredFile
+from .records import CheckpointRef, Committed, Quarantined, Reaped, Retired, StoredFile
 from .run_state import RunState
 
 FETCH_TRIES = 2
@@ -40,8 +40,7 @@ class CheckpointStore:
     """Publishes, fetches and deletes the checkpoints of one run.
 
     Args:
-        append: Appends a record to the run's log and returns the state after it: ``Log.append``, or a call to
-            whoever appends for this process.
+        ledger: The run's log, or whoever appends to it for this process.
         clock: Unix seconds for the records; shown to people, orders nothing.
         monotonic: Seconds for the grace period.
     """
@@ -50,14 +49,14 @@ class CheckpointStore:
         self,
         store: ObjectStore,
         run_id: str,
-        append: Callable[[Record], RunState],
+        ledger: Ledger,
         *,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._run_id = layout.check_name("run", run_id)
-        self._append = append
+        self._ledger = ledger
         self._clock = clock
         self._monotonic = monotonic
         self._retired_since: dict[CheckpointRef, float] = {}
@@ -84,7 +83,7 @@ class CheckpointStore:
             final=manifest.final,
             at=self._clock(),
         )
-        self._append(committed)
+        self._ledger.append(committed)
         return committed
 
     def fetch(self, checkpoint: Committed, target: Path) -> Path:
@@ -159,7 +158,7 @@ class CheckpointStore:
         checkpoints = tuple(refs)
         if not checkpoints:
             return None
-        return self._append(Retired(checkpoints=checkpoints, at=self._clock()))
+        return self._ledger.append(Retired(checkpoints=checkpoints, at=self._clock()))
 
     def reap(self, state: RunState, *, grace_s: float = 0.0) -> RunState:
         """Delete the data of checkpoints retired for at least ``grace_s``, then record it.
@@ -173,7 +172,7 @@ class CheckpointStore:
         if not due:
             return state
         self._store.delete(layout.committed_file(self._run_id, c, f.name) for c in due for f in c.files)
-        return self._append(Reaped(checkpoints=tuple(c.ref for c in due), at=self._clock()))
+        return self._ledger.append(Reaped(checkpoints=tuple(c.ref for c in due), at=self._clock()))
 
     def sweep_orphans(self, state: RunState) -> int:
         """Delete uploaded data that no record names and none ever can; return how many objects that were.
@@ -246,13 +245,13 @@ class CheckpointStore:
             Fenced: The attempt is over.
             StorageError: ``error``, if the checkpoint stays.
         """
-        present = run_log(self._store, self._run_id).refresh()
+        present = self._ledger.refresh()
         if attempt is not None and present.restorable(unusable.ref):
             said = Quarantined(checkpoint=unusable.ref, attempt=attempt, reason=str(error), at=self._clock())
             try:
-                present = self._append(said)
+                present = self._ledger.append(said)
             except Fenced:
-                present = run_log(self._store, self._run_id).refresh()
+                present = self._ledger.refresh()
                 if present.running is None or present.running.number != attempt:
                     raise
         if present.restorable(unusable.ref):

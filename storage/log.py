@@ -16,15 +16,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from . import layout
 from .errors import Corrupt, Fenced, NotFound, Unavailable
 from .object_store import ObjectStore
-from .records import MAX_RECORD_BYTES, Entry, Record
+from .records import MAX_RECORD_BYTES, RUN_ENTRY, Entry, Record
 from .run_state import RunState, fold, holds, refusal
 
 S = TypeVar("S")
+R = TypeVar("R", bound=BaseModel)
 
 PAUSES_S = (0.1, 0.3, 1.0, 3.0)
 """How long an append waits before it asks a store that did not answer again."""
@@ -32,11 +33,12 @@ _FEW = 8
 _READERS = 8
 
 
-class Log(Generic[S]):
+class Log(Generic[S, R]):
     """One log and the state that follows from it. Safe to use from many threads.
 
     Args:
         prefix: Keys of the entries start with it, see ``layout.run_log_prefix``.
+        entry: Reads one entry, with whatever records this log holds.
         fold: The state after one more entry.
         refusal: Why a record may not be appended in a state, or None if it may.
         holds: Whether a state already contains a record, so that appending it again is a no-op.
@@ -48,20 +50,22 @@ class Log(Generic[S]):
         store: ObjectStore,
         prefix: str,
         *,
+        entry: TypeAdapter[Entry[R]],
         initial: S,
-        fold: Callable[[S, Entry], S],
-        refusal: Callable[[S, Record], str | None],
-        holds: Callable[[S, Record], bool] = lambda state, record: False,
+        fold: Callable[[S, Entry[R]], S],
+        refusal: Callable[[S, R], str | None],
+        holds: Callable[[S, R], bool] = lambda state, record: False,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._store = store
         self._prefix = prefix
+        self._entry = entry
         self._state = initial
         self._fold = fold
         self._refusal = refusal
         self._holds = holds
         self._sleep = sleep
-        self._entries: list[Entry] = []
+        self._entries: list[Entry[R]] = []
         self._last_digest = ""
         self._read_once = False
         self._lock = threading.RLock()
@@ -76,7 +80,7 @@ class Log(Generic[S]):
         """The position after the last entry read."""
         return len(self._entries)
 
-    def entries(self) -> tuple[Entry, ...]:
+    def entries(self) -> tuple[Entry[R], ...]:
         """All entries read so far, oldest first."""
         with self._lock:
             return tuple(self._entries)
@@ -95,7 +99,7 @@ class Log(Generic[S]):
             self._read_once = True
             return self._state
 
-    def append(self, record: Record) -> S:
+    def append(self, record: R) -> S:
         """Append a record, unless the log already holds it, and return the state after it.
 
         Raises:
@@ -114,7 +118,7 @@ class Log(Generic[S]):
                     break
             return self._state
 
-    def _already_holds(self, record: Record) -> bool:
+    def _already_holds(self, record: R) -> bool:
         """Whether the log has this fact; if not, it may be appended.
 
         Raises:
@@ -130,9 +134,9 @@ class Log(Generic[S]):
             refused = self._refusal(self._state, record)
             if refused is None:
                 return False
-        raise Fenced(f"{self._prefix}: {record.kind} is refused: {refused}")
+        raise Fenced(f"{self._prefix}: {getattr(record, 'kind', 'the record')} is refused: {refused}")
 
-    def _create(self, entry: Entry) -> bool:
+    def _create(self, entry: Entry[R]) -> bool:
         """Write an entry at its position; False if the position is taken, by whomever."""
         key, body = layout.log_entry(self._prefix, entry.seq), entry.to_json()
         for pause_s in (*PAUSES_S, None):
@@ -185,11 +189,11 @@ class Log(Generic[S]):
         except NotFound as error:
             raise Corrupt(f"{self._named(key)}: the entry is missing, though later ones exist") from error
 
-    def _take(self, body: bytes) -> Entry:
+    def _take(self, body: bytes) -> Entry[R]:
         """Fold the entry at the next position."""
         key = layout.log_entry(self._prefix, self.next_seq)
         try:
-            entry = Entry.from_json(body)
+            entry = self._parsed(body)
         except (ValidationError, ValueError) as error:
             raise Corrupt(
                 f"{self._named(key)}: not a record that this version understands: {_first_line(error)}"
@@ -201,7 +205,12 @@ class Log(Generic[S]):
         self._accept(entry, body)
         return entry
 
-    def _accept(self, entry: Entry, body: bytes) -> None:
+    def _parsed(self, body: bytes) -> Entry[R]:
+        if len(body) > MAX_RECORD_BYTES:
+            raise ValueError(f"record is {len(body)} bytes, more than {MAX_RECORD_BYTES}")
+        return self._entry.validate_json(body)
+
+    def _accept(self, entry: Entry[R], body: bytes) -> None:
         self._state = self._fold(self._state, entry)
         self._entries.append(entry)
         self._last_digest = hashlib.sha256(body).hexdigest()
@@ -210,11 +219,15 @@ class Log(Generic[S]):
         return f"{key} in {self._store.url}"
 
 
-def run_log(store: ObjectStore, run_id: str, *, sleep: Callable[[float], None] = time.sleep) -> Log[RunState]:
+RunLog = Log[RunState, Record]
+
+
+def run_log(store: ObjectStore, run_id: str, *, sleep: Callable[[float], None] = time.sleep) -> RunLog:
     """The log of one run. Nothing is read before the first ``refresh`` or ``append``."""
     return Log(
         store,
         layout.run_log_prefix(run_id),
+        entry=RUN_ENTRY,
         initial=RunState(),
         fold=fold,
         refusal=refusal,

@@ -6,7 +6,7 @@ is decided in ``run_state``.
 """
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -48,12 +48,22 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class Packed(_Frozen):
+    """How a file lies in the store if not as it is: coded, without loss, to fewer bytes."""
+
+    codec: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,31}$")]
+    size_bytes: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+
+
 class StoredFile(_Frozen):
     """One file of a checkpoint: its path inside the checkpoint, its size and its digest."""
 
     name: str
     size_bytes: Annotated[int, Field(ge=0)]
     sha256: Sha256
+    packed: Packed | None = None
+    """The object in the store is this coding of the file; None: it is the file."""
 
 
 class CheckpointRef(_Frozen):
@@ -91,7 +101,11 @@ class Started(_Frozen):
 
 
 class Committed(_Frozen):
-    """A checkpoint exists: its files are in the store under the attempt's prefix, with these digests."""
+    """A checkpoint exists: its files are in the store under the attempt's prefix, with these digests.
+
+    One that is not ``resumable`` is a *salvage*: the adapter without the optimizer's state, all there was
+    time for. It can be exported, and nothing is ever resumed from it.
+    """
 
     kind: Literal["committed"] = "committed"
     attempt: AttemptNumber
@@ -100,6 +114,7 @@ class Committed(_Frozen):
     files: tuple[StoredFile, ...]
     metrics: dict[str, float] = {}
     final: bool = False
+    resumable: bool = True
     at: float
 
     @property
@@ -155,6 +170,22 @@ class Quarantined(_Frozen):
     at: float
 
 
+class Pinned(_Frozen):
+    """A person wants this checkpoint kept, whatever the policy says."""
+
+    kind: Literal["pinned"] = "pinned"
+    checkpoint: CheckpointRef
+    at: float
+
+
+class Unpinned(_Frozen):
+    """The policy decides about this checkpoint again."""
+
+    kind: Literal["unpinned"] = "unpinned"
+    checkpoint: CheckpointRef
+    at: float
+
+
 class CancelRequested(_Frozen):
     """A person asked for the run to stop. It stays queued or running until ``Finished`` says otherwise."""
 
@@ -163,7 +194,7 @@ class CancelRequested(_Frozen):
 
 
 class Finished(_Frozen):
-    """The run is over. Nothing but retiring and reaping may follow."""
+    """The run is over. Nothing but pinning, retiring and reaping may follow."""
 
     kind: Literal["finished"] = "finished"
     outcome: Outcome
@@ -173,12 +204,25 @@ class Finished(_Frozen):
 
 
 Record = Annotated[
-    Claimed | Started | Committed | Ended | Retired | Reaped | Quarantined | CancelRequested | Finished,
+    Claimed
+    | Started
+    | Committed
+    | Ended
+    | Retired
+    | Reaped
+    | Quarantined
+    | Pinned
+    | Unpinned
+    | CancelRequested
+    | Finished,
     Field(discriminator="kind"),
 ]
 
 
-class Entry(_Frozen):
+R = TypeVar("R")
+
+
+class Entry(_Frozen, Generic[R]):
     """One object of a log: a record at its position, chained to the one before.
 
     ``nonce`` is random per append, by which a writer recognises its own record after a lost reply. ``prev``
@@ -189,23 +233,14 @@ class Entry(_Frozen):
     seq: Annotated[int, Field(ge=0)]
     nonce: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     prev: str
-    record: Record
+    record: R
 
     def to_json(self) -> bytes:
         return self.model_dump_json().encode()
 
-    @staticmethod
-    def from_json(body: bytes) -> "Entry":
-        """Parse an entry.
 
-        Raises:
-            ValueError: The bytes are not an entry (pydantic's error says where).
-        """
-        if len(body) > MAX_RECORD_BYTES:
-            raise ValueError(f"record is {len(body)} bytes, more than {MAX_RECORD_BYTES}")
-        return _ENTRY.validate_json(body)
-
-
-_ENTRY = TypeAdapter(Entry)
+RunEntry = Entry[Record]
+RUN_ENTRY: TypeAdapter[RunEntry] = TypeAdapter(RunEntry)
+"""Reads and validates one entry of a run's log."""
 RECORD: TypeAdapter[Record] = TypeAdapter(Record)
 """Validates one record, e.g. one that an agent hands to the controller to append."""

@@ -18,14 +18,16 @@ from .records import (
     Committed,
     Ended,
     EndReason,
-    Entry,
     Finished,
     Outcome,
+    Pinned,
     Quarantined,
     Reaped,
     Record,
     Retired,
+    RunEntry,
     Started,
+    Unpinned,
 )
 
 FREE_ENDS = frozenset(
@@ -73,8 +75,12 @@ class RunState:
     attempts: tuple[Attempt, ...] = ()
     checkpoints: tuple[Committed, ...] = ()
     """Restorable: committed, neither retired nor quarantined; oldest first."""
+    salvaged: tuple[Committed, ...] = ()
+    """Adapters without optimizer state: good to export, never to resume from; oldest first."""
     retired: tuple[Committed, ...] = ()
     """Retired, data possibly still there."""
+    pinned: tuple[CheckpointRef, ...] = ()
+    """Never retired while they are here."""
     quarantined: tuple[tuple[CheckpointRef, str], ...] = ()
     stalls: int = 0
     """Consecutive attempts that ended through no machine's fault without a new committed step."""
@@ -113,11 +119,16 @@ class RunState:
     def outcome(self) -> Outcome | None:
         return self.finished.outcome if self.finished else None
 
+    @property
+    def stored(self) -> tuple[Committed, ...]:
+        """Every checkpoint whose files may be relied on, to resume from or to export; oldest first."""
+        return tuple(sorted((*self.checkpoints, *self.salvaged), key=lambda c: (c.step, c.attempt)))
+
     def restorable(self, ref: CheckpointRef) -> Committed | None:
         return next((c for c in self.checkpoints if c.ref == ref), None)
 
 
-def fold(state: RunState, entry: Entry) -> RunState:
+def fold(state: RunState, entry: RunEntry) -> RunState:
     """Return the state after one more entry; a record that ``refusal`` would have refused changes nothing."""
     return state if refusal(state, entry.record) else apply(state, entry.record)
 
@@ -130,6 +141,8 @@ def apply(state: RunState, record: Record) -> RunState:
             return replace(state, attempts=(*state.attempts, attempt))
         case Started():
             return _on_last_attempt(state, started=record)
+        case Committed(resumable=False):
+            return replace(state, salvaged=(*state.salvaged, record))
         case Committed():
             committed = _on_last_attempt(state, committed_step=record.step)
             return replace(committed, checkpoints=(*state.checkpoints, record), stalls=0, fruitless=0)
@@ -141,9 +154,10 @@ def apply(state: RunState, record: Record) -> RunState:
                 fruitless=state.fruitless + fruitless,
             )
         case Retired(checkpoints=refs):
-            gone = tuple(c for c in state.checkpoints if c.ref in refs)
+            gone = tuple(c for c in state.stored if c.ref in refs)
             kept = tuple(c for c in state.checkpoints if c.ref not in refs)
-            return replace(state, checkpoints=kept, retired=(*state.retired, *gone))
+            salvaged = tuple(c for c in state.salvaged if c.ref not in refs)
+            return replace(state, checkpoints=kept, salvaged=salvaged, retired=(*state.retired, *gone))
         case Reaped(checkpoints=refs):
             return replace(state, retired=tuple(c for c in state.retired if c.ref not in refs))
         case Quarantined(checkpoint=ref, attempt=attempt, reason=reason):
@@ -154,6 +168,10 @@ def apply(state: RunState, record: Record) -> RunState:
             # Its data stays for inspection until the run is over, but nothing resolves to it.
             kept = tuple(c for c in state.checkpoints if c.ref != ref)
             return replace(state, checkpoints=kept, quarantined=(*state.quarantined, (ref, reason)))
+        case Pinned(checkpoint=ref):
+            return replace(state, pinned=(*state.pinned, ref))
+        case Unpinned(checkpoint=ref):
+            return replace(state, pinned=tuple(known for known in state.pinned if known != ref))
         case CancelRequested():
             return replace(state, cancel_requested=True)
         case Finished():
@@ -171,6 +189,12 @@ def refusal(state: RunState, record: Record) -> str | None:
             known = {c.ref for c in state.retired}
             missing = [str(ref) for ref in refs if ref not in known]
             return f"not retired: {', '.join(missing)}" if missing else None
+        case Pinned(checkpoint=ref):
+            if ref in state.pinned:
+                return f"{ref} is pinned already"
+            return None if any(c.ref == ref for c in state.stored) else f"{ref} is not there (any more)"
+        case Unpinned(checkpoint=ref):
+            return None if ref in state.pinned else f"{ref} is not pinned"
     if state.finished:
         return f"the run is over: {state.finished.outcome}"
     match record:
@@ -191,6 +215,8 @@ def refusal(state: RunState, record: Record) -> str | None:
             # A run that is stopped in its last evaluation saves its last step: the final one is of the same.
             if (step, final) <= (state.committed_step, bool(state.result)):
                 return f"step {state.committed_step} is already committed"
+            if any(c.ref == record.ref for c in state.salvaged):
+                return f"the adapter of step {step} is already committed"
             return None
         case Quarantined(checkpoint=ref, attempt=attempt):
             fenced = _refuse_attempt(state, attempt) if attempt is not None else None
@@ -218,7 +244,7 @@ def holds(state: RunState, record: Record) -> bool:
         case Committed():
             return any(
                 c.ref == record.ref and c.incarnation == record.incarnation and c.files == record.files
-                for c in (*state.checkpoints, *state.retired)
+                for c in (*state.stored, *state.retired)
             )
         case Started(attempt=attempt):
             return any(a.number == attempt and a.started is not None for a in state.attempts)
@@ -229,6 +255,10 @@ def holds(state: RunState, record: Record) -> bool:
             return said or any(known == ref for known, _ in state.quarantined)
         case Claimed(attempt=attempt, incarnation=incarnation):
             return any(a.number == attempt and a.claimed.incarnation == incarnation for a in state.attempts)
+        case Pinned(checkpoint=ref):
+            return ref in state.pinned
+        case Unpinned():
+            return False
         case CancelRequested():
             return state.cancel_requested
         case Finished(outcome=outcome):
@@ -262,7 +292,10 @@ def _believed(state: RunState, ref: CheckpointRef) -> bool:
 def _refuse_retiring(state: RunState, refs: tuple[CheckpointRef, ...]) -> str | None:
     if state.newest and state.newest.ref in refs:
         return f"{state.newest.ref} is the newest checkpoint"
-    missing = [str(ref) for ref in refs if not state.restorable(ref)]
+    if pinned := [str(ref) for ref in refs if ref in state.pinned]:
+        return f"pinned: {', '.join(pinned)}"
+    there = {c.ref for c in state.stored}
+    missing = [str(ref) for ref in refs if ref not in there]
     return f"not restorable: {', '.join(missing)}" if missing else None
 
 

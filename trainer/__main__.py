@@ -160,7 +160,7 @@ def _run(store: ObjectStore, run_id: str, spec: RunSpec, options: Options, grace
             spec,
             options,
             scratch=Path(scratch),
-            append=log.append,
+            ledger=log,
         )
         signal.signal(signal.SIGTERM, lambda number, frame: supervisor.stop(grace_s))
         signal.signal(signal.SIGINT, lambda number, frame: supervisor.stop(grace_s))

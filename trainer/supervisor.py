@@ -17,12 +17,11 @@ from pathlib import Path
 
 from storage.checkpoints import CheckpointStore
 from storage.errors import AccessDenied, Corrupt, Fenced, NotFound, StorageError, Unavailable
+from storage.ledger import Ledger
 from storage.local import LocalCheckpoint
-from storage.log import run_log
 from storage.object_store import ObjectStore
-from storage.records import Committed, Record, Started
+from storage.records import Committed, Started
 from storage.replicator import Replicator
-from storage.run_state import RunState
 
 from .config import RunSpec
 from .patience import one_line, patiently
@@ -44,8 +43,6 @@ PUSH_PATIENCE_S = 900.0
 """How long the last checkpoint may take to reach the store after the process has exited by itself."""
 PUSH_AFTER_STOP_S = 120.0
 """The same after the attempt was asked to stop: whoever asked waits for the slot."""
-
-Append = Callable[[Record], RunState]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +79,7 @@ class Supervisor:
         options: Options,
         *,
         scratch: Path,
-        append: Append,
+        ledger: Ledger,
         process: TrainingProcess | None = None,
         on_change: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
@@ -91,13 +88,13 @@ class Supervisor:
         self._store = store
         self._spec = spec
         self._options = options
-        self._append = append
+        self._ledger = ledger
         self._process = process
         self._on_change = on_change
         self._run_dir = RunDir(
             scratch / f"{assignment.run_id}-a{assignment.attempt}-{assignment.incarnation}"
         )
-        self._checkpoints = CheckpointStore(store, assignment.run_id, append)
+        self._checkpoints = CheckpointStore(store, assignment.run_id, ledger)
         self._shipper = Shipper(store, assignment.run_id, assignment.attempt, self._run_dir)
         self._lock = threading.Lock()
         self._stopping = threading.Event()
@@ -191,7 +188,7 @@ class Supervisor:
 
     def _fetch(self) -> tuple[Committed | None, Path | None]:
         """Fetch what to resume from, if this attempt may run at all: its order may have come late."""
-        state = run_log(self._store, self.assignment.run_id).refresh()
+        state = self._ledger.refresh()
         running = state.running.claimed if state.running else None
         mine = (self.assignment.attempt, self.assignment.incarnation)
         if running is None or (running.attempt, running.incarnation) != mine:
@@ -261,7 +258,7 @@ class Supervisor:
             at=progress.first_step_at or time.time(),
         )
         try:
-            self._append(record)
+            self._ledger.append(record)
             self._start_recorded = True
         except Fenced as error:
             self._on_fenced(error)

@@ -23,7 +23,7 @@ from storage.records import Quarantined
 
 def test_a_run_lives_through_damage_a_lost_node_and_pruning(store: ObjectStore, tmp_path: Path) -> None:
     log = run_log(store, RUN)
-    checkpoints = CheckpointStore(store, RUN, log.append)
+    checkpoints = CheckpointStore(store, RUN, log)
 
     def publish(step: int, attempt: int, *, final: bool = False) -> None:
         local = write_checkpoint(tmp_path / "out", step, final=final)

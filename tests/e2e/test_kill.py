@@ -23,7 +23,7 @@ from orchestrator.submission import submit
 from orchestrator.sweep import Sweep, load
 from orchestrator.why import interruptions
 from storage.checkpoints import CheckpointStore
-from storage.log import Log, run_log
+from storage.log import RunLog, run_log
 from storage.object_store import ObjectStore
 from storage.records import Outcome
 from storage.run_state import Attempt, RunState
@@ -204,11 +204,11 @@ def open_run_folders(agent_pid: int) -> list[Path]:
     return [root]
 
 
-def started(log: Log[RunState], attempt: Attempt) -> bool:
+def started(log: RunLog, attempt: Attempt) -> bool:
     return any(a.number == attempt.number and a.started for a in log.refresh().attempts)
 
 
-def over(log: Log[RunState], attempt: Attempt) -> bool:
+def over(log: RunLog, attempt: Attempt) -> bool:
     state = log.refresh()
     return state.running is None or state.attempt > attempt.number
 
@@ -249,7 +249,7 @@ def other_controller(sweep: str, than: int) -> int | None:
 
 def adapter(store: ObjectStore, run_id: str, scratch: Path) -> str:
     log = run_log(store, run_id)
-    checkpoint, path = CheckpointStore(store, run_id, log.append).fetch_newest(log.refresh(), scratch)
+    checkpoint, path = CheckpointStore(store, run_id, log).fetch_newest(log.refresh(), scratch)
     assert checkpoint is not None
     assert checkpoint.final
     assert path is not None

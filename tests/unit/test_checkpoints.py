@@ -23,11 +23,10 @@ from storage import layout
 from storage.checkpoints import CheckpointStore
 from storage.errors import Corrupt, Fenced, InvalidName, NotFound, Unavailable
 from storage.local import complete_checkpoints
-from storage.log import Log, run_log
+from storage.log import RunLog, run_log
 from storage.memory import MemoryStore
 from storage.object_store import ObjectStore
 from storage.records import Committed, Quarantined, StoredFile
-from storage.run_state import RunState
 
 
 @dataclass
@@ -35,7 +34,7 @@ class World:
     """A run in a store, one checkpoint store over it, and a node's disk."""
 
     store: MemoryStore
-    log: Log[RunState]
+    log: RunLog
     checkpoints: CheckpointStore
     disk: Path
     seconds: float = 0.0
@@ -57,10 +56,8 @@ def world(tmp_path: Path) -> World:
     store = MemoryStore()
     log = run_log(store, RUN)
     log.append(claimed())
-    made = World(store, log, CheckpointStore(store, RUN, log.append, clock=lambda: 7.0), tmp_path)
-    made.checkpoints = CheckpointStore(
-        store, RUN, log.append, clock=lambda: 7.0, monotonic=lambda: made.seconds
-    )
+    made = World(store, log, CheckpointStore(store, RUN, log, clock=lambda: 7.0), tmp_path)
+    made.checkpoints = CheckpointStore(store, RUN, log, clock=lambda: 7.0, monotonic=lambda: made.seconds)
     return made
 
 
@@ -109,14 +106,14 @@ def test_a_file_that_changes_while_it_is_uploaded_is_not_committed(tmp_path: Pat
     log = run_log(store, RUN)
     log.append(claimed())
     with pytest.raises(Corrupt, match="changed while it was uploaded"):
-        CheckpointStore(store, RUN, log.append).publish(local, 1, incarnation(1))
+        CheckpointStore(store, RUN, log).publish(local, 1, incarnation(1))
     assert log.refresh().newest is None
 
 
 def test_a_ghost_uploads_under_its_own_prefix_and_is_refused(world: World) -> None:
     ghosts_view = run_log(world.store, RUN)
     ghosts_view.refresh()
-    ghost = CheckpointStore(world.store, RUN, ghosts_view.append)
+    ghost = CheckpointStore(world.store, RUN, ghosts_view)
     world.log.append(ended(1))
     world.log.append(claimed(2))
     mine = world.publish(10, attempt=2)
@@ -153,7 +150,7 @@ def test_a_file_that_arrives_damaged_once_is_fetched_again(world: World) -> None
                 damaged.append(key)
                 target.write_bytes(b"noise")
 
-    noisy = CheckpointStore(NoisyLine(world.store, 0, Fault.REFUSE), RUN, world.log.append)
+    noisy = CheckpointStore(NoisyLine(world.store, 0, Fault.REFUSE), RUN, world.log)
     fetched = noisy.fetch(committed, world.disk / "in" / "step-000000010")
     assert read_files(fetched) == contents(10)
     assert len(damaged) == 2
@@ -163,7 +160,7 @@ def test_a_directory_that_already_is_the_checkpoint_is_used_and_any_other_is_rep
     committed = world.publish(10)
     target = world.disk / "in" / "step-000000010"
     world.checkpoints.fetch(committed, target)
-    nothing_to_read = CheckpointStore(FlakyStore(world.store, 1, Fault.REFUSE), RUN, world.log.append)
+    nothing_to_read = CheckpointStore(FlakyStore(world.store, 1, Fault.REFUSE), RUN, world.log)
     assert nothing_to_read.fetch(committed, target) == target
 
     (target / "adapter.safetensors").write_bytes(b"X" + contents(10)["adapter.safetensors"][1:])
@@ -217,7 +214,7 @@ def test_a_damaged_newest_is_quarantined_and_the_one_before_is_used(
 
 def test_a_store_that_does_not_answer_quarantines_nothing(world: World) -> None:
     world.publish(10)
-    away = CheckpointStore(FlakyStore(world.store, 1, Fault.REFUSE), RUN, world.log.append)
+    away = CheckpointStore(FlakyStore(world.store, 1, Fault.REFUSE), RUN, world.log)
     with pytest.raises(Unavailable):
         away.fetch_newest(world.log.state, world.disk / "in", attempt=1)
     assert world.log.refresh().quarantined == ()
@@ -238,7 +235,7 @@ def test_a_bad_node_gives_up_one_checkpoint_at_most_and_never_the_only_one(world
     """Or one node would let the run begin anew, and its good checkpoints be swept."""
     for step in (10, 20, 30):
         world.publish(step)
-    bad = CheckpointStore(BadNode(world.store), RUN, world.log.append)
+    bad = CheckpointStore(BadNode(world.store), RUN, world.log)
     left = []
     for attempt in (2, 3, 4):
         world.log.append(ended(attempt - 1))
@@ -281,7 +278,7 @@ def test_an_attempt_that_is_over_gives_up_nothing(world: World) -> None:
     seen_before = world.log.state
     world.log.append(ended(1))
     world.log.append(claimed(2))
-    ghost = CheckpointStore(BadNode(world.store), RUN, run_log(world.store, RUN).append)
+    ghost = CheckpointStore(BadNode(world.store), RUN, run_log(world.store, RUN))
     with pytest.raises(Fenced, match="attempt 1 is fenced"):
         ghost.fetch_newest(seen_before, world.disk / "in", attempt=1)
     assert world.log.refresh().newest == newest
@@ -290,7 +287,7 @@ def test_an_attempt_that_is_over_gives_up_nothing(world: World) -> None:
 def test_a_reader_that_is_no_attempt_gives_up_nothing(world: World) -> None:
     world.publish(10)
     newest = world.publish(20)
-    reader = CheckpointStore(BadNode(world.store), RUN, world.log.append)
+    reader = CheckpointStore(BadNode(world.store), RUN, world.log)
     with pytest.raises(Corrupt):
         reader.fetch_newest(world.log.state, world.disk / "in")
     assert world.log.refresh().newest == newest
@@ -386,7 +383,7 @@ def test_uploads_are_aborted_once_nobody_can_finish_them(world: World) -> None:
             aborted.append(prefix)
             return 0
 
-    checkpoints = CheckpointStore(Uploads(world.store, 0, Fault.REFUSE), RUN, world.log.append)
+    checkpoints = CheckpointStore(Uploads(world.store, 0, Fault.REFUSE), RUN, world.log)
     checkpoints.sweep_orphans(world.log.state)
     assert aborted == []
     world.log.append(finished())

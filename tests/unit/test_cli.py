@@ -478,7 +478,7 @@ def with_checkpoint(store: DirectoryStore, folder: Path, step: int) -> None:
     save(folder / "local", step, final=False)
     local = read_checkpoint(folder / "local" / f"step-{step:09d}")
     assert local is not None
-    CheckpointStore(store, R0, log.append).publish(local, 1, incarnation(1))
+    CheckpointStore(store, R0, log).publish(local, 1, incarnation(1))
 
 
 def test_exporting_a_step_that_is_not_there_is_exit_4_with_those_that_are(

@@ -20,7 +20,7 @@ from support.runs import RUN, claimed, contents, ended, incarnation, read_files,
 from storage import layout
 from storage.checkpoints import CheckpointStore
 from storage.errors import Unavailable
-from storage.log import Log, run_log
+from storage.log import RunLog, run_log
 from storage.memory import MemoryStore
 from storage.object_store import ObjectStore
 from storage.run_state import RunState
@@ -37,10 +37,10 @@ def node() -> Iterator[Path]:
         yield Path(directory)
 
 
-def opened(store: ObjectStore) -> tuple[Log[RunState], CheckpointStore]:
+def opened(store: ObjectStore) -> tuple[RunLog, CheckpointStore]:
     log = run_log(store, RUN, sleep=lambda seconds: None)
     log.refresh()
-    return log, CheckpointStore(store, RUN, log.append)
+    return log, CheckpointStore(store, RUN, log)
 
 
 def publish(store: ObjectStore, disk: Path, step: int) -> None:

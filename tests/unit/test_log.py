@@ -8,11 +8,10 @@ from support.runs import RUN, claimed, committed, ended, finished, ref, retired
 
 from storage import layout
 from storage.errors import Corrupt, Fenced, Unavailable
-from storage.log import PAUSES_S, Log, run_log
+from storage.log import PAUSES_S, RunLog, run_log
 from storage.memory import MemoryStore
 from storage.object_store import ObjectStore
 from storage.records import MAX_RECORD_BYTES, Record, Started
-from storage.run_state import RunState
 
 STARTED = Started(attempt=1, step=0, at=9.0)
 
@@ -21,7 +20,7 @@ def key(n: int) -> str:
     return layout.log_entry(layout.run_log_prefix(RUN), n)
 
 
-def log_of(store: ObjectStore, slept: list[float] | None = None) -> Log[RunState]:
+def log_of(store: ObjectStore, slept: list[float] | None = None) -> RunLog:
     return run_log(store, RUN, sleep=(slept if slept is not None else []).append)
 
 

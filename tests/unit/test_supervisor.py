@@ -21,10 +21,10 @@ from storage import layout
 from storage.checkpoints import CheckpointStore
 from storage.directory import DirectoryStore
 from storage.errors import AccessDenied, Unavailable
-from storage.log import Log, run_log
+from storage.log import Log, RunLog, run_log
 from storage.memory import MemoryStore
 from storage.object_store import ObjectInfo, ObjectStore
-from storage.records import Committed, EndReason, Entry, Quarantined, Record, Started
+from storage.records import RUN_ENTRY, Committed, EndReason, Quarantined, Record, Started
 from storage.run_state import RunState
 from trainer.attempt import run_attempt
 from trainer.config import Base, Dataset, RunSpec
@@ -130,7 +130,7 @@ def supervise(tmp_path: Path) -> Iterator[Supervise]:
             spec or LIGHT_SPEC,
             Options(checkpoint=EVERY_STEP, threads=1, cache_dir=str(cache) if cache else None),
             scratch=scratch,
-            append=run_log(store, RUN).append,
+            ledger=run_log(store, RUN),
             process=process,
         )
         begun.append(Attempt(supervisor, process))
@@ -210,9 +210,7 @@ def test_killed_then_stopped_then_resumed_past_a_damaged_checkpoint_equals_never
     assert [r.checkpoint for r in records(store) if isinstance(r, Quarantined)] == [damaged.ref]
     over = state(store)
     assert over.result is not None
-    fetched = CheckpointStore(store, RUN, run_log(store, RUN).append).fetch(
-        over.result, tmp_path / "step-000000012"
-    )
+    fetched = CheckpointStore(store, RUN, run_log(store, RUN)).fetch(over.result, tmp_path / "step-000000012")
     assert contents(fetched) == straight
 
     starts = [r for r in records(store) if isinstance(r, Started)]
@@ -446,7 +444,7 @@ def test_a_start_that_could_not_be_recorded_is_recorded_with_the_next_checkpoint
     lost: list[Record] = []
     append = Log.append
 
-    def lossy(log: Log[RunState], record: Record) -> RunState:
+    def lossy(log: RunLog, record: Record) -> RunState:
         if isinstance(record, Started) and not lost:
             lost.append(record)
             raise Unavailable("503 SlowDown")
@@ -500,7 +498,7 @@ class Ordered(MemoryStore):
 
     def create(self, key: str, body: bytes) -> bool:
         won = super().create(key, body)
-        self.written += [f"{key} {Entry.from_json(body).record.kind}"] * won
+        self.written += [f"{key} {RUN_ENTRY.validate_json(body).record.kind}"] * won
         return won
 
 
@@ -538,7 +536,7 @@ def test_a_disk_that_cannot_be_written_ends_the_attempt_with_an_error(tmp_path: 
         LIGHT_SPEC,
         Options(),
         scratch=tmp_path / "scratch",
-        append=run_log(store, RUN).append,
+        ledger=run_log(store, RUN),
     )
 
     final = supervisor.run()

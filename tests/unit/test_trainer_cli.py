@@ -128,7 +128,7 @@ def fetch_result(store: DirectoryStore, folder: Path) -> Path:
     log = run_log(store, "run")
     result = log.refresh().result
     assert result is not None
-    return CheckpointStore(store, "run", log.append).fetch(result, folder / f"step-{result.step:09d}")
+    return CheckpointStore(store, "run", log).fetch(result, folder / f"step-{result.step:09d}")
 
 
 LIGHT_SPEC = RunSpec(base=Base(model="owner/model"), dataset=Dataset(path="/data"))
