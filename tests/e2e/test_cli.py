@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from support.cluster import wait_for
+from support.gate import Gate
 
 from orchestrator import local_ray
 
@@ -37,17 +38,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         local_ray.stop(cluster)
 
 
-# The last step of a run, held open until the test lets it end: how fast the machine is does not matter.
-GATE = """
-import pathlib, time
-while not pathlib.Path({go!r}).exists():
-    time.sleep(0.05)
-print('{{"passed": 1}}')
-"""
-
-
 def test_detach_come_back_and_find_one_run_failed_alone(world: Path, home: Path) -> None:
-    (home / "gate.py").write_text(GATE.format(go=str(home / "go")))
+    gate = Gate(home)
     (home / "grid.yaml").write_text(f"""
 name: day
 parameters: {{targets: {{values: [[to_q, to_v], [nothing_is_called_so]]}}}}
@@ -55,9 +47,7 @@ base: {{model: {world / "base"}, resolution: 32, max_train_steps: 60, train_batc
 dataset: {{path: {world / "images"}}}
 resources: {{gpus: 0, cpus: 1}}
 checkpoint: {{every: 10}}
-samples: {{prompts: [a sign], steps: 1}}
-evaluate: {{command: [python, gate.py]}}
-""")
+{gate.grid}""")
     first = Watched(home, "sweep", "grid.yaml", "-y")
     wait_for("a run that trains", lambda: "RUNNING step" in first.seen, 180)
     cluster = local_ray.find()
@@ -70,7 +60,7 @@ evaluate: {{command: [python, gate.py]}}
     first.process.send_signal(signal.SIGINT)
     assert first.process.wait(60) == 130
     assert "Detached. The sweep goes on." in first.seen
-    (home / "go").touch()
+    gate.open()
 
     again = orchestrate(home, "sweep", "grid.yaml", "-y")
     assert again.returncode == 100, again.stderr

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from support.cluster import descendants, kill_cluster, running_cluster, trainers, wait_for
+from support.gate import Gate
 from support.s3_servers import S3Server
 
 from orchestrator import launch, local_ray
@@ -41,9 +42,9 @@ KILLS = ("trainer", "node", "agent", "sigterm") * 3
 def test_a_run_killed_twelve_times_ends_in_the_same_bytes(
     optimizer: str, bucket: S3Server, world: Path, tmp_path: Path, figures: dict[str, Any]
 ) -> None:
-    sweep = plan(
-        world, tmp_path, bucket.url_of(f"kill-{optimizer}"), f"optimizer: {optimizer}, adam8bit_min_size: 64"
-    )
+    gate = Gate(tmp_path)
+    base = f"optimizer: {optimizer}, adam8bit_min_size: 64"
+    sweep = plan(world, tmp_path, bucket.url_of(f"kill-{optimizer}"), gate, base)
     store, probed = launch.open_probed(sweep.storage.url)
     run_id = sweep.runs[0].run_id
     seed = 20261121
@@ -54,11 +55,12 @@ def test_a_run_killed_twelve_times_ends_in_the_same_bytes(
         launch.start(sweep, sweep.storage.url, arbitrated=not probed.atomic)
         instants = random.Random(seed)
         for number, victim in enumerate(KILLS):
-            # Every third dies while it starts, the others some time after their first step.
-            starting = number % 3 == 2
-            wait_s = instants.uniform(0.0, 4.0 if starting else 2.0)
-            cluster = kill(cluster, victim, run_id, store, starting=starting, wait_s=wait_s)
+            # Every third dies while it starts, the others some steps later.
+            steps = 0 if number % 3 == 2 else instants.randint(1, 40)
+            wait_s = instants.uniform(0.0, 0.2 if steps else 2.0)
+            cluster = kill(cluster, victim, run_id, store, steps=steps, wait_s=wait_s)
             killed.append(victim)
+        gate.open()
         state = finished(store, run_id, timeout_s=300)
 
     assert state.outcome is Outcome.SUCCEEDED
@@ -80,7 +82,8 @@ def test_a_run_killed_twelve_times_ends_in_the_same_bytes(
 def test_a_killed_controller_costs_no_trainer_anything(
     world: Path, tmp_path: Path, figures: dict[str, Any]
 ) -> None:
-    sweep = plan(world, tmp_path, f"file://{tmp_path / 'store'}", seeds=4, steps=200)
+    gate = Gate(tmp_path)
+    sweep = plan(world, tmp_path, f"file://{tmp_path / 'store'}", gate, seeds=4, steps=200)
     store = open_store(sweep.storage.url)
     with running_cluster(tmp_path / "home", nodes=2, cpus=2) as cluster:
         submit(sweep, store)
@@ -93,6 +96,7 @@ def test_a_killed_controller_costs_no_trainer_anything(
         os.kill(first_pid, signal.SIGKILL)
         second_pid = wait_for("a new controller", lambda: other_controller(sweep.name, first_pid), 60)
         during = {p.pid for p in trainers(cluster.host_pid)}
+        gate.open()
         ended = [finished(store, run.run_id, timeout_s=300) for run in sweep.runs]
 
     assert second_pid != first_pid
@@ -108,7 +112,8 @@ def test_a_killed_controller_costs_no_trainer_anything(
 def test_everything_killed_at_once_resumes_from_the_store_alone(
     world: Path, tmp_path: Path, figures: dict[str, Any]
 ) -> None:
-    sweep = plan(world, tmp_path, f"file://{tmp_path / 'store'}", seeds=2, steps=100)
+    gate = Gate(tmp_path)
+    sweep = plan(world, tmp_path, f"file://{tmp_path / 'store'}", gate, seeds=2, steps=100)
     store = open_store(sweep.storage.url)
     with running_cluster(tmp_path / "home", nodes=2, cpus=1) as cluster:
         submit(sweep, store)
@@ -117,6 +122,7 @@ def test_everything_killed_at_once_resumes_from_the_store_alone(
             "committed work of both runs", lambda: all(s.committed_step >= 20 for s in states(sweep)), 120
         )
         kill_cluster(cluster)
+    gate.open()
     committed = {run.run_id: run_log(store, run.run_id).refresh().committed_step for run in sweep.runs}
 
     with running_cluster(tmp_path / "home2", nodes=2, cpus=1) as cluster:
@@ -139,6 +145,7 @@ def plan(
     world: Path,
     folder: Path,
     store_url: str,
+    gate: Gate,
     base: str = "optimizer: adamw",
     *,
     seeds: int = 1,
@@ -155,21 +162,22 @@ storage: {{url: "{store_url}"}}
 resources: {{gpus: 0, cpus: 1}}
 checkpoint: {{every: 5, grace_s: 1}}
 recovery: {{max_failures: 50, backoff_s: 0.1, max_backoff_s: 0.2}}
-""")
+{gate.grid}""")
     return load(file)
 
 
 def kill(
-    cluster: LocalRay, victim: str, run_id: str, store: ObjectStore, *, starting: bool, wait_s: float
+    cluster: LocalRay, victim: str, run_id: str, store: ObjectStore, *, steps: int, wait_s: float
 ) -> LocalRay:
-    """Kill ``victim`` under the running attempt, ``wait_s`` after its claim (starting) or its first step."""
+    """Kill ``victim`` under the running attempt: ``wait_s`` after its claim or after ``steps`` of it."""
     log = run_log(store, run_id)
     attempt = wait_for("a running attempt", lambda: log.refresh().running, 120)
+    goal = min(attempt.resumed_from + steps, STEPS)
     node = attempt.claimed.node
     raylet = cluster.raylet_pids[node]
     trainer = wait_for(f"a trainer on {node}", lambda: next(iter(trainers(raylet)), None), 60)
-    if not starting:
-        wait_for("its first step", lambda: started(log, attempt) or over(log, attempt), 120)
+    if steps:
+        wait_for(f"step {goal}", lambda: log.refresh().committed_step >= goal or over(log, attempt), 120)
     time.sleep(wait_s)  # the random instant itself, not a wait for something
     agent = trainer.ppid()
     disks = open_run_folders(agent)
@@ -202,10 +210,6 @@ def open_run_folders(agent_pid: int) -> list[Path]:
     root = Path(tempfile.gettempdir()) / f"orchestrate-{os.getuid()}" / str(agent_pid)
     assert root.is_dir()
     return [root]
-
-
-def started(log: RunLog, attempt: Attempt) -> bool:
-    return any(a.number == attempt.number and a.started for a in log.refresh().attempts)
 
 
 def over(log: RunLog, attempt: Attempt) -> bool:
