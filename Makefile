@@ -6,12 +6,15 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 BENCH  := $(VENV)/ready-bench
 ARGS   ?=
+N      ?= 100000
+SEED   ?= 1
+SECONDS ?= 60
 
 # Ray would otherwise ask at the first start, and then send, how it is used.
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help wheel venv demo test check format e2e gpu netns bench-recovery bench-stall bench-steps lock clean
+.PHONY: help wheel venv demo test check format e2e schedules race gpu netns bench-recovery bench-stall bench-steps lock clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [ARGS='...'] [PYTHON=python3.12]"
@@ -55,6 +58,12 @@ format: $(READY) ## format the tree and fix what can be fixed safely
 
 e2e: $(READY) ## minutes on real Ray with real kills; the last line is one JSON object
 	$(BIN)/python -m pytest tests/e2e -m e2e $(ARGS)
+
+schedules: $(READY) ## N random histories of a run from SEED on; the last line is one JSON object
+	@PYTHONPATH=tests $(BIN)/python -m proof.schedules -n $(N) --seed $(SEED) $(ARGS)
+
+race: $(READY) ## eight writers for SECONDS on each real store; the last line is one JSON object
+	@PYTHONPATH=tests $(BIN)/python -m proof.race --seconds $(SECONDS) $(ARGS)
 
 gpu: $(READY) ## tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)

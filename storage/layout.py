@@ -7,6 +7,9 @@
     runs/<run>/events/<attempt>/<n>.jsonl
     runs/<run>/logs/<attempt>/<n>.txt
     runs/<run>/samples/<step>/<file>
+    content/<digest>/log/<n>.json                             who stored it, which sweeps use it
+    content/<digest>/data/<incarnation>/<sha256>              its files, each under its own digest
+    content/<digest>/data/<incarnation>/listing.json          their names
 
 Numbers are padded with zeros, so that key order is number order. Whatever cannot be a file name on a node's
 disk is refused before it becomes a key: a bucket would take ``../../etc/passwd`` without a word.
@@ -24,11 +27,14 @@ MAX_KEY_BYTES = 900
 MAX_PART_BYTES = 255
 """The longest file name on the usual file systems."""
 
+_UNPRINTABLE = re.compile(r"[\\\x00-\x1f\x7f-\x9f]")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _INCARNATION = re.compile(r"[0-9a-f]{8}")
 _DATA_KEY = re.compile(r"runs/([^/]+)/data/(\d{6})-([0-9a-f]{8})/(\d{9})/(.+)", re.DOTALL)
 _BATCH_KEY = re.compile(r"runs/([^/]+)/(events|logs)/(\d{6})/(\d{6})\.(jsonl|txt)")
 _SAMPLE_KEY = re.compile(r"runs/([^/]+)/samples/(\d{9})/(.+)", re.DOTALL)
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_CONTENT_KEY = re.compile(r"content/([0-9a-f]{64})/(?:log/\d{12}\.json|data/([0-9a-f]{8})/(.+))")
 _SPEC_KEY = re.compile(r"(runs|sweeps)/([^/]+)/spec\.json")
 
 
@@ -86,11 +92,11 @@ def check_path(path: str, what: str = "key") -> str:
         raise InvalidName(f"{what} {_shown(path)}: empty, or it has a leading, trailing or double '/'")
     if "." in parts or ".." in parts:
         raise InvalidName(f"{what} {_shown(path)}: '.' and '..' are not allowed")
-    if "\\" in path or any(ord(c) < 32 or 127 <= ord(c) < 160 for c in path):
+    if _UNPRINTABLE.search(path):
         raise InvalidName(f"{what} {_shown(path)}: backslashes and control characters are not allowed")
     if len(encoded) > MAX_KEY_BYTES:
         raise InvalidName(f"{what} {_shown(path)}: {len(encoded)} bytes long, at most {MAX_KEY_BYTES}")
-    longest = max(len(part.encode()) for part in parts)
+    longest = max(map(len, encoded.split(b"/")))
     if longest > MAX_PART_BYTES:
         raise InvalidName(f"{what} {_shown(path)}: a part is {longest} bytes long, at most {MAX_PART_BYTES}")
     return path
@@ -233,6 +239,46 @@ def parse_sample(key: str) -> tuple[str, int, str] | None:
     """Return (run, step, file) if the key is a sample's."""
     found = _SAMPLE_KEY.fullmatch(key)
     return (found[1], int(found[2]), found[3]) if found and _NAME.fullmatch(found[1]) else None
+
+
+def content_prefix(digest: str) -> str:
+    return f"content/{_check_digest(digest)}/"
+
+
+def content_log_prefix(digest: str) -> str:
+    return f"{content_prefix(digest)}log/"
+
+
+def content_data_prefix(digest: str, incarnation: str | None = None) -> str:
+    """Everything that was uploaded of a content; of one incarnation of it, if that is given."""
+    prefix = f"{content_prefix(digest)}data/"
+    return prefix if incarnation is None else f"{prefix}{_check_incarnation(incarnation)}/"
+
+
+def content_file(digest: str, incarnation: str, sha256: str) -> str:
+    return f"{content_data_prefix(digest, incarnation)}{_check_digest(sha256)}"
+
+
+def content_listing(digest: str, incarnation: str) -> str:
+    return f"{content_data_prefix(digest, incarnation)}listing.json"
+
+
+def parse_content(key: str) -> tuple[str, str | None] | None:
+    """Return (digest, incarnation) if the key is content's; the incarnation is None for its log."""
+    found = _CONTENT_KEY.fullmatch(key)
+    return (found[1], found[2]) if found else None
+
+
+def _check_digest(digest: str) -> str:
+    if not _DIGEST.fullmatch(digest):
+        raise InvalidName(f"digest {_shown(digest)}: expected 64 hexadecimal digits")
+    return digest
+
+
+def _check_incarnation(incarnation: str) -> str:
+    if not _INCARNATION.fullmatch(incarnation):
+        raise InvalidName(f"incarnation {_shown(incarnation)}: expected 8 hexadecimal digits")
+    return incarnation
 
 
 def _batches(run: str, kind: str, attempt: int | None) -> str:

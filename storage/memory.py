@@ -52,11 +52,12 @@ class MemoryStore:
 
     def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
         with self._lock:
-            found = [ObjectInfo(key, len(body)) for key, body in self._objects.items()]
-        yield from sorted(
-            (info for info in found if info.key.startswith(prefix) and info.key > after),
-            key=lambda info: info.key,
-        )
+            found = [
+                ObjectInfo(key, len(body))
+                for key, body in self._objects.items()
+                if key.startswith(prefix) and key > after
+            ]
+        yield from sorted(found, key=lambda info: info.key)
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
@@ -65,3 +66,6 @@ class MemoryStore:
 
     def abort_uploads(self, prefix: str) -> int:
         return 0
+
+    def unfinished(self, prefix: str) -> Iterator[ObjectInfo]:
+        return iter(())
