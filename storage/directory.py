@@ -109,6 +109,9 @@ class DirectoryStore:
     def abort_uploads(self, prefix: str) -> int:
         return 0  # unfinished files have no key yet; the next writers remove them
 
+    def unfinished(self, prefix: str) -> Iterator[ObjectInfo]:
+        return iter(())
+
     def _path(self, key: str) -> Path:
         layout.check_path(key)
         if key.split("/")[0] == _STAGING:
@@ -199,7 +202,8 @@ class DirectoryStore:
                 yield from self._walk(key)
             elif entry.is_file(follow_symlinks=False):
                 with contextlib.suppress(FileNotFoundError):
-                    yield ObjectInfo(key, entry.stat(follow_symlinks=False).st_size)
+                    found = entry.stat(follow_symlinks=False)
+                    yield ObjectInfo(key, found.st_size, found.st_mtime)
 
     @contextlib.contextmanager
     def _translated(self, key: str, *, writing: bool = False) -> Iterator[None]:

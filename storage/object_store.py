@@ -6,7 +6,7 @@ answer: ``create`` is sent once, and its caller resolves a lost reply.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +17,8 @@ class ObjectInfo:
 
     key: str
     size_bytes: int
+    modified_s: float | None = field(default=None, compare=False)
+    """When it was written, in Unix seconds of the store's own clock; None if the store does not tell."""
 
 
 class ObjectStore(Protocol):
@@ -71,3 +73,6 @@ class ObjectStore(Protocol):
         Returns:
             How many uploads that were.
         """
+
+    def unfinished(self, prefix: str) -> Iterator[ObjectInfo]:
+        """What ``abort_uploads`` would find: a line for each upload, without the size, which nobody tells."""

@@ -181,7 +181,7 @@ class S3Store:
                     key = found["Key"].removeprefix(self._prefix)
                     # Some servers ignore StartAfter.
                     if key > after:
-                        yield ObjectInfo(key, found["Size"])
+                        yield ObjectInfo(key, found["Size"], _unix(found.get("LastModified")))
 
     def delete(self, keys: Iterable[str]) -> None:
         # One request each: deleting in batches needs a checksum on which servers do not agree.
@@ -202,6 +202,16 @@ class S3Store:
                     Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"]
                 )
         return len(found)
+
+    def unfinished(self, prefix: str) -> Iterator[ObjectInfo]:
+        pages = self._client.get_paginator("list_multipart_uploads").paginate(
+            Bucket=self._bucket, Prefix=self._prefix + prefix
+        )
+        with self._translated(prefix), _suppressed(_NO_UPLOADS):
+            for page in pages:
+                for upload in page.get("Uploads", ()):
+                    key = upload["Key"].removeprefix(self._prefix)
+                    yield ObjectInfo(key, 0, _unix(upload.get("Initiated")))
 
     def server_time(self) -> datetime | None:
         """What the server's clock says, to the second; None if its answers carry no date.
@@ -287,6 +297,10 @@ def _client(session: Any, endpoint: str | None, region: str | None, retries: dic
             s3={"addressing_style": "path"},
         ),
     )
+
+
+def _unix(moment: datetime | None) -> float | None:
+    return moment.timestamp() if moment else None
 
 
 def _md5(body: bytes) -> str:

@@ -66,6 +66,9 @@ class FlakyStore:
     def abort_uploads(self, prefix: str) -> int:
         return self._call(lambda: self._inner.abort_uploads(prefix))
 
+    def unfinished(self, prefix: str) -> Iterator[ObjectInfo]:
+        return iter(self._call(lambda: tuple(self._inner.unfinished(prefix))))
+
     def _call(self, effect: Callable[[], T], half: Callable[[], object] = lambda: None) -> T:
         self.calls += 1
         if self.dead:
