@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .errors import InvalidName
-from .records import CheckpointRef, Committed
+from .records import CheckpointRef, Committed, StoredFile
 
 MAX_KEY_BYTES = 900
 """Stores take 1024, of which the prefix in a store's url needs some."""
@@ -74,6 +74,11 @@ def check_name(kind: str, name: str) -> str:
             "starting with a letter or a digit"
         )
     return name
+
+
+def is_name(name: str) -> bool:
+    """Whether ``check_name`` takes it."""
+    return _NAME.fullmatch(name) is not None
 
 
 def check_path(path: str, what: str = "key") -> str:
@@ -187,9 +192,15 @@ def checkpoint_file(run: str, attempt: int, incarnation: str, step: int, file: s
     return check_path(checkpoint_prefix(run, attempt, incarnation, step) + file)
 
 
+def stored_name(file: StoredFile) -> str:
+    """What a file of a checkpoint is called in the store: a packed one says how it was packed."""
+    return f"{file.name}.{file.packed.codec}" if file.packed else file.name
+
+
 def committed_file(run: str, committed: Committed, file: str) -> str:
     """The key of one file of a committed checkpoint."""
-    return checkpoint_file(run, committed.attempt, committed.incarnation, committed.step, file)
+    name = next((stored_name(f) for f in committed.files if f.name == file), file)
+    return checkpoint_file(run, committed.attempt, committed.incarnation, committed.step, name)
 
 
 def parse_data(key: str) -> DataKey | None:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
 from .records import CheckpointRef, Committed
+from .run_state import RunState
 
 
 def plan_prune(
@@ -43,11 +44,30 @@ def plan_prune(
     if keep_best:
         if metric is None:
             raise ValueError("keep_best needs a metric to judge by")
-        kept |= {c.ref for c in _best(ordered, metric, maximize=goal == "maximize")[:keep_best]}
+        kept |= {c.ref for c in best_first(ordered, metric, maximize=goal == "maximize")[:keep_best]}
     return [c.ref for c in ordered if c.ref not in kept]
 
 
-def _best(ordered: Iterable[Committed], metric: str, *, maximize: bool) -> list[Committed]:
-    """Those with a number for the metric, best first, of equals the earlier first."""
+def plan_salvaged(state: RunState) -> list[CheckpointRef]:
+    """Return the salvages that may be retired, oldest first.
+
+    Of use is the newest alone, and only while no full checkpoint is as far. One of the attempt that runs is
+    never given up: the attempt may yet commit the whole of it, under the same keys.
+    """
+    full = {c.ref for c in state.checkpoints}
+    live = state.running.number if state.running else None
+    ordered = sorted(state.salvaged, key=lambda c: (c.step, c.attempt))
+    kept = {c.ref for c in ordered[-1:] if c.step > state.committed_step} | set(state.pinned) | full
+    return [c.ref for c in ordered if c.ref not in kept and c.attempt != live]
+
+
+def resumed_from(state: RunState) -> list[CheckpointRef]:
+    """Return what the attempt that runs has resumed from, and may still be reading."""
+    running = state.running
+    return [c.ref for c in state.checkpoints if running and c.step == running.resumed_from]
+
+
+def best_first(ordered: Iterable[Committed], metric: str, *, maximize: bool) -> list[Committed]:
+    """Return those with a number for the metric, best first, of equals the earlier first."""
     measured = [c for c in ordered if math.isfinite(c.metrics.get(metric, math.nan))]
     return sorted(measured, key=lambda c: -c.metrics[metric] if maximize else c.metrics[metric])
