@@ -288,7 +288,7 @@ class Controller:
     def _prune(self, run: _Run, grace_s: float) -> None:
         """Retire what policy does not keep, and delete what was retired long enough ago."""
         state, policy = run.state, self._sweep.checkpoint
-        pinned = _pinned(state)
+        pinned = (*_pinned(state), *state.pinned)
         superfluous = plan_prune(
             state.checkpoints,
             keep_last=policy.keep_last,
