@@ -16,9 +16,9 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -27,10 +27,12 @@ from support.invariants import Testimony, Witnessed, leftovers, violations
 from support.runs import RUN, read_files
 from support.unreliable_store import Interleaving, Seat
 
-import storage.log
 from storage import layout
 from storage.checkpoints import CheckpointStore
+from storage.collecting import collect_run
 from storage.errors import Corrupt, Fenced, NotFound, StorageError, Unavailable
+from storage.garbage import Keep, plan_run
+from storage.inventory import RunObjects, take
 from storage.local import (
     LocalCheckpoint,
     Manifest,
@@ -40,7 +42,7 @@ from storage.local import (
     step_dir,
     temporary_dir,
 )
-from storage.log import run_log
+from storage.log import RunLog, RunSnapshot, run_log
 from storage.memory import MemoryStore
 from storage.object_store import ObjectStore
 from storage.records import (
@@ -97,9 +99,24 @@ class World:
     testimony: Testimony = field(default_factory=Testimony)
     damaged: set[str] = field(default_factory=set)
     spawned: set[str] = field(default_factory=set)
+    logs: list[RunLog] = field(default_factory=list)
 
     def ledger(self, store: ObjectStore) -> Witnessed:
-        return Witnessed(run_log(store, RUN, sleep=self.interleaving.pause), self.testimony)
+        # One reader: who reads when is the schedule's to choose.
+        log = run_log(store, RUN, sleep=self.interleaving.pause, hint=self.snapshot, readers=1)
+        self.logs.append(log)
+        return Witnessed(log, self.testimony)
+
+    def snapshot(self) -> RunSnapshot | None:
+        """What some log had read at this moment, or nothing, or, of a cache that is damaged, nonsense."""
+        if not self.odds(0.3):
+            return None
+        found = self.logs[int(self.chance.random() * len(self.logs))].snapshot()
+        if found and self.odds(0.1):
+            return replace(found, digest="0" * 64)
+        if found and self.odds(0.1):
+            return replace(found, next_seq=found.next_seq + 1)
+        return found
 
     def checkpoints(self, store: ObjectStore, ledger: Witnessed) -> CheckpointStore:
         return self.mutation.checkpoints(store, RUN, ledger, clock=self.now, monotonic=self.now)
@@ -130,12 +147,11 @@ def play(seed: int, mutation: Mutation | None = None, *, record: bool = False) -
             interleaving.spawn("person", lambda seat: meddle(world, seat))
         if world.odds(0.05):
             interleaving.spawn("rot", lambda seat: rot(world))
-        with _alone():
-            interleaving.run()
-            found = list(interleaving.problems)
-            if world.odds(0.25):
-                found += succeed(world)
-            found += violations(interleaving.inner, RUN, world.testimony, damaged=world.damaged)
+        interleaving.run()
+        found = list(interleaving.problems)
+        if world.odds(0.25):
+            found += succeed(world)
+        found += violations(interleaving.inner, RUN, world.testimony, damaged=world.damaged)
     return Verdict(seed, found, interleaving.history)
 
 
@@ -260,16 +276,21 @@ def superfluous(state: RunState, keep_last: int) -> list[CheckpointRef]:
 
 
 def collect(world: World, store: Seat) -> None:
-    """``gc`` from a laptop: looks once, acts later on what it saw then."""
+    """``gc`` from a laptop: looks once, acts on what it saw then, possibly twice."""
     ledger = world.ledger(store)
-    checkpoints = world.checkpoints(store, ledger)
-    for _ in range(world.chance.randint(1, 3)):
+    for _ in range(world.chance.randint(1, 2)):
         try:
             state = ledger.refresh()
-            tidy(world, checkpoints, state)
-            tidy(world, checkpoints, state)
-        except (Fenced, Unavailable):
+            objects = take(store).runs.get(RUN, RunObjects())
+            if world.odds(0.3):
+                state = ledger.refresh()
+        except Unavailable:
             continue
+        keep = Keep(last=world.chance.choice((1, 2)))
+        plan = plan_run(RUN, objects, state, (), keep=keep, grace_s=0.0, now_s=None)
+        for _ in range(world.chance.choice((1, 1, 2))):
+            for _ in collect_run(store, plan, ledger, clock=world.now):
+                pass
 
 
 def meddle(world: World, store: Seat) -> None:
@@ -388,17 +409,6 @@ _kept: list[tempfile.TemporaryDirectory[str]] = []
 def _memory_disk() -> str | None:
     """Where there is such a thing: thousands of small files are flushed to it."""
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Let the log read with no helper threads: who reads when is the schedule's to choose."""
-    few = storage.log._FEW
-    storage.log._FEW = sys.maxsize
-    try:
-        yield
-    finally:
-        storage.log._FEW = few
 
 
 # The command.
