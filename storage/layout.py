@@ -1,8 +1,10 @@
 """Every key of the store is built and parsed here, and nowhere else.
 
     sweeps/<sweep>/spec.json
+    sweeps/<sweep>/snapshot.json.zst                          a cache of the states of its runs
     runs/<run>/spec.json
     runs/<run>/log/<n>.json                                   the truth
+    runs/<run>/snapshot.json.zst                              a cache of a long log's state
     runs/<run>/data/<attempt>-<incarnation>/<step>/<file>     one incarnation's own prefix
     runs/<run>/events/<attempt>/<n>.jsonl
     runs/<run>/logs/<attempt>/<n>.txt
@@ -137,6 +139,10 @@ def sweep_spec(sweep: str) -> str:
     return f"{sweep_prefix(sweep)}spec.json"
 
 
+def sweep_snapshot(sweep: str) -> str:
+    return f"{sweep_prefix(sweep)}snapshot.json.zst"
+
+
 def terms_prefix(sweep: str) -> str:
     return f"{sweep_prefix(sweep)}terms/"
 
@@ -152,6 +158,10 @@ def run_prefix(run: str) -> str:
 
 def run_spec(run: str) -> str:
     return f"{run_prefix(run)}spec.json"
+
+
+def run_snapshot(run: str) -> str:
+    return f"{run_prefix(run)}snapshot.json.zst"
 
 
 def parse_spec(key: str) -> tuple[str, str] | None:

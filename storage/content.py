@@ -1,0 +1,356 @@
+"""Datasets and base models in the store: each uploaded once, named by its digest, shared by every sweep.
+
+``store_for`` uploads what is not there, file by file, and then says so in the content's log; an upload that
+was cut off is continued, files that arrived are not sent again. ``fetch`` trusts nothing but the digest: the
+listing must have it, and each file must be what the listing says. Deleting takes two records, see
+``content_state``: a process may die at any point, and whoever comes next finishes or begins anew.
+"""
+
+import contextlib
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from . import layout
+from .content_state import (
+    CONTENT_ENTRY,
+    ContentRecord,
+    ContentState,
+    Listing,
+    Reaped,
+    Retired,
+    Stored,
+    Unreferenced,
+    Used,
+    fold,
+    holds,
+    listing_digest,
+    reapable,
+    refusal,
+)
+from .errors import Corrupt, Fenced, Unavailable
+from .log import Log
+from .object_store import ObjectStore
+from .records import StoredFile
+
+ContentLog = Log[ContentState, ContentRecord]
+
+MAX_LISTING_BYTES = 64_000_000
+FETCH_TRIES = 2
+"""A file that arrives with the wrong digest is fetched again once: the network may be to blame."""
+_TRIES = 5
+_AT_ONCE = 8
+_IN_MEMORY_BYTES = 16_000_000
+"""Files up to this size are sent as the very bytes that were hashed."""
+_DELETE_AT_ONCE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a file's directory entry says: while it stays the same, so do the bytes."""
+
+    size_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> "Identity":
+        status = path.stat()
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalContent:
+    """A content on this machine: its files, where each of them lies, and what they were when hashed."""
+
+    listing: Listing
+    paths: Mapping[str, Path]
+    identities: Mapping[str, Identity]
+
+    @property
+    def digest(self) -> str:
+        return listing_digest(self.listing)
+
+
+def content_log(
+    store: ObjectStore, digest: str, *, sleep: Callable[[float], None] = time.sleep
+) -> ContentLog:
+    """The log of one content. Nothing is read before the first ``refresh`` or ``append``."""
+    return Log(
+        store,
+        layout.content_log_prefix(digest),
+        entry=CONTENT_ENTRY,
+        initial=ContentState(),
+        fold=fold,
+        refusal=refusal,
+        holds=holds,
+        sleep=sleep,
+    )
+
+
+def store_for(
+    store: ObjectStore,
+    sweep: str,
+    local: LocalContent,
+    *,
+    submitted: bool,
+    on_sent: Callable[[int], None] = lambda size_bytes: None,
+    clock: Callable[[], float] = time.time,
+) -> bool:
+    """Make sure that a content is in the store and may not be deleted while the sweep exists.
+
+    Args:
+        submitted: The sweep exists, so that a use that it recorded before still counts.
+        on_sent: Told the size of each file that is in the store from now on.
+
+    Returns:
+        Whether anything was uploaded.
+
+    Raises:
+        Corrupt: A file changed while it was read.
+        Unavailable, AccessDenied
+    """
+    layout.check_files(file.name for file in local.listing.files)
+    digest, uploaded = local.digest, False
+    log = content_log(store, digest)
+    log.refresh()
+    for _ in range(_TRIES):
+        if log.state.live is None:
+            uploaded = True
+            _upload(store, log, digest, local, on_sent, clock)
+            continue
+        live = log.state.live
+        if submitted and any(user.sweep == sweep for user in live.users):
+            return uploaded
+        used = Used(incarnation=live.incarnation, sweep=sweep, claim=secrets.token_hex(4), at=clock())
+        with contextlib.suppress(Fenced):  # it was retired meanwhile: upload it anew
+            log.append(used)
+            return uploaded
+    raise Unavailable(
+        f"content {digest[:12]} in {store.url}: deleted again whenever it was stored; is gc running?"
+    )
+
+
+def fetch(store: ObjectStore, digest: str, stored: Stored, target: Path) -> Listing:
+    """Download a content into a directory. Files that are there already, from a fetch that was cut off, stay.
+
+    Raises:
+        Corrupt: The store's bytes are not what the digest names, also when fetched again.
+        NotFound: A file is not in the store (any more).
+        Unavailable: The store does not answer, or the disk is full.
+        AccessDenied
+    """
+    listing = read_listing(store, digest, stored)
+
+    def fetch_one(file: StoredFile) -> None:
+        _fetch_file(store, layout.content_file(digest, stored.incarnation, file.sha256), file, target)
+
+    try:
+        for folder in {(target / file.name).parent for file in listing.files}:
+            folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for _ in pool.map(fetch_one, listing.files):
+                pass
+    except OSError as error:
+        raise Unavailable(f"{error.filename or target}: {error.strerror or error}") from error
+    return listing
+
+
+def read_listing(store: ObjectStore, digest: str, stored: Stored) -> Listing:
+    """Return the names of a content's files, having checked that they have the digest.
+
+    Raises:
+        Corrupt, NotFound, Unavailable, AccessDenied
+    """
+    key = layout.content_listing(digest, stored.incarnation)
+    info = store.head(key)
+    if info and info.size_bytes > MAX_LISTING_BYTES:
+        raise Corrupt(f"{key} in {store.url}: {info.size_bytes} bytes is too large for a listing")
+    body = store.get(key)
+    if hashlib.sha256(body).hexdigest() != stored.listing:
+        raise Corrupt(f"{key} in {store.url}: its sha256 is not what the log says")
+    try:
+        listing = Listing.model_validate_json(body)
+    except ValidationError as error:
+        raise Corrupt(f"{key} in {store.url}: not a listing that this version understands") from error
+    layout.check_files(file.name for file in listing.files)
+    if listing_digest(listing) != digest:
+        raise Corrupt(f"{key} in {store.url}: its files are not those of {digest[:12]}")
+    return listing
+
+
+def digests(store: ObjectStore) -> Iterator[str]:
+    """Yield the digest of each content in the store, in order, with one page of a listing for each."""
+    after = ""
+    while info := next(iter(store.list("content/", after)), None):
+        parsed = layout.parse_content(info.key)
+        if parsed:
+            yield parsed[0]
+            after = f"content/{parsed[0]}0"  # "0" is what follows "/": the next content's first key
+        else:
+            after = info.key
+
+
+def incarnations(store: ObjectStore, digest: str) -> dict[str, int]:
+    """Return the bytes that lie in the store of each incarnation of a content."""
+    found: dict[str, int] = {}
+    for info in store.list(layout.content_data_prefix(digest)):
+        parsed = layout.parse_content(info.key)
+        if parsed and parsed[1]:
+            found[parsed[1]] = found.get(parsed[1], 0) + info.size_bytes
+    return found
+
+
+def retire(log: ContentLog, what: Unreferenced, *, clock: Callable[[], float] = time.time) -> bool:
+    """Say that an incarnation may be deleted; False if somebody has come to use it meanwhile."""
+    try:
+        log.append(Retired(incarnation=what.incarnation, claims=what.claims, at=clock()))
+    except Fenced:
+        return False
+    return True
+
+
+def reap(
+    store: ObjectStore,
+    digest: str,
+    log: ContentLog,
+    existing: Collection[str],
+    *,
+    only: Collection[str] | None = None,
+    clock: Callable[[], float] = time.time,
+) -> int:
+    """Delete the data of retired incarnations, and what late writers left of those reaped before.
+
+    Args:
+        existing: See ``reapable``.
+        only: The incarnations whose grace is over; None: all.
+
+    Returns:
+        How many objects were deleted.
+    """
+    count = 0
+    for upload in reapable(log.refresh(), existing):
+        if only is None or upload.incarnation in only:
+            count += _delete(store, digest, upload.incarnation)
+            log.append(Reaped(incarnation=upload.incarnation, at=clock()))
+    late = log.state.reaped & incarnations(store, digest).keys()
+    return count + sum(_delete(store, digest, incarnation) for incarnation in late)
+
+
+def _upload(
+    store: ObjectStore,
+    log: ContentLog,
+    digest: str,
+    local: LocalContent,
+    on_sent: Callable[[int], None],
+    clock: Callable[[], float],
+) -> None:
+    """Upload an incarnation, or the rest of one, and record it. One that was given up meanwhile stays so."""
+    unfinished = sorted(incarnations(store, digest).keys() - log.state.condemned)
+    incarnation = unfinished[0] if unfinished else secrets.token_hex(4)
+    try:
+        _send_files(store, digest, incarnation, local, on_sent)
+    except Corrupt:
+        with contextlib.suppress(Fenced):  # an object may hold other bytes than its name says
+            log.append(Retired(incarnation=incarnation, at=clock()))
+        raise
+    body = local.listing.model_dump_json().encode()
+    if len(body) > MAX_LISTING_BYTES:
+        raise Unavailable(f"{len(local.paths)} files are too many for one content")
+    store.put(layout.content_listing(digest, incarnation), body)
+    stored = Stored(
+        incarnation=incarnation,
+        listing=hashlib.sha256(body).hexdigest(),
+        files=len(local.listing.files),
+        size_bytes=local.listing.size_bytes,
+        at=clock(),
+    )
+    with contextlib.suppress(Fenced):  # somebody else stored it first, or this one was given up: look again
+        log.append(stored)
+
+
+def _send_files(
+    store: ObjectStore,
+    digest: str,
+    incarnation: str,
+    local: LocalContent,
+    on_sent: Callable[[int], None],
+) -> None:
+    prefix = layout.content_data_prefix(digest, incarnation)
+    there = {info.key: info.size_bytes for info in store.list(prefix)}
+    distinct = {file.sha256: file for file in local.listing.files}
+
+    def send(file: StoredFile) -> int:
+        key = layout.content_file(digest, incarnation, file.sha256)
+        if there.get(key) != file.size_bytes:
+            _send(store, key, file, local.paths[file.name], local.identities[file.name])
+        return file.size_bytes
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        try:
+            for size_bytes in pool.map(send, distinct.values()):
+                on_sent(size_bytes)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _send(store: ObjectStore, key: str, file: StoredFile, path: Path, identity: Identity) -> None:
+    """Upload a file under its digest.
+
+    Raises:
+        Corrupt: It is not what it was when it was hashed. Nobody will find what was sent of it: the caller
+            gives the incarnation up.
+    """
+    try:
+        if file.size_bytes <= _IN_MEMORY_BYTES:
+            body = path.read_bytes()
+            unchanged = hashlib.sha256(body).hexdigest() == file.sha256
+            if unchanged:
+                store.put(key, body)
+        else:
+            store.put(key, path)
+            unchanged = Identity.of(path) == identity
+    except OSError as error:
+        raise Corrupt(f"{path}: {error.strerror or error}") from error
+    if not unchanged:
+        raise Corrupt(f"{path}: changed while it was being uploaded; leave it alone and try again")
+
+
+def _fetch_file(store: ObjectStore, key: str, file: StoredFile, target: Path) -> None:
+    path = target / file.name
+    if _is_file(path, file):
+        return
+    for _ in range(FETCH_TRIES):
+        store.download(key, path)
+        if _is_file(path, file):
+            return
+    path.unlink(missing_ok=True)
+    raise Corrupt(f"{key} in {store.url}: its bytes are not those of {file.name!r}: the object is damaged")
+
+
+def _is_file(path: Path, file: StoredFile) -> bool:
+    if not path.is_file() or path.stat().st_size != file.size_bytes:
+        return False
+    with path.open("rb") as opened:
+        if hashlib.file_digest(opened, "sha256").hexdigest() != file.sha256:
+            return False
+        os.fsync(opened.fileno())
+    return True
+
+
+def _delete(store: ObjectStore, digest: str, incarnation: str) -> int:
+    prefix = layout.content_data_prefix(digest, incarnation)
+    store.abort_uploads(prefix)
+    keys = [info.key for info in store.list(prefix)]
+    for start in range(0, len(keys), _DELETE_AT_ONCE):
+        store.delete(keys[start : start + _DELETE_AT_ONCE])
+    return len(keys)
