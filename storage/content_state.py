@@ -33,7 +33,7 @@ class Listing(_Frozen):
     root: str = ""
     """The file that is meant, and what lies in the folder of its name without suffix belongs to it; "": the
     folder of all files is meant."""
-    files: Annotated[tuple[StoredFile, ...], Field(min_length=1)]
+    files: tuple[StoredFile, ...]
 
     @model_validator(mode="after")
     def _belongs_together(self) -> Self:

@@ -6,7 +6,6 @@ path, so that an example's index means the same on every machine. Imports no tor
 too.
 """
 
-import hashlib
 import json
 import warnings
 from collections import defaultdict
@@ -15,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from storage.content import LocalContent
+from storage.hashing import hashed
 
 from .config import Dataset
 from .errors import BadInput
@@ -64,16 +66,21 @@ def problems(dataset: Dataset) -> list[str]:
     return found
 
 
-def dataset_digest(folder: Path) -> str:
+def dataset_content(folder: Path, memory: Path | None = None) -> LocalContent:
+    """Return all images, captions and metadata of a folder.
+
+    Args:
+        memory: See ``storage.hashing``.
+    """
+    return hashed("", dict(_files(folder)), memory)
+
+
+def dataset_digest(folder: Path, memory: Path | None = None) -> str:
     """Return the sha256 over names and contents of all images, captions and metadata.
 
     It is the digest of the lines ``<sha256 of the file>  <name>`` in the order of names.
     """
-    lines = []
-    for name, path in _files(folder):
-        with path.open("rb") as file:
-            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return dataset_content(folder, memory).digest
 
 
 def held_out(count: int, val_fraction: float) -> int:

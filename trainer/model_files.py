@@ -1,7 +1,9 @@
-"""A local base model as files: its digest. Imports no torch."""
+"""A local base model as files, and its digest. Imports no torch."""
 
-import hashlib
 from pathlib import Path
+
+from storage.content import LocalContent
+from storage.hashing import hashed
 
 
 def content_digest(path: Path) -> str:
@@ -10,21 +12,34 @@ def content_digest(path: Path) -> str:
     Hidden files do not count.
     """
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    files = {
-        child.relative_to(path).as_posix(): child
-        for child in path.rglob("*")
-        if child.is_file() and not any(part.startswith(".") for part in child.relative_to(path).parts)
-    }
-    lines = [f"{content_digest(files[name])}  {name}\n" for name in sorted(files)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+        return hashed(path.name, {path.name: path}).digest
+    return hashed("", _files(path)).digest
 
 
-def model_digest(path: Path) -> str:
-    """Return the digest of a diffusers folder, or of a single file and the configuration beside it."""
-    digest = content_digest(path)
+def model_content(path: Path, memory: Path | None = None) -> LocalContent:
+    """Return a diffusers folder, or a single file and the configuration beside it.
+
+    Args:
+        memory: See ``storage.hashing``.
+    """
+    if not path.is_file():
+        return hashed("", _files(path), memory)
     beside = path.with_suffix("")
-    if path.is_file() and beside.is_dir():
-        return hashlib.sha256(f"{digest}  {content_digest(beside)}\n".encode()).hexdigest()
-    return digest
+    files = {f"{beside.name}/{name}": file for name, file in _files(beside).items()}
+    return hashed(path.name, {path.name: path, **files}, memory)
+
+
+def model_digest(path: Path, memory: Path | None = None) -> str:
+    """Return the digest of a diffusers folder, or of a single file and the configuration beside it."""
+    return model_content(path, memory).digest
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        return {}
+    names = {child.relative_to(folder): child for child in folder.rglob("*") if child.is_file()}
+    return {
+        name.as_posix(): child
+        for name, child in names.items()
+        if not any(part.startswith(".") for part in name.parts)
+    }
