@@ -4,8 +4,7 @@ import os
 from typing import TYPE_CHECKING
 
 from storage.object_store import ObjectStore
-from storage.probe import ProbeResult, race_probe
-from storage.url import open_store
+from storage.probe import open_probed as open_probed
 
 from . import local_ray
 from .errors import PreflightFailed, Problem
@@ -13,17 +12,6 @@ from .sweep import Sweep
 
 if TYPE_CHECKING:
     from .controller_client import ControllerClient
-
-
-def open_probed(url: str) -> tuple[ObjectStore, ProbeResult]:
-    """Open a store for writing logs, having found out whether its create-only holds.
-
-    Where it does not, this process checks before it writes, agents hand their records to the controller, and
-    there must be no second controller elsewhere.
-    """
-    store = open_store(url)
-    probed = race_probe(store)
-    return store if probed.atomic else open_store(url, check_then_put=True), probed
 
 
 def connect(address: str | None, *, insecure: bool = False) -> str:

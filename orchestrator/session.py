@@ -42,7 +42,7 @@ def work_on(
         conclude(sweep, views)
         return
     how = "agents append to the logs" if probed.atomic else f"{probed.reason}; only the controller appends"
-    click.echo(f"store: {store.url}: {how}", err=True)
+    click.echo(f"store: {store.url}: {how}{probed.when}", err=True)
     where = launch.connect(address, insecure=insecure)
     launch.check_resources(sweep)
     if warning := launch.unseen_folder(store):

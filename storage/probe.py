@@ -1,19 +1,23 @@
 """Finds out what a store really does, before anything depends on it.
 
 Whether create-only has exactly one winner shows only in a race: some servers ignore ``If-None-Match``, and
-some honour it in sequence but let several concurrent writers win.
+some honour it in sequence but let several concurrent writers win. ``open_probed`` is how a process that will
+write logs opens a store; what was found is remembered for a day (``probe_memory``).
 """
 
 import secrets
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from . import probe_memory
 from .errors import Corrupt, NotFound, StorageError
 from .object_store import ObjectStore
+from .url import open_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +26,59 @@ class ProbeResult:
 
     atomic: bool
     reason: str
+    age_s: float | None = None
+    """How long ago this was found, if it was not found just now."""
+
+    @property
+    def when(self) -> str:
+        """The end of a line that tells the result: empty, or "; probed 3 h ago"."""
+        if self.age_s is None:
+            return ""
+        minutes = int(self.age_s / 60)
+        return f"; probed {f'{minutes // 60} h' if minutes >= 60 else f'{minutes} min'} ago"
 
 
-def race_probe(store: ObjectStore, rounds: int = 4, writers: int = 8) -> ProbeResult:
+def open_probed(url: str) -> tuple[ObjectStore, ProbeResult]:
+    """Open a store for writing logs, knowing whether its create-only holds.
+
+    Where it does not, this process checks before it writes, and must be the only one that appends.
+
+    Raises:
+        InvalidName, AccessDenied, Unavailable
+    """
+    store = open_store(url)
+    identity = _identity(url)
+    found = probe_memory.recall(identity, time.time()) if identity else None
+    if found:
+        probed = ProbeResult(found.atomic, found.reason, time.time() - found.at)
+    else:
+        probed = probe_anew(store, url)
+    return (store if probed.atomic else open_store(url, check_then_put=True)), probed
+
+
+def probe_anew(store: ObjectStore, url: str) -> ProbeResult:
+    """Race for what a store does, whatever is remembered of it, and remember that instead."""
+    probed = race_probe(store)
+    if identity := _identity(url):
+        found = probe_memory.Remembered(atomic=probed.atomic, reason=probed.reason, at=time.time())
+        probe_memory.remember(identity, found)
+    return probed
+
+
+def _identity(url: str) -> str | None:
+    """What an answer about this store holds for; None where a probe costs too little to be remembered."""
+    if not url.lower().startswith("s3://"):
+        return None
+    from .s3_place import identity  # botocore takes long to import, and a folder needs none of it
+
+    return identity(url)
+
+
+def race_probe(store: ObjectStore, rounds: int = 8, writers: int = 16) -> ProbeResult:
     """Race concurrent creates on fresh keys; what was written is deleted again.
+
+    The defaults make luck unlikely: of 400 rounds of 16 writers on a Swift, whose create-only is not atomic,
+    27 % had one winner, so about one probe in 40,000 would be taken in.
 
     Raises:
         AccessDenied, Unavailable: The store could not be probed.

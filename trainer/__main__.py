@@ -24,10 +24,9 @@ from storage import layout
 from storage.errors import Fenced, StorageError
 from storage.log import run_log
 from storage.object_store import ObjectStore
-from storage.probe import race_probe
+from storage.probe import open_probed as open_and_probe
 from storage.records import Claimed, Ended, EndReason, Finished, Outcome, Quarantined, Record
 from storage.run_state import RunState
-from storage.url import open_store
 
 from .config import RunSpec
 from .rundir import (
@@ -120,12 +119,11 @@ def sample(spec_path: Path, checkpoint: Path | None, out: Path) -> None:
 
 def open_probed(store_url: str) -> ObjectStore:
     """Open a store, whose create-only is used if it holds: somebody may have started the same run twice."""
-    store = open_store(store_url)
-    probed = race_probe(store)
-    if probed.atomic:
-        return store
-    click.echo(f"{store_url}: never start the same run twice at once here: {probed.reason}", err=True)
-    return open_store(store_url, check_then_put=True)
+    store, probed = open_and_probe(store_url)
+    if not probed.atomic:
+        why = f"{probed.reason}{probed.when}"
+        click.echo(f"{store_url}: never start the same run twice at once here: {why}", err=True)
+    return store
 
 
 def _run(store: ObjectStore, run_id: str, spec: RunSpec, options: Options, grace_s: float) -> int:

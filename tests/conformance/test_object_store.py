@@ -1,19 +1,25 @@
-"""What every store must do, shown on a dict, a folder and two real S3 servers."""
+"""What every store must do, shown on a dict, a folder and three real S3 servers, with and without TLS."""
 
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import boto3
 import pytest
+from botocore.config import Config
+from botocore.exceptions import ClientError
+from support.fault_proxy import FaultProxy
 from support.s3_servers import S3Server, free_ports
 
 from storage.errors import AccessDenied, InvalidName, NotFound, Unavailable
 from storage.object_store import ObjectInfo, ObjectStore
-from storage.probe import race_probe, write_check
-from storage.s3 import MULTIPART_BYTES, S3Store
+from storage.probe import open_probed, race_probe, write_check
+from storage.s3 import S3Store
 from storage.url import open_store
 
+BIG_BYTES = (64 << 20) + 12345
+"""Too much for one request, however fast the server."""
 AWKWARD = ("a b/c+d%20e", "a-b/c", "a/b", "a/b.json", "ä/ö☃", "q?x=1&y=2#f", "~tilde'(1)*!")
 
 
@@ -108,7 +114,7 @@ def test_deleting_what_is_not_there_is_no_error(store: ObjectStore) -> None:
 
 
 def test_a_file_of_several_parts_arrives_whole(store: ObjectStore, tmp_path: Path) -> None:
-    body = os.urandom(MULTIPART_BYTES + 12345)
+    body = os.urandom(BIG_BYTES)
     (tmp_path / "big").write_bytes(body)
     (tmp_path / "small").write_bytes(body[:1000])
 
@@ -202,7 +208,7 @@ def test_write_check_leaves_nothing_behind(store: ObjectStore) -> None:
 
 def test_a_race_has_one_winner_where_create_only_is_atomic(atomic_store: ObjectStore) -> None:
     result = race_probe(atomic_store)
-    assert (result.atomic, result.reason) == (True, "one winner of 8 in each of 4 races")
+    assert (result.atomic, result.reason) == (True, "one winner of 16 in each of 8 races")
     assert keys(atomic_store) == []
 
 
@@ -210,14 +216,69 @@ def test_the_probe_refuses_a_store_that_ignores_create_only(rclone: S3Server) ->
     store = open_store(rclone.url_of("probed"))
     result = race_probe(store)
     assert not result.atomic
-    assert "of 8 concurrent creates of one key succeeded" in result.reason
+    assert "of 16 concurrent creates of one key succeeded" in result.reason
     assert keys(store) == []
 
 
-def test_the_probe_refuses_a_store_that_is_atomic_only_in_sequence(rclone: S3Server) -> None:
+def test_the_probe_refuses_a_store_that_is_atomic_only_in_sequence(swift: S3Server) -> None:
+    store = open_store(swift.url_of("probed"))
+    assert (store.create("k", b"1"), store.create("k", b"2"), store.get("k")) == (True, False, b"1")
+    store.delete(["k"])
+    result = race_probe(store)
+    assert not result.atomic
+    assert "of 16 concurrent creates of one key succeeded" in result.reason
+    assert keys(store) == []
+
+
+def test_looking_before_writing_is_no_create_only(rclone: S3Server) -> None:
     store = open_store(rclone.url_of("probed-too"), check_then_put=True)
     assert (store.create("k", b"1"), store.create("k", b"2")) == (True, False)
     assert not race_probe(store).atomic
+
+
+@pytest.mark.parametrize("kind", ["radosgw", "rclone"])
+def test_a_probe_is_remembered_and_not_made_again(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server: S3Server = request.getfixturevalue(kind)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("storage.s3_place._on_this_machine", lambda host: False)
+    with FaultProxy(server.endpoint) as proxy:
+        url = server.url_of("remembered").replace(server.endpoint, proxy.endpoint)
+        _, first = open_probed(url)
+        sent = len(proxy.requests)
+        store, second = open_probed(url)
+        assert (sent > 0, len(proxy.requests)) == (True, sent), "the second sent nothing"
+        assert isinstance(store, S3Store)
+        assert store.check_then_put is (kind == "rclone")
+        assert (first.atomic, first.reason, first.age_s) == (second.atomic, second.reason, None)
+        assert second.age_s is not None
+        assert second.when == "; probed 0 min ago"
+        _, anew = open_probed(url.replace(proxy.endpoint, server.endpoint))
+        assert anew.age_s is None, "another endpoint"
+    everything = (tmp_path / "orchestrate" / "probes.json").read_text()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        assert server.environment[name] not in everything
+
+
+@pytest.mark.parametrize("kind", ["rclone_tls", "radosgw_tls"])
+def test_over_tls_the_checksums_of_boto3s_default_fail_and_our_settings_pass(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    server: S3Server = request.getfixturevalue(kind)
+    client = boto3.session.Session().client(
+        "s3",
+        endpoint_url=server.endpoint,
+        region_name="us-east-1",
+        config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1}),
+    )
+    with pytest.raises(ClientError) as refused:
+        client.put_object(Bucket=server.bucket, Key="trailer", Body=b"x" * 1000)
+    assert refused.value.response["ResponseMetadata"]["HTTPStatusCode"] == 411
+
+    store = open_store(server.url_of("no-trailer"))
+    store.put("k", b"x" * 1000)
+    assert store.get("k") == b"x" * 1000
 
 
 def test_wrong_credentials_are_denied_and_not_repeated(
