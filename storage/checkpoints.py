@@ -7,18 +7,18 @@ checkpoint; what it left without a record is found by ``sweep_orphans``.
 """
 
 import logging
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-from . import layout
+from . import layout, packing
 from .errors import Corrupt, Fenced, InvalidName, NotFound, StorageError, Unavailable
 from .ledger import Ledger
 from .local import (
     LocalCheckpoint,
     Manifest,
+    check_listing,
     read_checkpoint,
     remove,
     seal,
@@ -27,8 +27,17 @@ from .local import (
     verify,
 )
 from .object_store import ObjectStore
-from .records import CheckpointRef, Committed, Quarantined, Reaped, Retired, StoredFile
+from .records import (
+    MAX_RECORD_BYTES,
+    CheckpointRef,
+    Committed,
+    Quarantined,
+    Reaped,
+    Retired,
+    StoredFile,
+)
 from .run_state import RunState
+from .uploading import Uploader
 
 FETCH_TRIES = 2
 """A file that arrives with the wrong digest is fetched again once: the network may be to blame."""
@@ -60,31 +69,56 @@ class CheckpointStore:
         self._clock = clock
         self._monotonic = monotonic
         self._retired_since: dict[CheckpointRef, float] = {}
+        self._uploader = Uploader(store)
 
-    def publish(self, local: LocalCheckpoint, attempt: int, incarnation: str) -> Committed:
+    @property
+    def sent_bytes(self) -> int:
+        """What was uploaded so far, as it was sent."""
+        return self._uploader.sent_bytes
+
+    def publish(
+        self, local: LocalCheckpoint, attempt: int, incarnation: str, *, only: Collection[str] | None = None
+    ) -> Committed:
         """Upload a local checkpoint and commit it. Publishing the same one twice commits it once.
+
+        Args:
+            only: Names of files to salvage: these alone are committed, and nothing will resume from them.
+                Publishing the checkpoint as a whole afterwards sends the others, and takes its place.
 
         Raises:
             Corrupt: A file is not what its manifest says; nothing was committed.
+            InvalidName: A name, the number of files or a tensor file is refused; nothing was uploaded.
             Fenced: The attempt may not commit (any more).
             AccessDenied, Unavailable: Not committed, or, after the upload, not known to be: publish it again.
         """
         manifest = local.manifest
-        layout.check_files(file.name for file in manifest.files)
-        for file in manifest.files:
-            key = layout.checkpoint_file(self._run_id, attempt, incarnation, manifest.step, file.name)
-            self._upload(local.path, file, key)
+        files = tuple(f for f in manifest.files if only is None or f.name in only)
         committed = Committed(
             attempt=attempt,
             incarnation=incarnation,
             step=manifest.step,
-            files=manifest.files,
+            files=files,
             metrics=manifest.metrics,
-            final=manifest.final,
+            final=manifest.final and only is None,
+            resumable=only is None,
             at=self._clock(),
         )
+        _check(local.path, committed)
+        prefix = layout.checkpoint_prefix(self._run_id, attempt, incarnation, manifest.step)
+        stored = self._uploader.upload(local, files, prefix)
+        committed = committed.model_copy(update={"files": stored})
         self._ledger.append(committed)
+        if only is None:
+            self._uploader.forget(prefix)
         return committed
+
+    def upload_s(
+        self, local: LocalCheckpoint, attempt: int, incarnation: str, *, only: Collection[str] | None = None
+    ) -> float | None:
+        """How long publishing will take by the uploads so far; None if there was none to measure."""
+        files = [f for f in local.manifest.files if only is None or f.name in only]
+        prefix = layout.checkpoint_prefix(self._run_id, attempt, incarnation, local.step)
+        return self._uploader.expected_s(files, prefix)
 
     def fetch(self, checkpoint: Committed, target: Path) -> Path:
         """Download a checkpoint to a directory, which appears whole and verified, or not at all.
@@ -128,16 +162,16 @@ class CheckpointStore:
         return None, None
 
     def find(self, state: RunState, step: int) -> Committed:
-        """Return the restorable checkpoint of a step.
+        """Return the stored checkpoint of a step: the restorable one, or else what was salvaged of it.
 
         Raises:
             NotFound: There is none; the message lists the steps that there are. A checkpoint asked for by its
                 step is never a fresh start.
         """
-        for checkpoint in reversed(state.checkpoints):
+        for checkpoint in (*reversed(state.checkpoints), *reversed(state.salvaged)):
             if checkpoint.step == step:
                 return checkpoint
-        steps = ", ".join(str(c.step) for c in state.checkpoints) or "none"
+        steps = ", ".join(str(c.step) for c in state.stored) or "none"
         raise NotFound(f"run {self._run_id} has no checkpoint of step {step}; there are: {steps}")
 
     def fetch_step(self, state: RunState, step: int, target_root: Path) -> tuple[Committed, Path]:
@@ -184,7 +218,7 @@ class CheckpointStore:
         """
         named = {
             layout.checkpoint_prefix(self._run_id, c.attempt, c.incarnation, c.step)
-            for c in (*state.checkpoints, *state.retired)
+            for c in (*state.stored, *state.retired)
         }
         kept = set() if state.finished else {ref for ref, _ in state.quarantined}
         fenced_below = state.attempt + 1 if state.finished else state.attempt
@@ -212,31 +246,30 @@ class CheckpointStore:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def _upload(self, directory: Path, file: StoredFile, key: str) -> None:
-        """Upload one file, making sure that it is the file of the manifest before and during the upload."""
-        path = directory / file.name
-        verify(directory, [file])
-        try:
-            before = _identity(path)
-            self._store.put(key, path)
-            changed = _identity(path) != before
-        except OSError as error:
-            raise Corrupt(f"{path}: {error.strerror or error}") from error
-        if changed:
-            raise Corrupt(f"{path}: changed while it was uploaded")
-
     def _download(self, checkpoint: Committed, file: StoredFile, directory: Path) -> None:
         path = directory / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
         key = layout.committed_file(self._run_id, checkpoint, file.name)
         for tries_left in reversed(range(FETCH_TRIES)):
-            self._store.download(key, path)
             try:
-                verify(directory, [file])
+                self._download_once(key, path, directory, file)
                 return
             except Corrupt as error:
                 if not tries_left:
                     raise Corrupt(f"{key} in {self._store.url}: {_reason(error, path)}") from error
+
+    def _download_once(self, key: str, path: Path, directory: Path, file: StoredFile) -> None:
+        if file.packed is None:
+            self._store.download(key, path)
+            verify(directory, [file])
+            return
+        scratch = temporary_dir(directory.parent)
+        try:
+            packed = scratch / file.packed.sha256
+            self._store.download(key, packed)
+            packing.unpack(packed, path, file)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
     def _without(self, unusable: Committed, error: StorageError, attempt: int | None) -> RunState:
         """Return the state after giving up on a checkpoint, or after learning that it was retired.
@@ -260,9 +293,27 @@ class CheckpointStore:
         return present
 
 
+def _check(directory: Path, committed: Committed) -> None:
+    """Refuse a checkpoint that no record could name, before anything of it is sent.
+
+    Raises:
+        InvalidName
+    """
+    try:
+        check_listing(directory, [file.name for file in committed.files])
+    except OSError as error:
+        raise Corrupt(f"{error.filename or directory}: {error.strerror or error}") from error
+    if (size := len(committed.model_dump_json())) > MAX_RECORD_BYTES * 9 // 10:
+        raise InvalidName(f"{directory}: its record takes {size} bytes, too many: log fewer metrics")
+
+
 def _manifest(checkpoint: Committed) -> Manifest:
+    """What the checkpoint's directory states, where every file is as it was written."""
     return Manifest(
-        step=checkpoint.step, final=checkpoint.final, metrics=checkpoint.metrics, files=checkpoint.files
+        step=checkpoint.step,
+        final=checkpoint.final,
+        metrics=checkpoint.metrics,
+        files=tuple(file.model_copy(update={"packed": None}) for file in checkpoint.files),
     )
 
 
@@ -276,11 +327,6 @@ def _holds(target: Path, checkpoint: Committed) -> bool:
     except Corrupt:
         return False
     return True
-
-
-def _identity(path: Path) -> tuple[int, int, int]:
-    status = os.stat(path, follow_symlinks=False)
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _reason(error: Corrupt, path: Path) -> str:

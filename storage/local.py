@@ -9,14 +9,16 @@ A process may die at any point without a reader ever seeing half a checkpoint.
 """
 
 import contextlib
+import errno
 import hashlib
+import json
 import math
 import os
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
@@ -25,12 +27,28 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from . import layout
 from .errors import Corrupt, InvalidName
-from .records import MAX_RECORD_BYTES, StoredFile
+from .records import MAX_RECORD_BYTES, Packed, StoredFile
+from .tensor_header import SUFFIX, check_header
 
 MANIFEST = "manifest.json"
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""No space left, no inodes left, or a quota reached: room may be made."""
+DISK_UNUSABLE = DISK_FULL | {errno.EROFS}
+MAX_LISTING_BYTES = MAX_RECORD_BYTES * 4 // 5
+"""What the files of one checkpoint may take in its manifest and its record: the rest is for what these say
+besides."""
 _TEMPORARY = ".tmp-"
 _STEP_DIR = re.compile(r"step-(\d{9})")
 _CHUNK_BYTES = 1 << 20
+_LISTED_BYTES = len(
+    StoredFile(
+        name="",
+        size_bytes=10**15,
+        sha256="0" * 64,
+        packed=Packed(codec="z" * 32, size_bytes=10**15, sha256="0" * 64),
+    ).model_dump_json()
+)
+"""What a file takes in a record besides its name."""
 
 
 class Manifest(BaseModel):
@@ -85,7 +103,7 @@ def staged_checkpoint(root: Path, step: int, *, metrics: Mapping[str, float], fi
             metric that is missing never makes a checkpoint the best.
 
     Raises:
-        InvalidName: The block wrote a symlink, a device, or a name that ``layout.check_files`` refuses.
+        InvalidName: The block wrote a symlink, a device, or what ``check_listing`` refuses.
         OSError: The disk is full or read-only; nothing remains.
     """
     temporary = temporary_dir(root)
@@ -115,11 +133,32 @@ def hash_files(directory: Path) -> tuple[StoredFile, ...]:
     """Size and sha256 of every file under a directory, in name order.
 
     Raises:
-        InvalidName: Something in it is neither a regular file nor a directory, or has a name that is refused.
+        InvalidName: Something in it is neither a regular file nor a directory, or ``check_listing`` refuses
+            it; nothing was read then.
     """
     names = sorted(_files(directory))
-    layout.check_files(names)
+    check_listing(directory, names)
     return tuple(_stored(directory, name) for name in names)
+
+
+def check_listing(directory: Path, names: Sequence[str]) -> None:
+    """Refuse files that could be written and uploaded, but never read again.
+
+    Raises:
+        InvalidName: A name is refused by ``layout.check_files``, there are so many files that no record can
+            hold them, or one is a safetensors file that ``check_header`` refuses.
+    """
+    layout.check_files(names)
+    listing_bytes = sum(_LISTED_BYTES + len(json.dumps(name)) for name in names)
+    if listing_bytes > MAX_LISTING_BYTES:
+        raise InvalidName(
+            f"{directory}: {len(names)} files, whose names and digests take {listing_bytes} bytes "
+            f"of a record, at most {MAX_LISTING_BYTES}: write fewer, larger files"
+        )
+    for name in names:
+        if name.endswith(SUFFIX):
+            with regular_file(directory, name) as file:
+                check_header(file, directory / name)
 
 
 def complete_checkpoints(root: Path) -> list[LocalCheckpoint]:
@@ -145,6 +184,18 @@ def read_checkpoint(path: Path) -> LocalCheckpoint | None:
     except (OSError, ValidationError):
         return None
     return LocalCheckpoint(path, manifest) if manifest.step == int(named[1]) else None
+
+
+def free_superseded(root: Path, keep: int) -> int:
+    """Remove all but the newest ``keep`` complete checkpoints; return how many went."""
+    superseded = complete_checkpoints(root)[keep:]
+    for checkpoint in superseded:
+        remove(checkpoint.path)
+    return len(superseded)
+
+
+def size_of(checkpoint: LocalCheckpoint) -> int:
+    return sum(file.size_bytes for file in checkpoint.manifest.files)
 
 
 def verify(path: Path, files: Iterable[StoredFile]) -> None:
@@ -219,7 +270,20 @@ def _files(root: Path) -> Iterator[str]:
 
 
 def _stored(root: Path, name: str) -> StoredFile:
-    """Size and digest of one file, read without following a symlink at any part of its name."""
+    """Size and digest of one file."""
+    with regular_file(root, name) as file:
+        digest, size = _digest(file)
+    return StoredFile(name=name, size_bytes=size, sha256=digest)
+
+
+@contextlib.contextmanager
+def regular_file(root: Path, name: str) -> Iterator[BinaryIO]:
+    """Open one file of a checkpoint without following a symlink at any part of its name.
+
+    Raises:
+        InvalidName: It is a symlink, or no regular file.
+        OSError
+    """
     for part in Path(name).parents:
         if (root / part).is_symlink():
             raise InvalidName(f"{root / part}: a checkpoint holds no symlinks")
@@ -234,10 +298,9 @@ def _stored(root: Path, name: str) -> StoredFile:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise InvalidName(f"{root / name}: not a regular file")
         with open(descriptor, "rb", closefd=False) as file:
-            digest, size = _digest(file)
+            yield file
     finally:
         os.close(descriptor)
-    return StoredFile(name=name, size_bytes=size, sha256=digest)
 
 
 def _digest(file: BinaryIO) -> tuple[str, int]:

@@ -76,7 +76,8 @@ class RunState:
     checkpoints: tuple[Committed, ...] = ()
     """Restorable: committed, neither retired nor quarantined; oldest first."""
     salvaged: tuple[Committed, ...] = ()
-    """Adapters without optimizer state: good to export, never to resume from; oldest first."""
+    """Adapters without optimizer state: good to export, never to resume from; oldest first. One whose whole
+    checkpoint is committed later by the same attempt becomes part of that."""
     retired: tuple[Committed, ...] = ()
     """Retired, data possibly still there."""
     pinned: tuple[CheckpointRef, ...] = ()
@@ -144,8 +145,13 @@ def apply(state: RunState, record: Record) -> RunState:
         case Committed(resumable=False):
             return replace(state, salvaged=(*state.salvaged, record))
         case Committed():
-            committed = _on_last_attempt(state, committed_step=record.step)
-            return replace(committed, checkpoints=(*state.checkpoints, record), stalls=0, fruitless=0)
+            return replace(
+                _on_last_attempt(state, committed_step=record.step),
+                checkpoints=(*state.checkpoints, record),
+                salvaged=tuple(c for c in state.salvaged if c.ref != record.ref),  # it is part of this one
+                stalls=0,
+                fruitless=0,
+            )
         case Ended():
             fruitless = state.attempts[-1].committed_step is None
             return replace(
@@ -215,8 +221,11 @@ def refusal(state: RunState, record: Record) -> str | None:
             # A run that is stopped in its last evaluation saves its last step: the final one is of the same.
             if (step, final) <= (state.committed_step, bool(state.result)):
                 return f"step {state.committed_step} is already committed"
-            if any(c.ref == record.ref for c in state.salvaged):
-                return f"the adapter of step {step} is already committed"
+            if any(c.ref == record.ref for c in state.retired):
+                return f"{record.ref} is retired"  # reaping it would take this one's data too
+            salvage = next((c for c in state.salvaged if c.ref == record.ref), None)
+            if salvage and (not record.resumable or not contains(record, salvage)):
+                return f"other files of step {step} are already committed"
             return None
         case Quarantined(checkpoint=ref, attempt=attempt):
             fenced = _refuse_attempt(state, attempt) if attempt is not None else None
@@ -243,7 +252,10 @@ def holds(state: RunState, record: Record) -> bool:
     match record:
         case Committed():
             return any(
-                c.ref == record.ref and c.incarnation == record.incarnation and c.files == record.files
+                c.ref == record.ref
+                and c.incarnation == record.incarnation
+                and contains(c, record)
+                and (contains(record, c) or not record.resumable)
                 for c in (*state.stored, *state.retired)
             )
         case Started(attempt=attempt):
@@ -271,6 +283,15 @@ def holds(state: RunState, record: Record) -> bool:
             assert_never(record)
 
 
+def contains(whole: Committed, part: Committed) -> bool:
+    """Whether each file of ``part`` is one of ``whole``, by name and content: how it lies in the store is
+    another matter."""
+    there = {(f.name, f.size_bytes, f.sha256) for f in whole.files}
+    return (whole.resumable or not part.resumable) and all(
+        (f.name, f.size_bytes, f.sha256) in there for f in part.files
+    )
+
+
 def _refuse_attempt(state: RunState, attempt: int) -> str | None:
     if attempt != state.attempt:
         return f"attempt {state.attempt} is the newest, attempt {attempt} is fenced"
@@ -292,6 +313,10 @@ def _believed(state: RunState, ref: CheckpointRef) -> bool:
 def _refuse_retiring(state: RunState, refs: tuple[CheckpointRef, ...]) -> str | None:
     if state.newest and state.newest.ref in refs:
         return f"{state.newest.ref} is the newest checkpoint"
+    running = state.running.number if state.running else None
+    for salvage in state.salvaged:
+        if salvage.ref in refs and salvage.attempt == running and salvage.step > state.committed_step:
+            return f"attempt {running} may still complete {salvage.ref}"
     if pinned := [str(ref) for ref in refs if ref in state.pinned]:
         return f"pinned: {', '.join(pinned)}"
     there = {c.ref for c in state.stored}
