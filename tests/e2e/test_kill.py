@@ -57,7 +57,7 @@ def test_a_run_killed_twelve_times_ends_in_the_same_bytes(
         for number, victim in enumerate(KILLS):
             # Every third dies while it starts, the others some steps later.
             steps = 0 if number % 3 == 2 else instants.randint(1, 40)
-            wait_s = instants.uniform(0.0, 0.2 if steps else 2.0)
+            wait_s = instants.uniform(0.0, 0.5 if steps else 2.0)
             cluster = kill(cluster, victim, run_id, store, steps=steps, wait_s=wait_s)
             killed.append(victim)
         gate.open()
