@@ -23,7 +23,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from support.invariants import Testimony, Witnessed, violations
+from support.invariants import Told, Witnessed, violations
 from support.runs import write_checkpoint
 from support.s3_servers import (
     S3Server,
@@ -60,7 +60,7 @@ Connect = Callable[[str], Ledger]
 class Seen:
     """What one writer did to each run, and what it saw that must not be."""
 
-    told: dict[str, Testimony] = field(default_factory=dict)
+    told: dict[str, Told] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
 
 
@@ -117,7 +117,7 @@ class Writer:
         run = 0
         while time.monotonic() < until:
             run_id = f"race-{run:06d}"
-            told = self._seen.told.setdefault(run_id, Testimony())
+            told = self._seen.told.setdefault(run_id, Told())
             try:
                 self._live(run_id, Witnessed(self._connect(run_id), told), until)
             except (Corrupt, AssertionError) as error:
@@ -184,10 +184,10 @@ def race(url: str, seconds: float, disk: Path, *, direct: bool) -> Result:
     """Let the writers loose on an empty store, and judge what they leave."""
     with _writers(url, seconds, disk, direct=direct) as (pool, work):
         seen = list(pool.map(work, range(WRITERS)))
-    told: dict[str, Testimony] = {}
+    told: dict[str, Told] = {}
     for one in seen:
         for run_id, testimony in one.told.items():
-            told.setdefault(run_id, Testimony()).add(testimony)
+            told.setdefault(run_id, Told()).add(testimony)
     found = [line for one in seen for line in one.wrong]
     store, acknowledged = open_store(url), list[Record]()
     for run_id, testimony in told.items():

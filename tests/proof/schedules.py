@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
-from support.invariants import Testimony, Witnessed, leftovers, violations
+from support.invariants import Told, Witnessed, leftovers, violations
 from support.runs import RUN, read_files
 from support.unreliable_store import Interleaving, Seat
 
@@ -96,7 +96,7 @@ class World:
     mutation: Mutation
     after: contextlib.ExitStack
     last_step: int
-    testimony: Testimony = field(default_factory=Testimony)
+    testimony: Told = field(default_factory=Told)
     damaged: set[str] = field(default_factory=set)
     spawned: set[str] = field(default_factory=set)
     logs: list[RunLog] = field(default_factory=list)

@@ -48,14 +48,14 @@ _MANY = 64
 
 
 @dataclass(slots=True)
-class Testimony:
+class Told:
     """What the writers of one run sent, and what they were told about it."""
 
     sent: list[Record] = field(default_factory=list)
     acknowledged: list[Record] = field(default_factory=list)
     refused: list[Record] = field(default_factory=list)
 
-    def add(self, other: "Testimony") -> None:
+    def add(self, other: "Told") -> None:
         self.sent += other.sent
         self.acknowledged += other.acknowledged
         self.refused += other.refused
@@ -64,7 +64,7 @@ class Testimony:
 class Witnessed:
     """A ledger that takes down what its user sends and is told. An append that raises is told nothing."""
 
-    def __init__(self, ledger: Ledger, testimony: Testimony) -> None:
+    def __init__(self, ledger: Ledger, testimony: Told) -> None:
         self._ledger = ledger
         self._testimony = testimony
 
@@ -85,7 +85,7 @@ class Witnessed:
 def violations(
     store: ObjectStore,
     run_id: str,
-    told: Testimony | None = None,
+    told: Told | None = None,
     *,
     damaged: Collection[str] = (),
 ) -> list[str]:
@@ -228,7 +228,7 @@ def _resumes(entries: list[RunEntry], states: list[RunState]) -> list[str]:
     return found
 
 
-def _hearsay(entries: list[RunEntry], told: Testimony) -> list[str]:
+def _hearsay(entries: list[RunEntry], told: Told) -> list[str]:
     """What was acknowledged is in the log, once; what is there was sent; what was refused is not there."""
     found: list[str] = []
     written = Counter(fact for entry in entries for fact in _facts(entry.record))
