@@ -15,7 +15,7 @@ _VALUES = re.compile(
     | \bsk-[A-Za-z0-9_-]{20,}                                # several API vendors
     | hooks\.slack\.com/services/[A-Za-z0-9/]+               # Slack
     | \bBearer\s+[A-Za-z0-9._~+/=-]{8,}
-    | X-Amz-(?:Signature|Credential|Security-Token)=[^&\s'"\\]+
+    | (?i:X-Amz-(?:Signature|Credential|Security-Token))(?:=|%3D)[^&\s'"\\]+
     | (?<=://)[^/@\s'"]{1,200}:[^/@\s'"]{1,200}(?=@)         # user:password in a url
     """,
     re.VERBOSE,

@@ -1,0 +1,376 @@
+"""The controller's side of scoped credentials: checks what a node asks, signs it, verifies what it commits.
+
+What was granted is known in memory only. A controller that starts again knows of nothing: a commit is then
+refused until the node has asked for its writes again, which finds each object in the store, with the bytes
+that it names, and sends none of them twice.
+"""
+
+import contextlib
+import hashlib
+import logging
+import secrets
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from pydantic import ValidationError
+
+from . import layout
+from .errors import AccessDenied, Corrupt, Fenced, InvalidName, NotFound, StorageError, Unavailable
+from .grants import (
+    EXPIRES_S,
+    MAX_REQUEST_BYTES,
+    REPLY,
+    REQUEST,
+    Append,
+    Caller,
+    Complete,
+    Done,
+    Given,
+    Granted,
+    GrantedParts,
+    Limits,
+    Look,
+    Read,
+    Reply,
+    Request,
+    Told,
+    Write,
+    abandoned,
+    check_caller,
+    check_quota,
+    check_read,
+    check_record,
+    check_write,
+    committed_sizes,
+    refused,
+    replaceable,
+)
+from .object_store import ObjectStore
+from .presigned import Presigned, Seen, Signer
+from .records import Committed, Record
+from .redaction import printable, redacted
+from .run_state import RunState, holds, refusal
+
+REREAD_BYTES = 16 << 20
+"""A committed file up to this size is read back and compared with its sha256; of a larger one the size and
+the MD5 that was signed are compared."""
+
+logger = logging.getLogger(__name__)
+
+
+class Runs(Protocol):
+    """The runs that a desk grants for; the controller has it."""
+
+    def state(self, run_id: str) -> RunState:
+        """The run's state as last known.
+
+        Raises:
+            StorageError: There is no such run.
+        """
+
+    def refreshed(self, run_id: str) -> RunState:
+        """The run's state as its log tells it now."""
+
+    def append(self, run_id: str, record: Record) -> None:
+        """Append a record to the run's log; see ``Ledger.append``."""
+
+    def limits(self, run_id: str) -> Limits:
+        """What the run's attempts may write."""
+
+
+@dataclass(slots=True)
+class _Desk:
+    """What was granted to the newest attempt of one run."""
+
+    attempt: int = 0
+    given: dict[str, Given] = field(default_factory=dict)
+    uploads: dict[str, str] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class GrantDesk:
+    """Answers the nodes' requests. Used from any thread."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        signer: Signer,
+        runs: Runs,
+        *,
+        expires_s: int = EXPIRES_S,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._signer = signer
+        self._runs = runs
+        self._expires_s = expires_s
+        self._monotonic = monotonic
+        self._desks: dict[str, _Desk] = {}
+        self._lock = threading.Lock()
+        self.refusals: Counter[str] = Counter()
+        """How often something was refused, by what was asked for and the kind of error."""
+
+    def answer(self, body: bytes) -> bytes:
+        """Answer one request; never raises for what it contains."""
+        reply: Reply
+        what = "request"
+        try:
+            request = _parsed(body)
+            what = request.asked.ask
+            reply = self._answer(request)
+        except StorageError as error:
+            self.refusals[f"{what}:{type(error).__name__}"] += 1
+            # The node's own words are in it: they are not to do anything to a terminal.
+            logger.warning("refused: %s: %s", what, redacted(printable(str(error)[:500])))
+            reply = refused(error)
+        return REPLY.dump_json(reply)
+
+    def _answer(self, request: Request) -> Reply:
+        caller, asked = request.caller, request.asked
+        run_id = layout.check_name("run", caller.run_id)
+        state = self._runs.state(run_id)
+        try:
+            check_caller(state, caller)
+        except StorageError:
+            # What is known here may be old news: only the log's present end can refuse.
+            state = self._runs.refreshed(run_id)
+            check_caller(state, caller)
+        desk = self._desk(caller)
+        with desk.lock:
+            match asked:
+                case Look():
+                    return Told(state=self._runs.refreshed(run_id))
+                case Read(key=key):
+                    check_read(state, caller, key)
+                    return _granted(self._signer.get(key, self._expires_s))
+                case Write():
+                    return self._write(caller, asked, state, desk)
+                case Complete(key=key):
+                    return self._complete(caller, key, desk)
+                case Append(record=record):
+                    return self._append(caller, record, desk)
+
+    def _desk(self, caller: Caller) -> _Desk:
+        """The desk of the attempt. What an older one was granted is forgotten, what it had begun is ended."""
+        with self._lock:
+            desk = self._desks.setdefault(caller.run_id, _Desk(attempt=caller.attempt))
+            if desk.attempt == caller.attempt:
+                return desk
+            new = self._desks[caller.run_id] = _Desk(attempt=caller.attempt)
+        for key, upload in desk.uploads.items():
+            with contextlib.suppress(StorageError):
+                self._signer.abort(key, upload)
+        return new
+
+    def _write(self, caller: Caller, write: Write, state: RunState, desk: _Desk) -> Reply:
+        limits = self._runs.limits(caller.run_id)
+        check_write(state, caller, write, limits)
+        self._make_room(write, desk)
+        check_quota(state, write, desk.given, limits)
+        there = self._signer.seen(write.key)
+        if there and self._is(write, there):
+            self._give(write, desk)
+            return Done()
+        if there and not replaceable(state, caller, write.key):
+            if layout.parse_sample(write.key):
+                return Done()  # an older attempt made this picture of this step
+            raise AccessDenied(f"{write.key}: it is committed, with other bytes")
+        if there:
+            self._store.delete([write.key])
+        if write.parts:
+            return self._write_parts(write, desk)
+        signed = self._signer.put(write.key, write.size_bytes, write.md5, self._expires_s)
+        self._give(write, desk)
+        return _granted(signed)
+
+    def _write_parts(self, write: Write, desk: _Desk) -> Reply:
+        """Sign the parts that have not arrived; a part sent with the right bytes is never sent again."""
+        known = desk.given.get(write.key)
+        upload = desk.uploads.get(write.key)
+        arrived: dict[int, Seen] = {}
+        if upload and known and known.write == write:
+            try:
+                arrived = self._signer.parts(write.key, upload)
+            except NotFound:
+                upload = None
+        else:
+            # Of a file that has changed, or of a controller before this one.
+            self._store.abort_uploads(write.key)
+            upload = None
+        if upload is None:
+            upload = desk.uploads[write.key] = self._signer.begin(write.key)
+        self._give(write, desk)
+        return GrantedParts(
+            parts=tuple(
+                None
+                if _is_part(write, number, arrived.get(number))
+                else _granted(
+                    self._signer.part(
+                        write.key, upload, number, write.part_size(number), md5, self._expires_s
+                    )
+                )
+                for number, md5 in enumerate(write.parts, start=1)
+            )
+        )
+
+    def _complete(self, caller: Caller, key: str, desk: _Desk) -> Reply:
+        given, upload = desk.given.get(key), desk.uploads.get(key)
+        if given is None or upload is None:
+            raise Unavailable(f"{key}: no upload in parts is known here; ask for the write again")
+        write = given.write
+        try:
+            arrived = self._signer.parts(key, upload)
+        except NotFound as error:
+            del desk.uploads[key]
+            raise Unavailable(str(error)) from error
+        wrong = [n for n in range(1, len(write.parts) + 1) if not _is_part(write, n, arrived.get(n))]
+        if wrong or len(arrived) != len(write.parts):
+            if len(arrived) > len(write.parts):
+                self._signer.abort(key, upload)
+                del desk.uploads[key]
+            raise Unavailable(f"{key}: parts are missing or not what was granted: {wrong[:10]}")
+        del desk.uploads[key]
+        try:
+            self._signer.complete(key, upload, {number: part.etag for number, part in arrived.items()})
+        except NotFound as error:
+            # It may be complete, only the answer was lost: whoever asks for the write again learns it.
+            raise Unavailable(str(error)) from error
+        return Done()
+
+    def _append(self, caller: Caller, record: Record, desk: _Desk) -> Reply:
+        state = self._runs.refreshed(caller.run_id)
+        check_record(state, caller, record, self._runs.limits(caller.run_id))
+        if isinstance(record, Committed) and not holds(state, record):
+            if why := refusal(state, record):
+                raise Fenced(f"{caller.run_id}: committed is refused: {why}")
+            self._verify(caller, record, desk)
+        self._runs.append(caller.run_id, record)
+        if isinstance(record, Committed):
+            self._settle(caller, record, desk)
+        return Told(state=self._runs.state(caller.run_id))
+
+    def _verify(self, caller: Caller, record: Committed, desk: _Desk) -> None:
+        """Check that the objects that a commit names are there, are those granted, and are what it says.
+
+        Raises:
+            Unavailable: Nothing was granted for a file, as far as this controller knows.
+            Corrupt: A file is not there, or not what the record says.
+        """
+        for file, (key, size) in zip(
+            record.files, committed_sizes(caller.run_id, record).items(), strict=True
+        ):
+            given = desk.given.get(key)
+            if given is None:
+                raise Unavailable(f"{key}: nothing was granted for it here; send it again")
+            there = self._signer.seen(key)
+            if there is None:
+                raise Corrupt(f"{key}: it is not there")
+            if not there.size_bytes == given.write.size_bytes == size:
+                raise Corrupt(
+                    f"{key}: {there.size_bytes} bytes, its record says {size}, "
+                    f"granted were {given.write.size_bytes}"
+                )
+            if size > REREAD_BYTES and there.etag == given.write.etag:
+                continue  # the server has compared every byte with the MD5 that was signed
+            if self._digest(key, "sha256") != (file.packed.sha256 if file.packed else file.sha256):
+                raise Corrupt(f"{key}: its sha256 is not the one that its record says")
+
+    def _settle(self, caller: Caller, record: Committed, desk: _Desk) -> None:
+        """Forget what is committed; delete what was written beside it and is not named."""
+        named = committed_sizes(caller.run_id, record)
+        prefix = layout.checkpoint_prefix(caller.run_id, record.attempt, record.incarnation, record.step)
+        beside = [key for key in desk.given if key.startswith(prefix) and key not in named]
+        for key in named:
+            desk.given.pop(key, None)
+        if record.resumable and beside:
+            try:
+                self._store.delete(beside)
+            except StorageError as error:
+                logger.warning("%s: not deleted: %s", beside[0], error)
+
+    def _make_room(self, write: Write, desk: _Desk) -> None:
+        data = layout.parse_data(write.key)
+        gone = abandoned(desk.given, data.step, self._monotonic()) if data else []
+        for key in gone:
+            if upload := desk.uploads.pop(key, None):
+                self._signer.abort(key, upload)
+        self._store.delete(gone)
+        for key in gone:
+            del desk.given[key]
+
+    def _give(self, write: Write, desk: _Desk) -> None:
+        desk.given[write.key] = Given(write=write, until=self._monotonic() + self._expires_s)
+
+    def _is(self, write: Write, there: Seen) -> bool:
+        """Whether an object is the one that was named. Some servers' ETag says nothing: then it is read."""
+        if there.size_bytes != write.size_bytes:
+            return False
+        if there.etag == write.etag:
+            return True
+        return self._digest(write.key, "md5") == write.md5
+
+    def _digest(self, key: str, algorithm: str) -> str:
+        """Read an object back. Through a file: it may be larger than the memory."""
+        with tempfile.TemporaryDirectory(prefix="orchestrate-verify-") as folder:
+            path = Path(folder) / "object"
+            self._store.download(key, path)
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def unenforced(store: ObjectStore, signer: Signer, send: Callable[[Presigned, bytes], int]) -> str | None:
+    """Say what a server does not enforce of a signed write, having tried; None if it enforces all of it.
+
+    Args:
+        send: Sends a presigned PUT with a body, and returns the answer's status.
+    """
+    body = b"granted"
+    md5 = hashlib.md5(body, usedforsecurity=False).hexdigest()
+    key = f"probe/{secrets.token_hex(8)}/granted"
+    signed = signer.put(key, len(body), md5, 60)
+
+    def without(header: str) -> Presigned:
+        return Presigned(signed.url, {k: v for k, v in signed.headers.items() if k != header})
+
+    try:
+        for what, request, payload in (
+            ("a missing If-None-Match", without("If-None-Match"), body),
+            ("another length", Presigned(signed.url, {**signed.headers, "Content-Length": "8"}), b"granted!"),
+            ("another MD5", signed, b"greeted"),
+        ):
+            if send(request, payload) < 400 or store.head(key) is not None:
+                return f"it accepts {what}"
+        if (status := send(signed, body)) >= 300:
+            return f"it refuses a granted write, with status {status}"
+        if send(signed, body) != 412:
+            return "it lets a granted write be repeated"
+    finally:
+        store.delete([key])
+    return None
+
+
+def _parsed(body: bytes) -> Request:
+    if len(body) > MAX_REQUEST_BYTES:
+        raise InvalidName(f"a request of {len(body)} bytes, at most {MAX_REQUEST_BYTES}")
+    try:
+        return REQUEST.validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise InvalidName(f"not a request: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def _granted(signed: Presigned) -> Granted:
+    return Granted(url=signed.url, headers=dict(signed.headers))
+
+
+def _is_part(write: Write, number: int, arrived: Seen | None) -> bool:
+    return arrived is not None and (arrived.size_bytes, arrived.etag) == (
+        write.part_size(number),
+        write.parts[number - 1],
+    )

@@ -1,0 +1,401 @@
+"""Scoped credentials on a server that enforces what is signed: what a node may do, and all it may not."""
+
+import hashlib
+import itertools
+import time
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import urllib3
+from support.granting import Office, caller_of, data_key, send
+from support.runs import RUN, claimed, contents, ended, incarnation, read_files, write_checkpoint
+from support.s3_servers import S3Server
+
+from storage import layout
+from storage.checkpoints import CheckpointStore
+from storage.errors import AccessDenied, Corrupt, Fenced, Unavailable
+from storage.grant_desk import unenforced
+from storage.grants import Complete, Done, Granted, GrantedParts, Limits, Refused, Write
+from storage.presigned import Presigned
+from storage.records import Committed, Quarantined, Retired, Started, StoredFile
+from storage.redaction import looks_secret, redacted
+from storage.s3 import S3Store
+from storage.url import open_store
+
+_corners = itertools.count()
+BODY = b"weights of step ten"
+
+
+@pytest.fixture
+def office(radosgw: S3Server) -> Iterator[Office]:
+    made = Office(open_store(radosgw.url_of(f"scoped-{next(_corners)}")))
+    yield made
+    leftover = [info.key for info in made.store.unfinished("")]
+    assert leftover == [], "uploads that nobody completed or aborted"
+
+
+def write(key: str, body: bytes = BODY) -> Write:
+    return Write(key=key, size_bytes=len(body), md5=md5(body))
+
+
+def md5(body: bytes) -> str:
+    return hashlib.md5(body).hexdigest()
+
+
+def granted(office: Office, asked: Write) -> Presigned:
+    reply = office.ask(asked)
+    assert isinstance(reply, Granted), reply
+    return Presigned(reply.url, reply.headers)
+
+
+def commit(step: int, body: bytes = BODY, **changes: object) -> Committed:
+    file = StoredFile(
+        name="adapter.safetensors", size_bytes=len(body), sha256=hashlib.sha256(body).hexdigest()
+    )
+    values: dict[str, object] = {
+        "attempt": 1, "incarnation": incarnation(1), "step": step, "files": (file,), "at": 1.0,
+    }  # fmt: skip
+    return Committed.model_validate({**values, **changes})
+
+
+def test_a_node_publishes_resumes_and_commits_without_credentials(
+    office: Office, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, ledger = office.node()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)  # the desk's signer has read them; whatever the node does, it has none
+    assert store.get(layout.run_spec(RUN)) == b"the spec"
+    ledger.append(Started(attempt=1, step=0, at=1.0))
+    checkpoints = CheckpointStore(store, RUN, ledger)
+    checkpoints.publish(write_checkpoint(tmp_path, 10), 1, incarnation(1))
+    checkpoints.publish(write_checkpoint(tmp_path, 10), 1, incarnation(1))  # its reply was lost
+
+    office.runs.append(RUN, ended(1))
+    office.runs.append(RUN, claimed(2))
+    store, ledger = office.node(caller_of(2))
+    newest, path = CheckpointStore(store, RUN, ledger).fetch_newest(
+        ledger.refresh(), tmp_path / "resume", attempt=2
+    )
+    assert newest is not None
+    assert newest.step == 10
+    assert path is not None
+    assert read_files(path) == contents(10)
+    kinds = [entry.record.kind for entry in office.runs.log(RUN).entries()]
+    assert kinds == ["claimed", "started", "committed", "ended", "claimed"]
+
+
+def test_the_server_enforces_what_is_signed(office: Office) -> None:
+    assert unenforced(office.store, office.store.signer(), send) is None
+
+
+def test_a_server_that_enforces_less_is_found_out(rclone: S3Server) -> None:
+    store = open_store(rclone.url_of("unenforced"), check_then_put=True)
+    assert isinstance(store, S3Store)
+    assert unenforced(store, store.signer(), send) is not None
+    assert list(store.list("probe/")) == []
+
+
+def test_a_granted_write_takes_exactly_these_bytes_once(office: Office) -> None:
+    key = data_key(10)
+    signed = granted(office, write(key))
+    bare = Presigned(signed.url, {k: v for k, v in signed.headers.items() if k != "If-None-Match"})
+    assert send(bare, BODY) == 403, "the create-only header is missing"
+    longer = Presigned(signed.url, {**signed.headers, "Content-Length": str(len(BODY) + 1)})
+    assert send(longer, BODY + b"!") == 403, "another length"
+    assert send(signed, BODY[::-1]) == 400, "other bytes of that length"
+    other_md5 = Presigned(signed.url, {**signed.headers, "Content-MD5": "1B2M2Y8AsgTpgAmY7PhCfg=="})
+    assert send(other_md5, BODY) == 403, "another digest"
+    assert office.store.head(key) is None
+    assert send(signed, BODY) == 200
+    assert send(signed, BODY) == 412, "a replay"
+    assert office.store.get(key) == BODY
+
+
+def test_a_granted_write_is_good_for_nothing_else(office: Office) -> None:
+    office.store.put(layout.run_spec("dog"), b"another run's")
+    signed = granted(office, write(data_key(10)))
+    elsewhere = signed.url.replace("/adapter.safetensors?", "/optimizer.safetensors?")
+    assert elsewhere != signed.url
+    assert send(Presigned(elsewhere, signed.headers), BODY) == 403
+    parts = urllib.parse.urlsplit(signed.url)
+    bucket = parts._replace(path="/" + parts.path.split("/")[1])
+    http = urllib3.PoolManager()
+    for method, url in (
+        ("GET", signed.url),
+        ("DELETE", signed.url),
+        ("GET", bucket.geturl()),
+        ("GET", bucket._replace(query=f"list-type=2&{parts.query}").geturl()),
+        ("GET", bucket._replace(query="list-type=2").geturl()),
+    ):
+        assert http.request(method, url, retries=False).status == 403, (method, url)
+
+
+def test_a_granted_read_reads_one_object(office: Office) -> None:
+    office.store.put(layout.run_spec("dog"), b"another run's")
+    store, _ = office.node()
+    with pytest.raises(AccessDenied, match="no business"):
+        store.get(layout.run_spec("dog"))
+    signed = office.store.signer().get(layout.run_spec(RUN), 900)
+    http = urllib3.PoolManager()
+    assert http.request("GET", signed.url).data == b"the spec"
+    assert http.request("GET", signed.url.replace(f"/{RUN}/", "/dog/")).status == 403
+    assert http.request("DELETE", signed.url).status == 403
+    assert send(signed, b"overwritten") == 403
+    assert office.store.get(layout.run_spec(RUN)) == b"the spec"
+
+
+def test_a_grant_expires(radosgw: S3Server) -> None:
+    office = Office(open_store(radosgw.url_of(f"scoped-{next(_corners)}")), expires_s=1)
+    key = data_key(10)
+    signed = granted(office, write(key))
+    deadline = time.monotonic() + 30
+    # Asked with a wrong body, the server says 400 while the signature holds: nothing is written meanwhile.
+    while (status := send(signed, BODY[::-1])) != 403:
+        assert status == 400
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert send(signed, BODY) == 403
+    assert office.store.head(key) is None
+
+
+def test_a_large_file_goes_in_parts_and_goes_on_after_a_cut(office: Office, tmp_path: Path) -> None:
+    file = tmp_path / "optimizer"
+    file.write_bytes(bytes(range(256)) * 4096 * 12)  # 12 MB: S3 takes no part below 5 MB but the last
+    key = data_key(10, "optimizer")
+    store, _ = office.node(multipart_bytes=1 << 20, part_bytes=5 << 20)
+    sent: list[int] = []
+    put = store._http.put
+
+    def failing(where: str, signed: Presigned, body: object) -> int:
+        sent.append(1)
+        if len(sent) == 2:
+            raise Unavailable("cut")
+        return put(where, signed, body)  # type: ignore[arg-type]
+
+    store._http.put = failing  # type: ignore[method-assign,assignment]
+    with pytest.raises(Unavailable, match="cut"):
+        store.put(key, file)
+    assert office.store.head(key) is None
+    assert len(sent) == 3
+    store.put(key, file)
+    assert len(sent) == 4, "only the part that was cut is sent again"
+    store.put(key, file)
+    assert len(sent) == 4
+    office.store.download(key, tmp_path / "there")
+    assert (tmp_path / "there").read_bytes() == file.read_bytes()
+
+
+def test_parts_that_are_not_what_was_granted_are_never_completed(office: Office) -> None:
+    first, last = b"a" * (5 << 20), b"end"
+    key = data_key(10)
+    asked = Write(
+        key=key,
+        size_bytes=len(first + last),
+        md5=md5(first + last),
+        part_bytes=5 << 20,
+        parts=(md5(first), md5(last)),
+    )
+    reply = office.ask(asked)
+    assert isinstance(reply, GrantedParts)
+    one, two = (Presigned(part.url, part.headers) for part in reply.parts if part)
+    assert send(one, b"b" * (5 << 20)) == 400
+    assert send(Presigned(one.url.replace("partNumber=1", "partNumber=3"), one.headers), first) == 403
+    assert send(two, last) == 200
+    refusal = office.ask(Complete(key=key))
+    assert isinstance(refusal, Refused)
+    assert "parts are missing" in refusal.reason
+    assert send(one, first) == 200
+    assert office.ask(Complete(key=key)) == Done()
+    assert office.ask(asked) == Done()
+    assert office.store.head(key) is not None
+
+
+def test_a_changed_large_file_begins_anew(office: Office) -> None:
+    key = data_key(10)
+
+    def asked(last: bytes) -> Write:
+        body = b"a" * (5 << 20) + last
+        return Write(
+            key=key,
+            size_bytes=len(body),
+            md5=md5(body),
+            part_bytes=5 << 20,
+            parts=(md5(body[: 5 << 20]), md5(last)),
+        )
+
+    office.ask(asked(b"old"))
+    office.ask(asked(b"new"))
+    assert len(list(office.store.unfinished("runs/"))) == 1
+    office.restart()
+    office.ask(asked(b"new"))
+    assert len(list(office.store.unfinished("runs/"))) == 1, (
+        "the new controller knows nothing of the old one's"
+    )
+    office.store.abort_uploads("runs/")
+
+
+def test_a_ghost_gets_nothing_more(office: Office) -> None:
+    store, ledger = office.node()
+    late = granted(office, write(data_key(20)))
+    office.runs.append(RUN, ended(1))
+    office.runs.append(RUN, claimed(2))
+    for attempt in (
+        lambda: store.put(data_key(10), BODY),
+        lambda: store.put(layout.events_key(RUN, 1, 0), b"{}\n"),
+        lambda: store.get(layout.run_spec(RUN)),
+        lambda: ledger.append(commit(10)),
+        ledger.refresh,
+    ):
+        with pytest.raises(Fenced, match="attempt 1 is not running"):
+            attempt()
+    # What was signed before may still be sent, to the ghost's own prefix, where nothing is ever resumed from.
+    assert send(late, BODY) == 200
+    swept = CheckpointStore(office.store, RUN, office.runs.log(RUN)).sweep_orphans(office.runs.refreshed(RUN))
+    assert swept == 1
+    assert office.store.head(data_key(20)) is None
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        (commit(10, BODY + b"!"), "bytes, its record says"),
+        (commit(10, BODY[::-1]), "sha256"),
+        (commit(11), "send it again"),
+        (commit(10, attempt=2), "another attempt"),
+        (commit(10, incarnation="0" * 8), "another incarnation"),
+        (commit(10, files=()), "does not follow"),
+        (commit(500), "does not follow"),
+        (Started(attempt=1, step=7, at=1.0), "does not follow"),
+        (Started(attempt=2, step=0, at=1.0), "another attempt"),
+        (claimed(2), "may not append"),
+        (ended(1), "may not append"),
+        (Retired(checkpoints=(), at=1.0), "may not append"),
+        (
+            Quarantined(checkpoint=commit(10).ref, attempt=None, reason="", at=1.0),
+            "may not append",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.kind,
+)
+def test_a_record_that_is_not_true_is_refused(office: Office, record: object, why: str) -> None:
+    office.runs.limit = Limits(last_step=100)
+    store, ledger = office.node()
+    store.put(data_key(10), BODY)
+    before = len(office.runs.log(RUN).entries())
+    with pytest.raises((AccessDenied, Corrupt, Fenced, Unavailable), match=why):
+        ledger.append(record)  # type: ignore[arg-type]
+    office.runs.refreshed(RUN)
+    assert len(office.runs.log(RUN).entries()) == before
+    assert sum(office.desk.refusals.values()) == 1
+    ledger.append(commit(10))
+
+
+def test_a_commit_of_a_file_that_vanished_or_was_replaced_is_refused(office: Office) -> None:
+    store, ledger = office.node()
+    store.put(data_key(10), BODY)
+    office.store.delete([data_key(10)])
+    with pytest.raises(Corrupt, match="not there"):
+        ledger.append(commit(10))
+    office.store.put(data_key(10), BODY[::-1])  # as a store might that loses or confuses objects
+    with pytest.raises(Corrupt, match="sha256"):
+        ledger.append(commit(10))
+    store.put(data_key(10), BODY)
+    ledger.append(commit(10))
+
+
+def test_a_committed_file_is_never_replaced(office: Office) -> None:
+    store, ledger = office.node()
+    store.put(data_key(10), BODY)
+    ledger.append(commit(10))
+    with pytest.raises(AccessDenied, match="committed"):
+        store.put(data_key(10), b"something else")
+    with pytest.raises(Fenced):
+        ledger.append(commit(9))
+    assert office.store.get(data_key(10)) == BODY
+
+
+def test_a_file_not_yet_committed_may_be_sent_with_other_bytes(office: Office) -> None:
+    store, ledger = office.node()
+    store.put(data_key(10), b"packed in another way")
+    store.put(data_key(10, "left-over"), b"not named later")
+    store.put(data_key(10), BODY)
+    ledger.append(commit(10))
+    assert office.store.get(data_key(10)) == BODY
+    assert office.store.head(data_key(10, "left-over")) is None
+
+
+def test_a_controller_that_starts_again_takes_the_commit_after_the_files_were_named_again(
+    office: Office, tmp_path: Path
+) -> None:
+    store, ledger = office.node()
+    store.put(data_key(10), BODY)
+    office.restart()
+    with pytest.raises(Unavailable, match="send it again"):
+        ledger.append(commit(10))
+    sent: list[str] = []
+    store._http.put = lambda key, *_: sent.append(key) or 200  # type: ignore[method-assign,assignment,func-returns-value]
+    store.put(data_key(10), BODY)
+    assert sent == [], "it is there already"
+    ledger.append(commit(10))
+
+
+def test_what_a_dead_node_left_is_swept(office: Office) -> None:
+    """The node dies between its grant and its commit: the file is sent, half sent in parts, or not at all."""
+    store, _ = office.node()
+    store.put(data_key(10), BODY)
+    granted(office, write(data_key(20)))
+    body = b"a" * (5 << 20)
+    office.ask(
+        Write(key=data_key(30), size_bytes=len(body), md5=md5(body), part_bytes=5 << 20, parts=(md5(body),))
+    )
+    office.runs.append(RUN, ended(1))
+    office.runs.append(RUN, claimed(2))
+    checkpoints = CheckpointStore(office.store, RUN, office.runs.log(RUN))
+    assert checkpoints.sweep_orphans(office.runs.refreshed(RUN)) == 1
+    assert list(office.store.list(layout.data_prefix(RUN))) == []
+    assert len(list(office.store.unfinished("runs/"))) == 1
+    other, _ = office.node(caller_of(2))
+    other.put(data_key(10, attempt=2), BODY)
+    assert list(office.store.unfinished("runs/")) == [], (
+        "the next attempt's first grant ends the dead one's upload"
+    )
+
+
+def test_batches_and_samples_are_shipped(office: Office) -> None:
+    store, _ = office.node()
+    events, sample = layout.events_key(RUN, 1, 0), layout.sample_key(RUN, 10, "a.png")
+    store.put(events, b"one line\n")
+    store.put(events, b"one line\nand one more\n")  # the batch has grown since a try whose answer was lost
+    store.put(layout.log_text_key(RUN, 1, 0), b"text")
+    store.put(sample, b"picture")
+    assert office.store.get(events) == b"one line\nand one more\n"
+    store.put(data_key(10), BODY)
+    _, ledger = office.node()
+    ledger.append(commit(10))
+    office.runs.append(RUN, ended(1))
+    office.runs.append(RUN, claimed(2))
+    second, _ = office.node(caller_of(2))
+    second.put(sample, b"another picture")
+    assert office.store.get(sample) == b"picture", "a step before the attempt's first: an older one's picture"
+    with pytest.raises(AccessDenied):
+        second.put(events, b"forged")
+
+
+def test_no_url_is_ever_said(office: Office, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    reply = office.ask(write(data_key(10)))
+    assert isinstance(reply, Granted)
+    signature = urllib.parse.parse_qs(urllib.parse.urlsplit(reply.url).query)["X-Amz-Signature"][0]
+    assert signature not in repr(reply)
+    signed = Presigned(reply.url, reply.headers)
+    assert signature not in repr(signed)
+    assert looks_secret(reply.url)
+    assert signature not in redacted(f"GET {reply.url} 403")
+    assert signature not in redacted(urllib.parse.quote(reply.url, safe=""))
+    nobody = Presigned(reply.url.replace(str(urllib.parse.urlsplit(reply.url).port), "1"), reply.headers)
+    with pytest.raises(Unavailable) as error:
+        send(nobody, BODY)
+    assert signature not in str(error.value)
+    assert error.value.__cause__ is None
