@@ -1,7 +1,7 @@
 """Content on a node's own disk: fetched once for all of its agents, kept until its room is needed.
 
     <folder>/<digest>/files/…        the content; the directory appears by rename, whole and verified
-    <folder>/<digest>/meta.json      its size; when it was last used is the file's time of change
+    <folder>/<digest>/meta.json      sizes of its files; when it was last used is the file's time of change
     <folder>/.tmp-<digest>/          a fetch under way, or one that was killed: the next one continues it
     <folder>/.locks/<digest>         held shared by whoever uses the content, exclusively by who changes it
 
@@ -55,7 +55,7 @@ class ContentCache:
     def hold(
         self, digest: str, size_bytes: int, fetch: Callable[[Path], Listing], wait: Wait
     ) -> Iterator[Path]:
-        """Yield the folder of a content's files, which nobody deletes within the block.
+        """Yield where a content lies, a folder or a file. Nobody deletes it within the block.
 
         Args:
             fetch: Downloads the content into a directory, which may hold what an earlier fetch left.
@@ -77,8 +77,9 @@ class ContentCache:
                     _pause(wait, _PAUSE_S * (1 + random.random()), "waiting was given up")
                 elif not self._is_whole(digest):
                     self._fetch(digest, size_bytes, fetch)
-            os.utime(self._folder / digest / _META)
-            yield self._folder / digest / "files"
+            meta = self._folder / digest / _META
+            os.utime(meta)
+            yield meta.parent / "files" / json.loads(meta.read_bytes())["root"]
 
     def _fetch(self, digest: str, size_bytes: int, fetch: Callable[[Path], Listing]) -> None:
         """Fetch under the exclusive lock."""
@@ -87,7 +88,8 @@ class ContentCache:
         (temporary / "files").mkdir(parents=True, exist_ok=True)
         self._make_room(digest, size_bytes - _size(temporary))
         listing = fetch(temporary / "files")
-        meta = {"size_bytes": listing.size_bytes, "files": {f.name: f.size_bytes for f in listing.files}}
+        sizes = {file.name: file.size_bytes for file in listing.files}
+        meta = {"root": listing.root, "size_bytes": listing.size_bytes, "files": sizes}
         (temporary / _META).write_text(json.dumps(meta))
         with (temporary / _META).open("rb") as file:
             os.fsync(file.fileno())
@@ -130,10 +132,13 @@ class ContentCache:
             digest = path.name.removeprefix(".tmp-")
             if len(digest) != 64:
                 continue
-            meta = path / _META
-            whole = path.name == digest and meta.exists()
-            size = json.loads(meta.read_bytes())["size_bytes"] if whole else _size(path)
-            yield _Kept(digest, path, size, meta.stat().st_mtime_ns if whole else 0)
+            size_bytes, used_at_ns = 0, 0
+            try:
+                size_bytes = int(json.loads((path / _META).read_bytes())["size_bytes"])
+                used_at_ns = (path / _META).stat().st_mtime_ns
+            except (OSError, ValueError, KeyError, TypeError):  # half fetched, half deleted or damaged
+                size_bytes = _size(path)
+            yield _Kept(digest, path, size_bytes, used_at_ns)
 
     def _evict(self, content: _Kept) -> bool:
         with self._locked(content.digest) as lock:

@@ -14,11 +14,15 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from .content import Identity, LocalContent
 from .content_state import Listing
-from .records import StoredFile
+from .records import Sha256, StoredFile
 
 RACY_NS = 2_000_000_000
+_FACTS = TypeAdapter(dict[str, dict[str, Sha256]])
+"""By path: the digest by what the directory says."""
 
 
 def hashed(root: str, paths: Mapping[str, Path], memory: Path | None = None) -> LocalContent:
@@ -67,7 +71,10 @@ def _recall(where: Path) -> dict[str, dict[str, str]]:
         facts = json.loads(where.read_bytes())
     except (OSError, ValueError):
         return {}
-    return facts if isinstance(facts, dict) and all(isinstance(v, dict) for v in facts.values()) else {}
+    try:
+        return _FACTS.validate_python(facts, strict=True)
+    except ValidationError:
+        return {}
 
 
 def _remember(where: Path, facts: Mapping[str, Mapping[str, str]]) -> None:

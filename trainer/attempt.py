@@ -4,24 +4,26 @@ Preparing needs no checkpoint, so it overlaps with fetching one. Nothing is lost
 step; until then a stop ends the process at once.
 """
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from .cache import Cache, default_cache_dir
-from .config import RunSpec
+from .config import Base, RunSpec
 from .data import TrainingSet, split
 from .dataset_files import Example, dataset_digest, held_out, scan
 from .encode import encode_images, encode_texts
-from .errors import BadCheckpoint, BadInput
+from .errors import BadCheckpoint, BadInput, TrainerError
 from .families import load_family
 from .loop import Loop, Parts
 from .methods import attach
 from .model_files import model_digest
 from .optim import build_optimizer
 from .randomness import make_deterministic
-from .rundir import Options, RunDir, StartOrder
+from .rundir import Options, RunDir, StartOrder, cache_folder
 from .sample import sample_texts
 from .snapshot import Progress, load_checkpoint
 from .stop import Stop
@@ -35,7 +37,8 @@ def run_attempt(run_dir: RunDir, stop: Stop) -> int:
     Raises:
         TrainerError: Whatever ended the attempt; its ``exit_code`` says what that means.
     """
-    parts = prepare(run_dir, stop)
+    with _in_words_of(read_spec(run_dir), read_options(run_dir)):
+        parts = prepare(run_dir, stop)
     order = wait_for_order(run_dir)
     progress = Progress()
     if order.resume is not None:
@@ -59,9 +62,9 @@ def prepare(run_dir: RunDir, stop: Stop) -> Parts:
     spec, options = read_spec(run_dir), read_options(run_dir)
     make_deterministic(options.threads)
     cache_dir = Path(options.cache_dir).expanduser() if options.cache_dir else None
-    examples = read_dataset(spec)
-    check_base(spec)
-    family = load_family(spec.base, cache_dir / "hub" if cache_dir else None)
+    examples = read_dataset(spec, options)
+    check_base(spec, options)
+    family = load_family(local_base(spec, options), cache_dir / "hub" if cache_dir else None)
     if spec.base.resolution % family.latent_pixels:
         raise BadInput(
             f"base.resolution {spec.base.resolution} is not a multiple of {family.latent_pixels}, "
@@ -108,28 +111,57 @@ def read_options(run_dir: RunDir) -> Options:
         raise BadInput(f"{run_dir.options}: {error}") from error
 
 
-def read_dataset(spec: RunSpec) -> list[Example]:
+def read_dataset(spec: RunSpec, options: Options) -> list[Example]:
     """Return the examples of the run's dataset, which must be the one that was submitted."""
+    digest = spec.dataset.digest
+    if digest and (copy := options.content.get(digest)):
+        return scan(spec.dataset, Path(copy))  # verified when it was fetched
     folder = Path(spec.dataset.path).expanduser()
     examples = scan(spec.dataset, folder)
-    if spec.dataset.digest and (actual := dataset_digest(folder)) != spec.dataset.digest:
+    if digest and (actual := dataset_digest(folder, _memory(options))) != digest:
         raise BadInput(
             f"dataset {folder} has digest {actual[:12]}, the run was submitted with "
-            f"{spec.dataset.digest[:12]}: its files differ from those at submission",
+            f"{digest[:12]}: its files differ from those at submission",
             "restore them, or submit a new sweep",
         )
     return examples
 
 
-def check_base(spec: RunSpec) -> None:
+def local_base(spec: RunSpec, options: Options) -> Base:
+    """Return the run's base with its model where this node has it."""
+    copy = options.content.get(spec.base.digest or "")
+    return spec.base.model_copy(update={"model": copy}) if copy else spec.base
+
+
+def check_base(spec: RunSpec, options: Options) -> None:
     """Make sure that a local base model is the one that was submitted: a resumed run would mix two."""
-    path = Path(spec.base.model).expanduser()
-    if spec.base.digest and path.exists() and (actual := model_digest(path)) != spec.base.digest:
+    path, digest = Path(spec.base.model).expanduser(), spec.base.digest
+    if digest is None or digest in options.content or not path.exists():
+        return
+    if (actual := model_digest(path, _memory(options))) != digest:
         raise BadInput(
             f"base model {path} has digest {actual[:12]}, the run was submitted with "
-            f"{spec.base.digest[:12]}: its files differ from those at submission",
+            f"{digest[:12]}: its files differ from those at submission",
             "restore them, or submit a new sweep",
         )
+
+
+def _memory(options: Options) -> Path:
+    return cache_folder(options) / "digests"
+
+
+@contextlib.contextmanager
+def _in_words_of(spec: RunSpec, options: Options) -> Iterator[None]:
+    """Name the user's paths in errors, and not those of this node's copies."""
+    written = {spec.dataset.digest: spec.dataset.path, spec.base.digest: spec.base.model}
+    try:
+        yield
+    except TrainerError as error:
+        message, hint = str(error), error.hint
+        for digest, copy in options.content.items():
+            path = written.get(digest, copy)
+            message, hint = message.replace(copy, path), hint.replace(copy, path)
+        raise type(error)(message, hint) from error
 
 
 def wait_for_order(run_dir: RunDir) -> StartOrder:

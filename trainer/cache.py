@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import tensor_file
 from .randomness import own_memory
+from .rundir import Options, cache_folder
 
 FORMAT = 1
 """Part of every key: raise it when an entry's meaning changes."""
@@ -40,7 +41,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def default_cache_dir() -> Path:
-    return Path.home() / ".cache" / "orchestrate"
+    return cache_folder(Options())
 
 
 class Cache:

@@ -24,6 +24,7 @@ from typing import Any
 
 from pydantic import Field
 
+from storage.local import DISK_FULL
 from storage.records import EndReason
 
 from .config import Frozen
@@ -37,8 +38,18 @@ EXIT_BAD_CONFIG = 78
 EXIT_BAD_CHECKPOINT = 65
 """The checkpoint to resume from cannot be used; an earlier one may."""
 
+EXIT_DISK_FULL = 73
+"""The node's disk has no room for a checkpoint, and nobody made any; or it cannot be written at all."""
+
 EXIT_STORE_UNREACHABLE = 69
 """Said by the supervisor: what the attempt needed, or had saved, did not get from or to the store."""
+
+ADAPTER = "adapter.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+"""The files of a checkpoint, see ``snapshot``."""
+SALVAGE = frozenset({ADAPTER, STATE})
+"""What is worth saving of a checkpoint for which there is no time: nothing can resume from it."""
 
 EVENTS_FILE = "events.jsonl"
 LOG_FILE = "log.txt"
@@ -53,6 +64,7 @@ def end_reason(code: int) -> EndReason:
         EXIT_BAD_CHECKPOINT: EndReason.CKPT_INVALID,
         EXIT_BAD_CONFIG: EndReason.BAD_CONFIG,
         EXIT_STORE_UNREACHABLE: EndReason.STORAGE_DOWN,
+        EXIT_DISK_FULL: EndReason.DISK_FULL,
     }.get(code, EndReason.APP_ERROR)
 
 
@@ -70,7 +82,9 @@ class Options(Frozen):
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch. Sums are split by thread, so runs are bit-identical only at an equal number."""
     cache_dir: str | None = None
-    """Where latents, text embeddings and hub files are kept on this node."""
+    """Where latents, text embeddings, hub files and fetched content are kept on this node."""
+    content: dict[str, str] = Field(default_factory=dict)
+    """Copies of datasets and base models on this node, verified, by digest; see ``trainer.inputs``."""
 
 
 class StartOrder(Frozen):
@@ -78,6 +92,11 @@ class StartOrder(Frozen):
 
     resume: str | None
     """Directory of a verified checkpoint, relative to the run directory; None: from the beginning."""
+
+
+def cache_folder(options: Options) -> Path:
+    """Where a node keeps what it can compute or fetch again."""
+    return Path(options.cache_dir).expanduser() if options.cache_dir else Path.home() / ".cache/orchestrate"
 
 
 class RunDir:
@@ -106,11 +125,16 @@ def append_event(path: Path, event: str, **fields: Any) -> None:
 
     ``started`` carries ``step`` (resumed from); ``step`` carries ``step``, ``loss``, ``lr``, ``step_s``;
     ``checkpoint`` carries ``step``, ``stall_s``; ``error`` carries ``type``, ``message``, ``hint``.
-    One write of one line: a reader never sees two lines mixed.
+    One write of one line: a reader never sees two lines mixed. On a full disk the event is lost: a run must
+    not end for want of something to tell.
     """
     line = json.dumps({"event": event, **fields}, allow_nan=True) + "\n"
-    with path.open("ab", buffering=0) as file:
-        file.write(line.encode())
+    try:
+        with path.open("ab", buffering=0) as file:
+            file.write(line.encode())
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
 
 
 def read_events(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -24,6 +24,7 @@ from storage.records import Committed, Started
 from storage.replicator import Replicator
 
 from .config import RunSpec
+from .inputs import with_inputs
 from .patience import one_line, patiently
 from .rundir import (
     EXIT_COMPLETE,
@@ -117,7 +118,8 @@ class Supervisor:
         error says why.
         """
         try:
-            code = self._train()
+            with with_inputs(self._store, self._spec, self._options, self._stopping) as self._options:
+                code = self._train()
         except Fenced as error:
             self._on_fenced(error)
             code = EXIT_PREEMPTED
