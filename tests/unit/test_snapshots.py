@@ -8,8 +8,6 @@ from functools import reduce
 
 import pytest
 import zstandard
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from support.runs import RUN, claimed, committed, ended, finished, ref, retired
 
 from storage import layout, snapshots
@@ -90,9 +88,6 @@ def begun_at(store: ObjectStore, snapshot: RunSnapshot) -> RunLog:
     return log
 
 
-MOVES = st.lists(st.tuples(st.integers(0, 10), st.integers(-1, 3), st.floats(0.0, 1e12)), max_size=40)
-
-
 def tried(state: RunState, kind: int, n: int, number: float) -> Record:
     """A record as some writer might try it, admitted or not."""
     attempt = max(1, state.attempt)
@@ -112,42 +107,47 @@ def tried(state: RunState, kind: int, n: int, number: float) -> Record:
     )[kind]
 
 
-@given(moves=MOVES, finish=st.booleans(), cut=st.floats(0.0, 1.0))
-def test_what_a_snapshot_restores_goes_on_as_the_whole_history(
-    moves: list[tuple[int, int, float]], finish: bool, cut: float
-) -> None:
-    states = [fold(RunState(), entry(claimed()))]
-    history: list[Record] = []
-    for move in moves:
-        history.append(tried(states[-1], *move))
-        states.append(fold(states[-1], entry(history[-1])))
-    if finish:
-        history.append(finished())
-        states.append(fold(states[-1], entry(history[-1])))
-    at = round(cut * len(history))
+def random_history(seed: int) -> Iterator[tuple[Record, RunState]]:
+    """Records that follow each other, some of them refused, each with the state after it."""
+    chance = random.Random(seed)
+    record: Record = claimed()
+    state = RunState()
+    for _ in range(chance.randint(1, 50)):
+        state = fold(state, entry(record))
+        yield record, state
+        record = tried(state, chance.randrange(11), chance.randint(-1, 3), chance.expovariate(1e-3))
+    if chance.random() < 0.3:
+        yield finished(), fold(state, entry(finished()))
 
-    snapshot = Snapshot(next_seq=at + 1, digest="0" * 64, state=states[at])
-    restored = decode(encode({RUN: Known(snapshot=snapshot, tidy=finish)}))[RUN]
 
-    assert restored == Known(snapshot=snapshot, tidy=finish)
-    assert reduce(fold, map(entry, history[at:]), restored.snapshot.state) == states[-1]
+@pytest.mark.parametrize("seed", range(100))
+def test_what_a_snapshot_restores_goes_on_as_the_whole_history(seed: int) -> None:
+    records, states = zip(*random_history(seed), strict=True)
+    assert run_of(records, RunState()) == states[-1]
+    for at, state in enumerate(states):
+        known = Known(
+            snapshot=Snapshot(next_seq=at + 1, digest="0" * 64, state=state), tidy=bool(state.finished)
+        )
+
+        restored = decode(encode({RUN: known}))[RUN]
+
+        assert restored == known
+        assert run_of(records[at + 1 :], restored.snapshot.state) == states[-1]
+
+
+def run_of(records: Sequence[Record], state: RunState) -> RunState:
+    return reduce(fold, map(entry, records), state)
 
 
 def test_the_histories_above_have_something_of_everything() -> None:
     seen: set[str] = set()
-
-    @settings(database=None, derandomize=True)
-    @given(moves=MOVES)
-    def explore(moves: list[tuple[int, int, float]]) -> None:
-        state = fold(RunState(), entry(claimed()))
-        for move in moves:
-            record = tried(state, *move)
-            if refusal(state, record) is None:
+    for seed in range(100):
+        before = RunState()
+        for record, state in random_history(seed):
+            if refusal(before, record) is None:
                 seen.add(record.kind)
-            state = fold(state, entry(record))
-
-    explore()
-    assert seen >= {"claimed", "started", "committed", "ended", "retired", "reaped", "quarantined", "pinned"}
+            before = state
+    assert len(seen) == 11, seen
 
 
 def entry(record: Record) -> Entry[Record]:
