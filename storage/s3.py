@@ -1,68 +1,48 @@
-"""A store in an S3-compatible bucket: the only module that meets boto3, whose errors it translates.
+"""A store in an S3-compatible bucket.
 
-Client settings that every server we know accepts: path addressing, no checksum trailers, ``Content-MD5`` on
-single writes. ``create`` is sent once, because a repeated conditional write meets its own first try and
-reports a conflict; everything else is repeated by the SDK, within bounds.
+Every request has a deadline for all of its tries together, and a budget of repetitions that is shared with
+all others (``storage.retry``). ``create`` is sent once, because a repeated conditional write meets its own
+first try and reports a conflict; only after a refusal of its credentials, a definite answer, is it sent with
+new ones. Large files go in parts and are resumed (``storage.multipart``).
 """
 
-import base64
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Set
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
-
-import boto3
-import boto3.exceptions
-import botocore.exceptions as boto_errors
-from boto3.s3.transfer import TransferConfig
-from botocore.config import Config
+from typing import Any, TypeVar
 
 from . import layout
-from .errors import AccessDenied, InvalidName, NotFound, StorageError, Unavailable
+from .deadline import left_s, within
+from .errors import NotFound, StorageError, Unavailable
+from .file_slice import content_md5
+from .multipart import Uploads
 from .object_store import ObjectInfo
+from .presigned import Signer
+from .ranged_get import Download
+from .retry import TRIES, RetryBudget, pause_s
+from .s3_client import S3Client
+from .s3_errors import (
+    EXPIRED,
+    FOREIGN,
+    code_of,
+    headers_of,
+    retry_after_s,
+    status_of,
+    translate,
+)
+from .uplink import allowance_s
 
-MULTIPART_BYTES = 64 << 20
-"""Larger files are sent in parts, so that a cut connection costs one part."""
-_PART_BYTES = 16 << 20
-_PARTS_AT_ONCE = 4
-_DOWNLOAD_TRIES = 4
-_CHUNK_BYTES = 1 << 20
-
-_NOT_FOUND = {"404", "NoSuchKey", "NotFound"}
+REQUEST_S = 60.0
+"""A request and its repetitions are done by then; bodies of files get more, by their size."""
 _NO_UPLOADS = {"NoSuchUpload", "NotImplemented"}
 """There is none, any more or at all; some servers say the first of a bucket that never had any."""
-_TRANSIENT = {
-    "BadDigest",
-    "IncompleteBody",
-    "InternalError",
-    "OperationAborted",
-    "RequestTimeout",
-    "RequestTimeoutException",
-    "ServiceUnavailable",
-    "SlowDown",
-    "Throttling",
-    "TooManyRequestsException",
-    "XAmzContentSHA256Mismatch",
-}
-_HINTS = {
-    "NoSuchBucket": "create the bucket first",
-    "RequestTimeTooSkewed": "set this machine's clock",
-    "PermanentRedirect": "the bucket is in another region: add ?region=… to the store url",
-    "AuthorizationHeaderMalformed": "the bucket is in another region: add ?region=… to the store url",
-    "IllegalLocationConstraintException": "the bucket is in another region: add ?region=… to the store url",
-    "NotImplemented": "this server does not support the request",
-}
-_MISCONFIGURED = (
-    boto_errors.NoCredentialsError,
-    boto_errors.PartialCredentialsError,
-    boto_errors.ProfileNotFound,
-    boto_errors.TokenRetrievalError,
-    boto_errors.UnauthorizedSSOTokenError,
-)
-_MALFORMED = (boto_errors.ParamValidationError, boto_errors.InvalidEndpointConfigurationError)
+
+T = TypeVar("T")
 
 
 class S3Store:
@@ -71,6 +51,8 @@ class S3Store:
     Args:
         check_then_put: ``create`` looks whether the key is free, then writes. For servers that ignore
             ``If-None-Match`` or do not keep it under a race: right only while a single process appends.
+        request_s: Seconds for a request and its repetitions. ``storage.deadline.within`` around a call
+            shortens it for that call.
     """
 
     def __init__(
@@ -81,18 +63,19 @@ class S3Store:
         endpoint: str | None = None,
         region: str | None = None,
         check_then_put: bool = False,
+        request_s: float = REQUEST_S,
     ) -> None:
         self._bucket = bucket
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._endpoint = endpoint
         self._region = region
+        self._request_s = request_s
         self.check_then_put = check_then_put
+        self._budget = RetryBudget()
+        self._uploads = Uploads(bucket, self._request, request_s)
+        self._renewing = threading.Lock()
         with self._translated("settings"):
-            session = boto3.session.Session()
-            # Servers behind an endpoint of their own ignore the region, but requests are signed for one.
-            chosen = region or session.region_name or ("us-east-1" if endpoint else None)
-            self._client = _client(session, endpoint, chosen, {"mode": "standard", "total_max_attempts": 3})
-            self._sent_once = _client(session, endpoint, chosen, {"total_max_attempts": 1})
+            self._signer = S3Client(endpoint, region)
 
     @property
     def url(self) -> str:
@@ -106,17 +89,16 @@ class S3Store:
 
     def put(self, key: str, body: bytes | Path) -> None:
         full = self._key(key)
-        with self._translated(key):
-            if isinstance(body, bytes):
-                self._client.put_object(Bucket=self._bucket, Key=full, Body=body, ContentMD5=_md5(body))
-                return
-            with body.open("rb") as file:
-                if body.stat().st_size > MULTIPART_BYTES:
-                    self._client.upload_fileobj(file, self._bucket, full, Config=_TRANSFER)
-                else:
-                    digest = base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode()
-                    file.seek(0)
-                    self._client.put_object(Bucket=self._bucket, Key=full, Body=file, ContentMD5=digest)
+        if isinstance(body, Path):
+            with self._translated(key):
+                self._uploads.put(key, full, body)
+            return
+        self._uploads.abandon(key)
+        self._request(
+            key,
+            lambda client: client.put_object(Bucket=self._bucket, Key=full, Body=body, ContentMD5=_md5(body)),
+            allow_s=self._request_s + allowance_s(len(body), None),
+        )
 
     def create(self, key: str, body: bytes) -> bool:
         if self.check_then_put:
@@ -124,18 +106,16 @@ class S3Store:
                 return False
             self.put(key, body)
             return True
-        with self._translated(key):
+        full = self._key(key)
+
+        def send(client: Any) -> bool:
             try:
-                self._sent_once.put_object(
-                    Bucket=self._bucket,
-                    Key=self._key(key),
-                    Body=body,
-                    ContentMD5=_md5(body),
-                    IfNoneMatch="*",
+                client.put_object(
+                    Bucket=self._bucket, Key=full, Body=body, ContentMD5=_md5(body), IfNoneMatch="*"
                 )
                 return True
-            except boto_errors.ClientError as error:
-                match _status(error):
+            except FOREIGN as error:
+                match status_of(error):
                     case 412:
                         return False
                     case 409:
@@ -145,106 +125,178 @@ class S3Store:
                         raise Unavailable(f"{self._named(key)}: conflicting creates, none has won") from error
                 raise
 
+        return self._request(key, send, tries=1)
+
     def get(self, key: str) -> bytes:
         full = self._key(key)
-        with self._translated(key):
-            body: bytes = self._client.get_object(Bucket=self._bucket, Key=full)["Body"].read()
-            return body
+
+        def read(client: Any) -> bytes:
+            with contextlib.closing(client.get_object(Bucket=self._bucket, Key=full)["Body"]) as body:
+                content: bytes = body.read()
+                return content
+
+        return self._request(key, read)
 
     def download(self, key: str, target: Path) -> None:
         full = self._key(key)
         with self._translated(key), target.open("wb") as file:
-            for tries_left in reversed(range(_DOWNLOAD_TRIES)):
-                try:
-                    self._stream(full, file)
-                    return
-                except _STREAM_ERRORS:
-                    if not tries_left:
-                        raise
+            Download(self._request, self._budget, self._bucket, key, full, self._request_s).into(file)
 
     def head(self, key: str) -> ObjectInfo | None:
+        full = self._key(key)
         try:
-            with self._translated(key):
-                answer = self._client.head_object(Bucket=self._bucket, Key=self._key(key))
+            answer = self._request(key, lambda client: client.head_object(Bucket=self._bucket, Key=full))
         except NotFound:
             return None
         return ObjectInfo(key, answer["ContentLength"])
 
     def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
-        options: dict[str, str] = {"StartAfter": self._prefix + after} if after else {}
-        pages = self._client.get_paginator("list_objects_v2").paginate(
-            Bucket=self._bucket, Prefix=self._prefix + prefix, **options
-        )
-        with self._translated(prefix):
-            for page in pages:
-                for found in page.get("Contents", ()):
-                    key = found["Key"].removeprefix(self._prefix)
-                    # Some servers ignore StartAfter.
-                    if key > after:
-                        yield ObjectInfo(key, found["Size"], _unix(found.get("LastModified")))
+        options = {"StartAfter": self._prefix + after} if after else {}
+
+        def page(marker: dict[str, Any]) -> dict[str, Any]:
+            return self._request(
+                prefix,
+                lambda client: client.list_objects_v2(
+                    Bucket=self._bucket, Prefix=self._prefix + prefix, **options, **marker
+                ),
+            )
+
+        for answer in _pages(page, {"ContinuationToken": "NextContinuationToken"}):
+            for found in answer.get("Contents", ()):
+                key = found["Key"].removeprefix(self._prefix)
+                # Some servers ignore StartAfter.
+                if key > after:
+                    yield ObjectInfo(key, found["Size"], _unix(found.get("LastModified")))
 
     def delete(self, keys: Iterable[str]) -> None:
         # One request each: deleting in batches needs a checksum on which servers do not agree.
         for key in keys:
-            with self._translated(key), contextlib.suppress(NotFound):
-                self._client.delete_object(Bucket=self._bucket, Key=self._key(key))
+            full = self._key(key)
+            self._uploads.abandon(key)
+            with contextlib.suppress(NotFound):
+                self._request(key, self._deleting(full))
 
     def abort_uploads(self, prefix: str) -> int:
-        pages = self._client.get_paginator("list_multipart_uploads").paginate(
-            Bucket=self._bucket, Prefix=self._prefix + prefix
-        )
-        found = []
-        with self._translated(prefix), _suppressed(_NO_UPLOADS):
-            found = [upload for page in pages for upload in page.get("Uploads", ())]
+        ours = self._uploads.abort_all(prefix)
+        found = list(self._uploads_under(prefix))
         for upload in found:
-            with self._translated(upload["Key"]), _suppressed(_NO_UPLOADS):
-                self._client.abort_multipart_upload(
-                    Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"]
-                )
-        return len(found)
+            key = upload["Key"].removeprefix(self._prefix)
+            self._request(key, self._aborting(upload["Key"], upload["UploadId"]))
+        return ours + len(found)
 
     def unfinished(self, prefix: str) -> Iterator[ObjectInfo]:
-        pages = self._client.get_paginator("list_multipart_uploads").paginate(
-            Bucket=self._bucket, Prefix=self._prefix + prefix
-        )
-        with self._translated(prefix), _suppressed(_NO_UPLOADS):
-            for page in pages:
-                for upload in page.get("Uploads", ()):
-                    key = upload["Key"].removeprefix(self._prefix)
-                    yield ObjectInfo(key, 0, _unix(upload.get("Initiated")))
+        for upload in self._uploads_under(prefix):
+            key = upload["Key"].removeprefix(self._prefix)
+            yield ObjectInfo(key, 0, _unix(upload.get("Initiated")))
 
     def server_time(self) -> datetime | None:
         """What the server's clock says, to the second; None if its answers carry no date.
 
         A refusal tells the time too: one that refuses a wrong clock, for example.
         """
-        with self._translated("server time"):
+
+        def ask(client: Any) -> str:
             try:
-                answer = self._client.head_bucket(Bucket=self._bucket)
-            except boto_errors.ClientError as error:
-                answer = error.response
-        date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+                answer = client.head_bucket(Bucket=self._bucket)
+            except FOREIGN as error:
+                if not status_of(error):
+                    raise
+                return headers_of(error).get("date", "")
+            return str(answer["ResponseMetadata"]["HTTPHeaders"].get("date", ""))
+
         try:
-            moment = parsedate_to_datetime(date or "")
+            moment = parsedate_to_datetime(self._request("server time", ask))
         except ValueError:
             return None
         return moment.replace(tzinfo=moment.tzinfo or UTC)
 
+    @property
+    def _client(self) -> Any:
+        return self._signer.requests
+
+    def signer(self) -> Signer:
+        """Signs requests on this bucket for whoever holds no credentials."""
+        return Signer(self._bucket, self._key, self._request)
+
     def _key(self, key: str) -> str:
         return layout.check_path(self._prefix + layout.check_path(key))
 
-    def _stream(self, full_key: str, file: Any) -> None:
-        """Append to a file what it does not have of the object yet."""
-        offset = file.tell()
-        options = {"Range": f"bytes={offset}-"} if offset else {}
-        try:
-            body = self._client.get_object(Bucket=self._bucket, Key=full_key, **options)["Body"]
-        except boto_errors.ClientError as error:
-            if offset and _status(error) == 416:
-                return  # the cut came right after the last byte
-            raise
-        for chunk in body.iter_chunks(_CHUNK_BYTES):
-            file.write(chunk)
+    def _deleting(self, full_key: str) -> Callable[[Any], object]:
+        return lambda client: client.delete_object(Bucket=self._bucket, Key=full_key)
+
+    def _aborting(self, full_key: str, upload_id: str) -> Callable[[Any], object]:
+        return lambda client: _unless(
+            _NO_UPLOADS,
+            lambda: client.abort_multipart_upload(Bucket=self._bucket, Key=full_key, UploadId=upload_id),
+        )
+
+    def _uploads_under(self, prefix: str) -> Iterator[dict[str, Any]]:
+        def page(markers: dict[str, Any]) -> dict[str, Any]:
+            return (
+                self._request(
+                    prefix,
+                    lambda client: _unless(
+                        _NO_UPLOADS,
+                        lambda: client.list_multipart_uploads(
+                            Bucket=self._bucket, Prefix=self._prefix + prefix, **markers
+                        ),
+                    ),
+                )
+                or {}
+            )
+
+        for answer in _pages(page, {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}):
+            yield from answer.get("Uploads", ())
+
+    def _request(
+        self, key: str, send: Callable[[Any], T], *, allow_s: float | None = None, tries: int = TRIES
+    ) -> T:
+        """Do one request, again if that may help and time, tries and the budget allow it.
+
+        Raises:
+            StorageError: In the words of this package, about the key.
+        """
+        refused: S3Client | None = None
+        with self._translated(key), within(allow_s or self._request_s):
+            failures = 0
+            while True:
+                signer = self._signer
+                try:
+                    answer = send(signer.requests)
+                except FOREIGN as error:
+                    if refused is None and self._renewed(signer, error):
+                        refused = signer
+                        continue
+                    failures += 1
+                    if failures >= tries or not self._wait_to_repeat(error, failures):
+                        raise
+                else:
+                    self._budget.refill()
+                    return answer
+
+    def _wait_to_repeat(self, error: Exception, failures: int) -> bool:
+        """Pause before a request is repeated; False at once if it is not to be."""
+        if not isinstance(translate(error, ""), Unavailable):
+            return False
+        wait_s = pause_s(failures, retry_after_s(error))
+        if wait_s >= left_s() or not self._budget.spend():
+            return False
+        time.sleep(wait_s)
+        return True
+
+    def _renewed(self, used: S3Client, error: Exception) -> bool:
+        """Whether a refused request is worth another try, with credentials read anew."""
+        expired = code_of(error) in EXPIRED
+        if not expired and status_of(error) not in (401, 403):
+            return False
+        with self._renewing:
+            if self._signer is not used:
+                return True
+            fresh = S3Client(self._endpoint, self._region)
+            if fresh.same_credentials(used):
+                return expired
+            self._signer = fresh
+            return True
 
     def _named(self, key: str) -> str:
         return f"{key} in {self.url}"
@@ -255,48 +307,32 @@ class S3Store:
             yield
         except StorageError:
             raise
-        except (boto_errors.ClientError, boto_errors.BotoCoreError, boto3.exceptions.Boto3Error) as error:
-            raise _translate(error, self._named(key)) from error
-        except OSError as error:
-            raise Unavailable(f"{self._named(key)}: {error}") from error
+        except FOREIGN as error:
+            raise translate(error, self._named(key)) from error
 
 
-_TRANSFER = TransferConfig(
-    multipart_threshold=MULTIPART_BYTES,
-    multipart_chunksize=_PART_BYTES,
-    max_concurrency=_PARTS_AT_ONCE,
-)
-_STREAM_ERRORS = (
-    boto_errors.IncompleteReadError,
-    boto_errors.ReadTimeoutError,
-    boto_errors.ResponseStreamingError,
-)
+def _pages(
+    page: Callable[[dict[str, Any]], dict[str, Any]], markers: dict[str, str]
+) -> Iterator[dict[str, Any]]:
+    """All pages of a listing, whose answers say by what markers to ask for the next one."""
+    at: dict[str, Any] = {}
+    while True:
+        answer = page(at)
+        yield answer
+        following = {name: answer[field] for name, field in markers.items() if answer.get(field)}
+        if not answer.get("IsTruncated") or not following or following == at:
+            return
+        at = following
 
 
-@contextlib.contextmanager
-def _suppressed(codes: Set[str]) -> Iterator[None]:
+def _unless(codes: set[str], request: Callable[[], T]) -> T | None:
+    """Do a request; None if the answer is one of these errors."""
     try:
-        yield
-    except boto_errors.ClientError as error:
-        if error.response.get("Error", {}).get("Code") not in codes:
+        return request()
+    except FOREIGN as error:
+        if code_of(error) not in codes:
             raise
-
-
-def _client(session: Any, endpoint: str | None, region: str | None, retries: dict[str, object]) -> Any:
-    return session.client(
-        "s3",
-        endpoint_url=endpoint,
-        region_name=region,
-        config=Config(
-            connect_timeout=5,
-            read_timeout=20,
-            max_pool_connections=16,
-            retries=retries,
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            s3={"addressing_style": "path"},
-        ),
-    )
+        return None
 
 
 def _unix(moment: datetime | None) -> float | None:
@@ -304,35 +340,4 @@ def _unix(moment: datetime | None) -> float | None:
 
 
 def _md5(body: bytes) -> str:
-    return base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
-
-
-def _status(error: boto_errors.ClientError) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-
-
-def _translate(error: Exception, what: str) -> StorageError:
-    """Say what happened, and whether trying again helps."""
-    if isinstance(error, boto_errors.ClientError):
-        return _translate_answer(error, what)
-    if isinstance(error, _MISCONFIGURED):
-        return AccessDenied(
-            f"{what}: {error}. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or an AWS profile."
-        )
-    if isinstance(error, _MALFORMED):
-        return InvalidName(f"{what}: {error}")
-    return Unavailable(f"{what}: {type(error).__name__}: {error}")
-
-
-def _translate_answer(error: boto_errors.ClientError, what: str) -> StorageError:
-    status = _status(error)
-    details = error.response.get("Error", {})
-    code = str(details.get("Code", status))
-    said = f"{what}: the store answered {status} {code}"
-    if code in _NOT_FOUND:
-        return NotFound(f"{what}: no such object")
-    if code in _TRANSIENT or status == 429 or (status >= 500 and status != 501):
-        return Unavailable(said)
-    message = str(details.get("Message", "")).strip()
-    hint = _HINTS.get(code) or (message if message != code else "")
-    return AccessDenied(f"{said}{f': {hint}' if hint else ''}")
+    return content_md5(hashlib.md5(body, usedforsecurity=False).digest())
