@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 
 import click
 
+from . import storage_commands
+
 store_option = click.option(
     "--store",
     "store_url",
@@ -92,6 +94,7 @@ def sweep(
     from storage.url import open_store
 
     from . import launch, preflight
+    from .inputs import shown_upload
     from .session import show_plan, work_on
     from .submission import submit
     from .sweep import load
@@ -109,7 +112,9 @@ def sweep(
     if not yes and sys.stdin.isatty():
         click.confirm("Proceed?", default=True, abort=True, err=True)
     store, probed = launch.open_probed(planned.storage.url)
-    if not submit(planned, store):
+    with shown_upload(planned, store) as on_sent:
+        is_new = submit(planned, store, on_sent)
+    if not is_new:
         click.echo(f"{planned.name} was submitted before, unchanged: going on with it.", err=True)
     work_on(planned, store, probed, address=address, detach=detach, insecure=insecure)
 
@@ -277,6 +282,31 @@ def export(
 
 
 @main.command()
+@click.option(
+    "--storage",
+    "--store",
+    "store_url",
+    envvar="ORCHESTRATE_STORE",
+    default="file://./orchestrate-store",
+    show_default=True,
+    help="The store to examine. [env: ORCHESTRATE_STORE]",
+)
+@click.option(
+    "--checkpoint-mb",
+    type=click.IntRange(min=1),
+    default=300,
+    show_default=True,
+    help="Size of a checkpoint: two must fit on this machine's disk.",
+)
+@output_option
+def doctor(store_url: str, checkpoint_mb: int, output: str) -> None:
+    """Find out whether a store will do: rights, create-only, checksums, clock, speed. Leaves nothing there."""
+    from .doctor import run_doctor
+
+    sys.exit(run_doctor(store_url, checkpoint_bytes=checkpoint_mb * 1_000_000, as_json=output == "json"))
+
+
+@main.command()
 @click.option("--kill/--no-kill", default=True, show_default=True, help="Kill a node while it trains.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
 def demo(kill: bool, out: Path) -> None:
@@ -284,6 +314,10 @@ def demo(kill: bool, out: Path) -> None:
     from .demo import run_demo
 
     run_demo(out, kill=kill)
+
+
+for command in storage_commands.COMMANDS:
+    main.add_command(command)
 
 
 def _fail(message: str, code: int) -> NoReturn:

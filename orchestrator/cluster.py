@@ -128,3 +128,10 @@ class RemoteController(Protocol):
         Raises:
             OrchestrateError: The controller does not answer.
         """
+
+    def append(self, run_id: str, body: bytes) -> str | None:
+        """Ask for a record to be appended to a run's log; returns why the log refuses it, or None.
+
+        Raises:
+            OrchestrateError: The controller does not answer.
+        """

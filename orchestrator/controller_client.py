@@ -29,6 +29,9 @@ class ControllerClient:
     def cancel(self, run_ids: Sequence[str]) -> None:
         self._call("cancel", list(run_ids))
 
+    def append(self, run_id: str, body: bytes) -> str | None:
+        return cast("str | None", self._call("append", run_id, body))
+
     def pid(self) -> int:
         """The actor's process."""
         return int(self._call("pid"))
@@ -86,6 +89,12 @@ def start_controller(setup: ControllerSetup) -> ControllerClient:
         raise OrchestrateError(
             f"a sweep {setup.sweep} of another store ({there.store_url}) runs on this cluster — "
             "give this one another --name"
+        )
+    if there.scoped != setup.scoped:
+        has = "scoped" if there.scoped else "env"
+        raise OrchestrateError(
+            f"the controller of {setup.sweep} that runs on this cluster was started with "
+            f"storage.credentials: {has} — wait until it ends, or cancel it"
         )
     if failure := client.failure():
         raise OrchestrateError(f"the controller of {setup.sweep} cannot work: {failure}")
