@@ -53,15 +53,18 @@ class Snapshot(Generic[S]):
 class _Position(Generic[S, R]):
     """How far a log has been read."""
 
-    state: S
-    next_seq: int = 0
-    last_digest: str = ""
+    read: Snapshot[S]
+    """Replaced as a whole, so that it may be looked at while others read on."""
     from_snapshot: bool = False
     proven: bool = True
     """The entry before this position, or one after it, has the digest that the snapshot says."""
     first: int = 0
     """The position of the oldest entry in ``entries``, or of the next one."""
     entries: list[Entry[R]] = field(default_factory=list)
+
+    @property
+    def next_seq(self) -> int:
+        return self.read.next_seq
 
 
 class Log(Generic[S, R]):
@@ -99,7 +102,7 @@ class Log(Generic[S, R]):
         self._store = store
         self._prefix = prefix
         self._entry = entry
-        self._initial = initial
+        self._empty = Snapshot(next_seq=0, digest="", state=initial)
         self._fold = fold
         self._refusal = refusal
         self._holds = holds
@@ -108,14 +111,14 @@ class Log(Generic[S, R]):
         self._hint = hint
         self._readers = readers
         self._remember = remember
-        self._at: _Position[S, R] = _Position(initial)
+        self._at: _Position[S, R] = _Position(self._empty)
         self._read_once = False
         self._lock = threading.RLock()
 
     @property
     def state(self) -> S:
         """The state as of the last ``refresh`` or ``append``; reads nothing."""
-        return self._at.state
+        return self._at.read.state
 
     @property
     def next_seq(self) -> int:
@@ -136,24 +139,14 @@ class Log(Generic[S, R]):
 
     def snapshot(self) -> Snapshot[S] | None:
         """What has been read so far, for ``adopt`` by another process; None of a log without entries."""
-        with self._lock:
-            at = self._at
-            if not at.next_seq:
-                return None
-            return Snapshot(next_seq=at.next_seq, digest=at.last_digest, state=at.state)
+        read = self._at.read
+        return read if read.next_seq else None
 
     def adopt(self, snapshot: Snapshot[S]) -> None:
         """Start from a snapshot, unless as much has been read already. Reads nothing."""
         with self._lock:
             if snapshot.next_seq > self._at.next_seq:
-                self._at = _Position(
-                    snapshot.state,
-                    snapshot.next_seq,
-                    snapshot.digest,
-                    from_snapshot=True,
-                    proven=False,
-                    first=snapshot.next_seq,
-                )
+                self._at = _Position(snapshot, from_snapshot=True, proven=False, first=snapshot.next_seq)
 
     def refresh(self) -> S:
         """Read what was appended since, and return the state.
@@ -189,7 +182,7 @@ class Log(Generic[S, R]):
             nonce = secrets.token_hex(16)
             while not self._already_holds(record):
                 at = self._at
-                entry = Entry(seq=at.next_seq, nonce=nonce, prev=at.last_digest, record=record)
+                entry = Entry(seq=at.next_seq, nonce=nonce, prev=at.read.digest, record=record)
                 if self._create(entry) or self._take(at, self._body(entry.seq)).nonce == nonce:
                     break
             return self.state
@@ -207,7 +200,7 @@ class Log(Generic[S, R]):
 
     def _read_again(self) -> None:
         """Read the log from its beginning. Until that is done, ``state`` stays as it is."""
-        again: _Position[S, R] = _Position(self._initial)
+        again: _Position[S, R] = _Position(self._empty)
         try:
             self._read_on(again)
         except Corrupt:
@@ -221,7 +214,7 @@ class Log(Generic[S, R]):
         if at.proven:
             return
         try:
-            if _digest(self._body(at.next_seq - 1)) != at.last_digest:
+            if _digest(self._body(at.next_seq - 1)) != at.read.digest:
                 key = layout.log_entry(self._prefix, at.next_seq - 1)
                 raise Corrupt(f"{self._named(key)}: is not what its snapshot says")
             at.proven = True
@@ -319,7 +312,7 @@ class Log(Generic[S, R]):
             ) from error
         if entry.seq != at.next_seq:
             raise Corrupt(f"{self._named(key)}: says it is entry {entry.seq}")
-        if entry.prev != at.last_digest:
+        if entry.prev != at.read.digest:
             raise Corrupt(f"{self._named(key)}: does not follow from the entry before, which was replaced")
         self._accept(at, entry, body)
         return entry
@@ -330,9 +323,8 @@ class Log(Generic[S, R]):
         return self._entry.validate_json(body)
 
     def _accept(self, at: _Position[S, R], entry: Entry[R], body: bytes) -> None:
-        at.state = self._fold(at.state, entry)
-        at.next_seq += 1
-        at.last_digest = _digest(body)
+        state = self._fold(at.read.state, entry)
+        at.read = Snapshot(next_seq=entry.seq + 1, digest=_digest(body), state=state)
         at.proven = True
         if self._remember:
             at.entries.append(entry)
