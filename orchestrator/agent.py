@@ -17,20 +17,23 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
 
 from storage.errors import AccessDenied, Fenced, Unavailable
+from storage.grants import Caller
 from storage.ledger import Ledger
 from storage.log import run_log
 from storage.object_store import ObjectStore
 from storage.records import RECORD, Record
 from storage.run_state import RunState
+from storage.scoped import Ask, ScopedLedger, ScopedStore
 from storage.url import open_store
 from trainer.config import RunSpec
 from trainer.patience import one_line, patiently
-from trainer.rundir import EXIT_STORE_UNREACHABLE, Options
+from trainer.rundir import EXIT_PREEMPTED, EXIT_STORE_UNREACHABLE, Options
 from trainer.supervisor import Assignment, Progress, Supervisor
 from trainer.training_process import TrainingProcess
 
@@ -40,6 +43,7 @@ from .submission import read_spec
 
 NAMESPACE = "orchestrate"
 ORPHAN_CHECK_S = 0.5
+_HARMLESS = frozenset({"AWS_CA_BUNDLE", "AWS_EC2_METADATA_DISABLED"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +55,10 @@ class AgentSetup:
     store_url: str
     options: Options
     arbiter: str | None
-    """Name of the controller actor that appends for this agent, on stores without create-only."""
+    """Name of the controller actor that appends for this agent: on stores without create-only, and if it is
+    scoped."""
+    scoped: bool = False
+    """This agent holds no credentials: it reads and writes by what the controller grants."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +77,9 @@ class Agent:
     def __init__(self, setup: AgentSetup) -> None:
         self._setup = setup
         self._order: Order | None = None  # first: Ray asks for our name also when what follows fails
-        self._store = open_store(setup.store_url)
+        if setup.scoped:
+            forget_credentials()
+        self._store = None if setup.scoped else open_store(setup.store_url)
         self._scratch = _own_scratch()
         self._node_id: str = ray.get_runtime_context().get_node_id()
         self._up_since = time.time()
@@ -144,14 +153,17 @@ class Agent:
     def _train(self, order: Order) -> None:
         self._metrics.attempt_started()
         try:
-            spec = patiently(lambda: read_spec(self._store, order.run_id), threading.Event())
-            supervisor = self._supervise(order, spec)
+            store, ledger = self._access(order)
+            spec = patiently(lambda: read_spec(store, order.run_id), threading.Event())
+            supervisor = self._supervise(order, spec, store, ledger)
             with self._changed:
                 self._supervisor = supervisor
             final = supervisor.run()
         except (Unavailable, AccessDenied) as error:
             said = one_line(f"{type(error).__name__}: {error}")
             final = Progress(exit_code=EXIT_STORE_UNREACHABLE, error=said)
+        except Fenced as error:  # a late order: what a scoped agent asks for is refused at once
+            final = Progress(exit_code=EXIT_PREEMPTED, error=one_line(str(error)), superseded=True)
         except Exception as error:  # the slot must survive whatever one run does to it
             final = Progress(exit_code=1, error=one_line(f"{type(error).__name__}: {error}"))
         if final.superseded:
@@ -161,23 +173,36 @@ class Agent:
             self._final = final
             self._bump()
 
-    def _supervise(self, order: Order, spec: RunSpec) -> Supervisor:
+    def _supervise(self, order: Order, spec: RunSpec, store: ObjectStore, ledger: Ledger) -> Supervisor:
         spare = self._spare if self._spare and self._spare.exit_code is None else None
         return Supervisor(
-            self._store,
+            store,
             Assignment(run_id=order.run_id, attempt=order.attempt, incarnation=order.incarnation),
             spec,
             self._setup.options,
             scratch=self._scratch,
-            ledger=self._ledger_of(order.run_id),
+            ledger=ledger,
             process=spare,
             on_change=self._on_progress,
+            find=store.find if isinstance(store, ScopedStore) else None,
         )
 
-    def _ledger_of(self, run_id: str) -> Ledger:
-        if self._setup.arbiter is None:
-            return run_log(self._store, run_id)
-        return ArbitratedLedger(self._store, run_id, self._setup.arbiter)
+    def _access(self, order: Order) -> tuple[ObjectStore, Ledger]:
+        """The store and the run's log, as this agent may use them for one attempt."""
+        arbiter, run_id = self._setup.arbiter, order.run_id
+        if self._store is None:
+            assert arbiter is not None
+            ask = asking(arbiter)
+            caller = Caller(
+                run_id=run_id,
+                attempt=order.attempt,
+                incarnation=order.incarnation,
+                slot=self._setup.name,
+            )
+            return ScopedStore(self._setup.store_url, ask, caller), ScopedLedger(ask, caller)
+        if arbiter is None:
+            return self._store, run_log(self._store, run_id)
+        return self._store, ArbitratedLedger(self._store, run_id, arbiter)
 
     def _on_progress(self, progress: Progress) -> None:
         with self._changed:
@@ -188,6 +213,7 @@ class Agent:
                 self._training = order
                 self._bump()
         self._metrics.stepped(order.run_id, progress.step, progress.resumed_from)
+        self._metrics.stored(order.run_id, progress.storing)
 
     def _work(self) -> Work | None:
         if self._order is None:
@@ -253,13 +279,30 @@ class ArbitratedLedger:
         return self._log.refresh()
 
     def append(self, record: Record) -> RunState:
-        try:
-            controller = ray.get_actor(self._arbiter, namespace=NAMESPACE)
-            refused = ray.get(controller.append.remote(self._run_id, RECORD.dump_json(record)), timeout=60.0)
-        except (ray.exceptions.RayError, ValueError, TimeoutError) as error:
-            raise Unavailable(
-                f"the controller {self._arbiter} cannot be reached: {type(error).__name__}"
-            ) from error
+        refused = _called(self._arbiter, "append", self._run_id, RECORD.dump_json(record), timeout_s=60.0)
         if refused is not None:
             raise Fenced(refused)
         return self._log.refresh()
+
+
+def asking(arbiter: str) -> Ask:
+    """Carries a scoped agent's requests to the controller. Verifying a commit may take it a while."""
+    return lambda body: bytes(_called(arbiter, "grant", body, timeout_s=300.0))
+
+
+def forget_credentials() -> None:
+    """Remove what names or holds a bucket's keys from this process, and from those that it starts.
+
+    A node that nobody trusts has none to begin with. On a machine that has some, as a test's, nothing falls
+    back on them.
+    """
+    for name in [name for name in os.environ if name.startswith("AWS_") and name not in _HARMLESS]:
+        del os.environ[name]
+
+
+def _called(arbiter: str, method: str, *arguments: object, timeout_s: float) -> Any:
+    try:
+        controller = ray.get_actor(arbiter, namespace=NAMESPACE)
+        return ray.get(getattr(controller, method).remote(*arguments), timeout=timeout_s)
+    except (ray.exceptions.RayError, ValueError, TimeoutError) as error:
+        raise Unavailable(f"the controller {arbiter} cannot be reached: {type(error).__name__}") from error

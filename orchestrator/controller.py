@@ -19,7 +19,7 @@ from storage.errors import AccessDenied, Fenced, StorageError
 from storage.log import RunLog, run_log
 from storage.object_store import ObjectStore
 from storage.records import CheckpointRef, Claimed, EndReason, Record
-from storage.retention import plan_prune
+from storage.retention import plan_prune, plan_salvaged
 from storage.run_state import FREE_ENDS, RunState
 
 from .cluster import Cluster, Health, Order, Slot
@@ -36,6 +36,9 @@ IDLE_REFRESH_S = 60.0
 
 RETRY_S = 5.0
 """How long a run is left alone after the store failed it."""
+
+NODE_AT_FAULT = (EndReason.STORAGE_DOWN, EndReason.DISK_FULL)
+"""Whatever the run has achieved there: what the next attempt needs may not be better there soon."""
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +100,20 @@ class Controller:
     def done(self) -> bool:
         """Every run is over, and nothing that it left behind is in the store."""
         return all(run.tidy for run in self._runs.values())
+
+    def state(self, run_id: str, *, refresh: bool = False) -> RunState:
+        """The state of a run as last known, or as its log tells it now.
+
+        Raises:
+            Fenced: It is not a run of this sweep.
+        """
+        run = self._runs.get(run_id)
+        if run is None:
+            raise Fenced(f"{run_id} is not a run of sweep {self._sweep.name}")
+        if refresh:
+            with run.lock:
+                run.log.refresh()
+        return run.state
 
     def append(self, run_id: str, record: Record) -> None:
         """Append for an agent that may not do so itself. A record that is there already is not repeated.
@@ -298,6 +315,7 @@ class Controller:
             goal=self._sweep.metric.goal if self._sweep.metric else "minimize",
             pinned=pinned,
         )
+        superfluous += plan_salvaged(state)
         if superfluous:
             run.checkpoints.retire(superfluous)
         if run.state.retired:
@@ -336,13 +354,13 @@ def _pinned(state: RunState) -> tuple[CheckpointRef, ...]:
 
 
 def _stalled_on(state: RunState) -> str | None:
-    """The node to avoid: there the last attempt made no progress, or could not reach the store."""
+    """The node to avoid: there the last attempt made no progress, could not reach the store, or had no room."""
     if not state.attempts:
         return None
     last = state.attempts[-1]
     reason = last.ended.reason if last.ended else None
     stalled = reason is not None and reason not in FREE_ENDS and last.committed_step is None
-    return last.claimed.node if stalled or reason is EndReason.STORAGE_DOWN else None
+    return last.claimed.node if stalled or reason in NODE_AT_FAULT else None
 
 
 def _loss_detail(reason: EndReason, node: str, silent_s: float) -> str:

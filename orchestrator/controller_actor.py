@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import ray
 
 from storage.errors import AccessDenied, Fenced, StorageError, Unavailable
+from storage.grant_desk import GrantDesk
 from storage.records import RECORD
 from storage.url import open_store
 from trainer.rundir import Options
@@ -17,6 +18,7 @@ from .agent import AgentSetup
 from .cluster import Work
 from .controller import Controller
 from .errors import OrchestrateError
+from .granting import check_store, desk_for
 from .ray_cluster import RayCluster
 from .submission import load_submitted
 from .term import SteppedDown, Term
@@ -41,6 +43,8 @@ class ControllerSetup:
     store_url: str
     arbitrated: bool
     """The store has no dependable create-only: this actor appends for all agents."""
+    scoped: bool = False
+    """Agents hold no credentials: they get signed requests here, and their commits are verified here."""
 
 
 class ControllerActor:
@@ -54,6 +58,7 @@ class ControllerActor:
         self._setup = setup
         self._cluster: RayCluster | None = None
         self._controller: Controller | None = None
+        self._desk: GrantDesk | None = None
         self._failure: str | None = None
         self._ready = threading.Event()
         context = ray.get_runtime_context()
@@ -77,11 +82,24 @@ class ControllerActor:
 
     def append(self, run_id: str, body: bytes) -> str | None:
         """Append an agent's record; returns why the log refuses it, or None."""
+        if self._setup.scoped:
+            return "storage.credentials is scoped: what a node says is verified before it is appended"
         try:
             self._working().append(run_id, RECORD.validate_json(body))
         except Fenced as error:
             return str(error)
         return None
+
+    def grant(self, body: bytes) -> bytes:
+        """Answer a scoped agent; see ``storage.grants``. What goes back may be secret: nobody logs it."""
+        self._working()
+        if self._desk is None:
+            raise OrchestrateError("storage.credentials is not scoped: nothing is granted here")
+        return self._desk.answer(body)
+
+    def refusals(self) -> dict[str, int]:
+        """How often agents were refused what they asked for, by what that was and why."""
+        return dict(self._desk.refusals) if self._desk else {}
 
     def cancel(self, run_ids: list[str]) -> None:
         self._working().cancel(run_ids)
@@ -123,6 +141,8 @@ class ControllerActor:
             try:
                 sweep = load_submitted(store, setup.sweep)
                 term = Term(store, setup.sweep)
+                if setup.scoped:
+                    check_store(store)
                 break
             except Unavailable as error:
                 logger.warning("%s; trying again", error)
@@ -139,11 +159,14 @@ class ControllerActor:
                 name=name,
                 store_url=setup.store_url,
                 options=options,
-                arbiter=controller_name(setup.sweep) if setup.arbitrated else None,
+                arbiter=controller_name(setup.sweep) if setup.arbitrated or setup.scoped else None,
+                scoped=setup.scoped,
             )
 
         self._cluster = RayCluster(setup.sweep, sweep.resources, agent_setup)
-        self._controller = Controller(sweep, store, self._cluster, term=term)
+        controller = Controller(sweep, store, self._cluster, term=term)
+        self._desk = desk_for(sweep, controller, store) if setup.scoped else None
+        self._controller = controller
         return self._controller, self._cluster
 
     def _work(self, controller: Controller) -> None:

@@ -62,7 +62,13 @@ def _storage(document: Document, grid: Grid) -> list[Problem]:
         return []
     message = url_problem(grid.storage.url)
     where = document.where(("storage", "url"))
-    return [Problem("E2121", message, where)] if message else []
+    if message:
+        return [Problem("E2121", message, where)]
+    if grid.storage.credentials == "scoped" and not grid.storage.url.lower().startswith("s3://"):
+        message = "credentials: scoped needs a bucket: a folder has no credentials to keep from its nodes"
+        where = document.where(("storage", "credentials"))
+        return [Problem("E2125", message, where, "use s3://bucket/prefix, or leave credentials out")]
+    return []
 
 
 def url_problem(url: str) -> str | None:

@@ -23,6 +23,8 @@ ValuePath = tuple[str | int, ...]
 """Keys and list positions from the top of the file, e.g. ``("parameters", "rank", "values", 2)``."""
 
 _TAG = "tag:yaml.org,2002:"
+CREDENTIALS = ("env", "scoped")
+"""What ``storage.credentials`` may say: where they come from, never what they are."""
 _SECRET_HINT = "keep credentials in the environment or in the provider's own files"
 
 
@@ -152,6 +154,7 @@ class _Reading:
                     names_secret(key)
                     and isinstance(child, ScalarNode)
                     and child.value not in ("", "null", "~")
+                    and not ((*path, key) == ("storage", "credentials") and child.value in CREDENTIALS)
                 ):
                     self._refuse("E2120", f"{shown(key)} holds what looks like a secret", child, _SECRET_HINT)
                 else:

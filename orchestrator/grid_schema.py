@@ -63,6 +63,14 @@ class Storage(Frozen):
 
     url: str
     """``s3://bucket/prefix?endpoint=https://…`` or ``file:///folder``. Credentials are never part of it."""
+    credentials: Literal["env", "scoped"] = "env"
+    """``env``: nodes find the bucket's keys in their own environment. ``scoped``: nodes have none, and get
+    signed requests for their attempt's own files from the controller, which verifies what they commit."""
+    max_checkpoint_bytes: Annotated[int, Field(ge=1)] = 20_000_000_000
+    """What one checkpoint of a scoped node may have in the store."""
+    upload_inputs: Literal["auto", "always", "never"] = "auto"
+    """Whether local datasets and base models are copied into the store, once, for nodes without them.
+    ``auto``: into a bucket, not into a folder."""
 
 
 class Checkpoint(Frozen):

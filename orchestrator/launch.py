@@ -67,11 +67,23 @@ def check_resources(sweep: Sweep) -> None:
 
 
 def start(sweep: Sweep, store_url: str, *, arbitrated: bool) -> "ControllerClient":
-    """Start the sweep's controller on the connected cluster, or find the one there."""
+    """Start the sweep's controller on the connected cluster, or find the one there.
+
+    Raises:
+        PreflightFailed: Nodes are to hold no credentials, and the store cannot do without.
+        OrchestrateError: See ``controller_client.start_controller``.
+    """
+    scoped = sweep.storage.credentials == "scoped"
+    if scoped and arbitrated:
+        message = f"credentials: scoped needs a store with create-only, which {store_url} does not keep"
+        hint = "use another store, or credentials: env"
+        raise PreflightFailed([Problem(code="E2605", message=message, hint=hint)])
     from .controller_actor import ControllerSetup
     from .controller_client import start_controller
 
-    return start_controller(ControllerSetup(sweep=sweep.name, store_url=store_url, arbitrated=arbitrated))
+    return start_controller(
+        ControllerSetup(sweep=sweep.name, store_url=store_url, arbitrated=arbitrated, scoped=scoped)
+    )
 
 
 def find_controller(sweep: str) -> "ControllerClient | None":

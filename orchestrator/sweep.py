@@ -159,7 +159,7 @@ def validate(path: Path, *, overrides: Sequence[str] = ()) -> Draft:
     return Draft(
         name=grid.name or default_name(path),
         grid=grid,
-        storage=Storage(url=absolute_url(storage.url)),
+        storage=storage.model_copy(update={"url": absolute_url(storage.url)}),
         cells=tuple(zip(expansion.cells, specs, strict=True)),
         left_out=expansion.left_out,
         folder=folder,

@@ -21,6 +21,7 @@ from typing import Protocol
 from pydantic import ValidationError
 
 from . import layout
+from .content import content_log
 from .errors import AccessDenied, Corrupt, Fenced, InvalidName, NotFound, StorageError, Unavailable
 from .grants import (
     EXPIRES_S,
@@ -31,11 +32,15 @@ from .grants import (
     Caller,
     Complete,
     Done,
+    Find,
+    Found,
     Given,
     Granted,
     GrantedParts,
+    Head,
     Limits,
     Look,
+    Measured,
     Read,
     Reply,
     Request,
@@ -147,8 +152,16 @@ class GrantDesk:
                 case Look():
                     return Told(state=self._runs.refreshed(run_id))
                 case Read(key=key):
-                    check_read(state, caller, key)
+                    check_read(state, caller, key, self._runs.limits(run_id))
                     return _granted(self._signer.get(key, self._expires_s))
+                case Head(key=key):
+                    check_read(state, caller, key, self._runs.limits(run_id))
+                    there = self._signer.seen(key)
+                    return Measured(size_bytes=there.size_bytes if there else None)
+                case Find(digest=digest):
+                    if digest not in self._runs.limits(run_id).inputs:
+                        raise AccessDenied(f"content {digest[:12]}: this run is not trained from it")
+                    return Found(stored=content_log(self._store, digest).refresh().readable)
                 case Write():
                     return self._write(caller, asked, state, desk)
                 case Complete(key=key):

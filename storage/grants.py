@@ -9,15 +9,15 @@ Who asks is known by what only the attempt's agent was told: its slot, attempt n
 """
 
 import hashlib
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from . import layout
+from .content_state import Stored
 from .errors import AccessDenied, Corrupt, Fenced, InvalidName, NotFound, StorageError, Unavailable
-from .records import AttemptNumber, Committed, Incarnation, Quarantined, Record, Started
+from .records import AttemptNumber, Committed, Incarnation, Quarantined, Record, Sha256, Started
 from .run_state import RunState
 
 EXPIRES_S = 900
@@ -81,6 +81,20 @@ class Write(_Frozen):
         return min(self.part_bytes, self.size_bytes - (number - 1) * self.part_bytes)
 
 
+class Head(_Frozen):
+    """How large an object is that may be read."""
+
+    ask: Literal["head"] = "head"
+    key: str
+
+
+class Find(_Frozen):
+    """Where in the store the content of a digest lies."""
+
+    ask: Literal["find"] = "find"
+    digest: Sha256
+
+
 class Complete(_Frozen):
     """All parts are sent: make the object of them."""
 
@@ -101,7 +115,7 @@ class Look(_Frozen):
     ask: Literal["look"] = "look"
 
 
-Asked = Annotated[Read | Write | Complete | Append | Look, Field(discriminator="ask")]
+Asked = Annotated[Read | Head | Find | Write | Complete | Append | Look, Field(discriminator="ask")]
 
 
 class Request(_Frozen):
@@ -139,6 +153,20 @@ class Told(_Frozen):
     state: RunState
 
 
+class Measured(_Frozen):
+    """An object's size; None: there is none."""
+
+    reply: Literal["measured"] = "measured"
+    size_bytes: Size | None
+
+
+class Found(_Frozen):
+    """The incarnation of a content to read; None: it is not in the store."""
+
+    reply: Literal["found"] = "found"
+    stored: Stored | None
+
+
 class Refused(_Frozen):
     """No, and why: raised at the node as the error of that name."""
 
@@ -150,7 +178,9 @@ class Refused(_Frozen):
         return _ERRORS[self.error](self.reason)
 
 
-Reply = Annotated[Granted | GrantedParts | Done | Told | Refused, Field(discriminator="reply")]
+Reply = Annotated[
+    Granted | GrantedParts | Done | Told | Measured | Found | Refused, Field(discriminator="reply")
+]
 REQUEST: TypeAdapter[Request] = TypeAdapter(Request)
 REPLY: TypeAdapter[Reply] = TypeAdapter(Reply)
 _ERRORS: dict[str, type[StorageError]] = {
@@ -167,12 +197,14 @@ def refused(error: StorageError) -> Refused:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one run's attempts may write at most."""
+    """What one run's attempts may read beside its own files, and write at most."""
 
     max_checkpoint_bytes: int = MAX_CHECKPOINT_BYTES
     """One checkpoint, all its files; also everything else that an attempt ships, together."""
     last_step: int | None = None
     """A run has no later step."""
+    inputs: frozenset[str] = frozenset()
+    """Digests of the contents that the run is trained from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,16 +232,16 @@ def check_caller(state: RunState, caller: Caller) -> None:
         raise Fenced(f"{caller.run_id}: attempt {caller.attempt} was not placed on this slot")
 
 
-def check_read(state: RunState, caller: Caller, key: str, content: Collection[str] = ()) -> None:
-    """Check that a key is one that the attempt needs: its run's spec, or what it resumes from.
-
-    Args:
-        content: Keys of shared content that the run's spec names.
+def check_read(state: RunState, caller: Caller, key: str, limits: Limits) -> None:
+    """Check that a key is one that the attempt needs: its run's spec, its inputs, or what it resumes from.
 
     Raises:
         AccessDenied
     """
-    allowed = {layout.run_spec(caller.run_id), *content}
+    content = layout.parse_content(key)
+    if content and content[1] is not None and content[0] in limits.inputs:
+        return
+    allowed = {layout.run_spec(caller.run_id)}
     if newest := state.newest:
         allowed |= {layout.committed_file(caller.run_id, newest, file.name) for file in newest.files}
     if key not in allowed:

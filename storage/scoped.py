@@ -16,6 +16,8 @@ from typing import BinaryIO
 
 from pydantic import ValidationError
 
+from .content import MAX_LISTING_BYTES
+from .content_state import Stored
 from .errors import AccessDenied, StorageError, Unavailable
 from .file_slice import FileSlice
 from .grants import (
@@ -26,9 +28,13 @@ from .grants import (
     Caller,
     Complete,
     Done,
+    Find,
+    Found,
     Granted,
     GrantedParts,
+    Head,
     Look,
+    Measured,
     Read,
     Refused,
     Reply,
@@ -39,7 +45,7 @@ from .grants import (
 from .object_store import ObjectInfo
 from .presigned import Presigned
 from .presigned_http import Expired, PresignedHttp
-from .records import MAX_RECORD_BYTES, Record
+from .records import Record
 from .run_state import RunState
 
 PART_BYTES = 16 << 20
@@ -115,7 +121,7 @@ class ScopedStore:
 
     def get(self, key: str) -> bytes:
         buffer = io.BytesIO()
-        self._read(key, buffer, MAX_RECORD_BYTES)
+        self._read(key, buffer, MAX_LISTING_BYTES)
         return buffer.getvalue()
 
     def download(self, key: str, target: Path) -> None:
@@ -126,7 +132,17 @@ class ScopedStore:
         raise _not_allowed(key, "create")
 
     def head(self, key: str) -> ObjectInfo | None:
-        raise _not_allowed(key, "look at")
+        reply = self._ask(Head(key=key))
+        if not isinstance(reply, Measured):
+            raise Unavailable(f"{key}: the controller answers something else than was asked")
+        return None if reply.size_bytes is None else ObjectInfo(key, reply.size_bytes)
+
+    def find(self, digest: str) -> Stored | None:
+        """Where in the store a content lies that the run is trained from; None if it is not there."""
+        reply = self._ask(Find(digest=digest))
+        if not isinstance(reply, Found):
+            raise Unavailable("the controller answers something else than was asked")
+        return reply.stored
 
     def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
         raise _not_allowed(prefix, "list")
