@@ -14,6 +14,7 @@ from typing import Any
 
 from trainer.config import RunSpec
 from trainer.model_files import content_digest, model_digest
+from trainer.rundir import Options, cache_folder
 
 _FILE_URL = "file://"
 
@@ -55,11 +56,12 @@ def pins_of(specs: Iterable[RunSpec], folder: Path) -> dict[str, str]:
     """
     from trainer.dataset_files import dataset_digest  # imports Pillow, which checking a file needs not
 
+    memory = cache_folder(Options()) / "digests"
     wanted: dict[str, Callable[[Path], str]] = {}
     for spec in specs:
-        wanted[spec.dataset.path] = dataset_digest
+        wanted[spec.dataset.path] = lambda path: dataset_digest(path, memory)
         if _is_path(spec.base.model):
-            wanted[spec.base.model] = model_digest
+            wanted[spec.base.model] = lambda path: model_digest(path, memory)
         if spec.evaluate:
             scripts = [word for word in spec.evaluate.command if Path(word).is_relative_to(folder)]
             wanted |= dict.fromkeys(scripts, content_digest)

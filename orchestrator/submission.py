@@ -1,7 +1,9 @@
 """A sweep in the store: what ``sweep`` writes, and everything that ``resume`` needs.
 
-The runs' specs are written first and the sweep's last, each create-only: a sweep exists exactly when its own
-spec does, and submitting the same file again changes nothing.
+The runs' inputs and specs are written first and the sweep's spec last, each create-only: a sweep exists
+exactly when its own spec does, and submitting the same file again changes nothing. That a sweep needs an
+input is recorded before the sweep exists, and looked at again after: a garbage collector that took the one
+for a submission that had died is found out, and the input is uploaded anew.
 """
 
 from storage import layout
@@ -10,23 +12,39 @@ from storage.object_store import ObjectStore
 from trainer.config import RunSpec
 
 from .errors import Ambiguous, InvalidFile, OrchestrateError, Problem, Unknown, shown, suggest
+from .inputs import Sent, are_uploaded, store_inputs
 from .sweep import Sweep, differences
 
 
-def submit(sweep: Sweep, store: ObjectStore) -> bool:
+def submit(sweep: Sweep, store: ObjectStore, on_sent: Sent = lambda size_bytes: None) -> bool:
     """Write the sweep to the store. True if it is new, False if the very same was submitted before.
+
+    Args:
+        on_sent: Told the size of each file of its inputs that is in the store from now on.
 
     Raises:
         InvalidFile: Another sweep of this name is in the store; the problems are the differences.
+        PreflightFailed: An input changes meanwhile.
     """
     known = _read(sweep.name, store)
-    if known is None:
-        for run in sweep.runs:
-            store.create(layout.run_spec(run.run_id), run.spec.model_dump_json().encode())
-        if store.create(layout.sweep_spec(sweep.name), sweep.to_json()):
-            return True
-        known = load_submitted(store, sweep.name)
-    changed = differences(known, sweep)
+    _refuse_another(known, sweep)
+    upload = are_uploaded(sweep.storage, store)
+    if upload:
+        store_inputs(sweep, store, submitted=known is not None, on_sent=on_sent)
+    if known is not None:
+        return False
+    for run in sweep.runs:
+        store.create(layout.run_spec(run.run_id), run.spec.model_dump_json().encode())
+    is_new = store.create(layout.sweep_spec(sweep.name), sweep.to_json())
+    if not is_new:
+        _refuse_another(load_submitted(store, sweep.name), sweep)
+    if upload:
+        store_inputs(sweep, store, submitted=True, on_sent=on_sent)
+    return is_new
+
+
+def _refuse_another(known: Sweep | None, sweep: Sweep) -> None:
+    changed = differences(known, sweep) if known else []
     if changed:
         hint = "give the changed file another name, with 'name:' or --name"
         raise InvalidFile(
@@ -35,7 +53,6 @@ def submit(sweep: Sweep, store: ObjectStore) -> bool:
                 for c in changed
             ]
         )
-    return False
 
 
 def load_submitted(store: ObjectStore, name: str) -> Sweep:
