@@ -39,7 +39,9 @@ class Term:
                 "nonce": secrets.token_hex(16),
             }
         ).encode()
-        number = sum(1 for _ in store.list(self._prefix))
+        # After the newest, not after as many as there are: gc deletes old terms.
+        taken = (layout.parse_log_entry(self._prefix, info.key) for info in store.list(self._prefix))
+        number = max((n for n in taken if n is not None), default=-1) + 1
         while not self._took(layout.term(sweep, number), body):
             number += 1
         self._key = layout.term(sweep, number)

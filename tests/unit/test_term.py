@@ -59,3 +59,20 @@ def test_a_sweep_resumed_on_a_second_cluster_ends_there_and_the_first_steps_down
     assert stepped_down
     assert {state.outcome for state in second.states.values()} == {Outcome.SUCCEEDED}
     assert max(len(state.attempts) for state in second.states.values()) <= 3
+
+
+def test_a_term_follows_the_newest_also_when_older_ones_were_deleted() -> None:
+    store = MemoryStore()
+    first, second = Term(store, "cat"), Term(store, "cat")
+    store.delete([layout.term("cat", 0)])
+
+    third = Term(store, "cat")
+
+    assert [info.key for info in store.list(layout.terms_prefix("cat"))] == [
+        layout.term("cat", 1),
+        layout.term("cat", 2),
+    ]
+    third.check()
+    for older in (first, second):
+        with pytest.raises(SteppedDown):
+            older.check()
