@@ -27,10 +27,10 @@ def export_run(
     log = run_log(store, run.run_id)
     state = log.refresh()
     checkpoints = CheckpointStore(store, run.run_id, log)
-    if state.newest is None:
+    if not state.stored:
         raise Unknown(f"{run.run_id} has no checkpoint yet: export it after its first commit")
     try:
-        wanted = checkpoints.find(state, state.newest.step if step is None else step).step
+        wanted = checkpoints.find(state, state.stored[-1].step if step is None else step).step
     except NotFound as error:
         raise Unknown(str(error)) from error
     target = out / f"{run.run_id}-step{wanted:08d}"

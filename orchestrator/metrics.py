@@ -1,6 +1,10 @@
 """Counters of an agent, exported with Ray's own metrics as ``ray_orch_…``. Labels are bounded."""
 
-from ray.util.metrics import Counter, Gauge
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from trainer.supervisor import Storing
+
+SECONDS = [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000]
 
 
 class AgentMetrics:
@@ -12,11 +16,33 @@ class AgentMetrics:
         self._attempts = Counter("orch_attempts_total", "Attempts started.", tag_keys=("sweep",))
         self._fenced = Counter("orch_fenced_total", "Attempts stopped by a newer one.", tag_keys=("sweep",))
         self._step = Gauge("orch_run_step", "The run's newest step.", tag_keys=("sweep", "run"))
+        self._state_bytes = Counter(
+            "orch_ckpt_bytes_total", "Bytes of committed checkpoints.", tag_keys=("sweep",)
+        )
+        self._sent_bytes = Counter(
+            "orch_ckpt_sent_bytes_total", "Bytes sent for them: fewer where packed.", tag_keys=("sweep",)
+        )
+        self._stall_s = Histogram(
+            "orch_ckpt_stall_seconds", "Training stood still.", SECONDS[:5], tag_keys=("sweep",)
+        )
+        self._save_s = Histogram(
+            "orch_ckpt_save_seconds", "A checkpoint was written to the disk.", SECONDS, tag_keys=("sweep",)
+        )
+        self._upload_s = Histogram(
+            "orch_ckpt_upload_seconds", "A checkpoint was packed, sent, committed.", SECONDS, ("sweep",)
+        )
+        self._errors = Counter("orch_storage_errors_total", "Publishing failed.", tag_keys=("sweep", "code"))
+        self._queue = Gauge("orch_upload_queue", "Checkpoints waiting to be sent.", tag_keys=("sweep", "run"))
+        self._committed_at = Gauge(
+            "orch_last_commit_timestamp", "Unix time of the newest commit.", tag_keys=("sweep", "run")
+        )
         self._counted = 0
+        self._stored = Storing()
 
     def attempt_started(self) -> None:
         self._attempts.inc(tags=self._sweep)
         self._counted = 0
+        self._stored = Storing()
 
     def stepped(self, run_id: str, step: int, resumed_from: int) -> None:
         """Count the steps since the last call; those before ``resumed_from`` were another attempt's."""
@@ -25,6 +51,28 @@ class AgentMetrics:
             self._steps.inc(new, tags=self._sweep)
             self._step.set(step, tags=self._sweep | {"run": run_id})
             self._counted = step
+
+    def stored(self, run_id: str, now: Storing) -> None:
+        """Count what the attempt's checkpoints took since the last call."""
+        before = self._stored
+        if now.reports <= before.reports:
+            return  # nothing new, or overtaken by a newer report
+        self._stored = now
+        if now.saves > before.saves:
+            self._stall_s.observe(now.stall_s, tags=self._sweep)
+            self._save_s.observe(now.save_s, tags=self._sweep)
+        if now.commits > before.commits:
+            self._upload_s.observe(now.upload_s, tags=self._sweep)
+            self._committed_at.set(now.committed_at, tags=self._sweep | {"run": run_id})
+        for counter, more in (
+            (self._state_bytes, now.state_bytes - before.state_bytes),
+            (self._sent_bytes, now.sent_bytes - before.sent_bytes),
+        ):
+            if more > 0:
+                counter.inc(more, tags=self._sweep)
+        if now.errors > before.errors:
+            self._errors.inc(now.errors - before.errors, tags=self._sweep | {"code": now.error})
+        self._queue.set(now.queued, tags=self._sweep | {"run": run_id})
 
     def fenced(self) -> None:
         self._fenced.inc(tags=self._sweep)

@@ -51,7 +51,7 @@ class CheckpointStore:
     Args:
         ledger: The run's log, or whoever appends to it for this process.
         clock: Unix seconds for the records; shown to people, orders nothing.
-        monotonic: Seconds for the grace period.
+        monotonic: Seconds, for the grace period and to measure the link by.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class CheckpointStore:
         self._clock = clock
         self._monotonic = monotonic
         self._retired_since: dict[CheckpointRef, float] = {}
-        self._uploader = Uploader(store)
+        self._uploader = Uploader(store, monotonic=monotonic)
 
     @property
     def sent_bytes(self) -> int:

@@ -2,23 +2,25 @@
 
 The directory is the truth: a file event, a timer, a retry and ``drain`` all mean only "look again". One
 thread publishes whatever complete checkpoint is newest; what was superseded before its upload began is
-skipped, so a slow uplink lags but never builds a backlog. It stops for good when the log refuses this
-attempt.
+skipped, so a slow uplink lags but never builds a backlog. What cannot be sent stays on the disk, within a
+limit that the newest few may exceed. It stops for good when the log refuses this attempt.
 """
 
 import contextlib
 import logging
+import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from watchdog.events import DirCreatedEvent, DirMovedEvent, FileSystemEvent, FileSystemEventHandler
 from watchdog.observers import Observer
+from watchdog.observers.api import BaseObserver
 
 from .errors import Corrupt, Fenced, InvalidName
-from .local import LocalCheckpoint, complete_checkpoints, remove, verify
+from .local import LocalCheckpoint, complete_checkpoints, remove, size_of, verify
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
@@ -26,7 +28,26 @@ LONGEST_PAUSE_S = 30.0
 LONGEST_PAUSE_DRAINING_S = 1.0
 """A node that is about to go does not wait politely."""
 
+SPOOL_LIMIT_BYTES = 2_000_000_000
+NICENESS = 10
+"""Packing and sending wait for the training step, never the other way round."""
+
 logger = logging.getLogger(__name__)
+
+
+def superfluous(sizes: Sequence[int], *, keep: int, limit_bytes: int) -> int:
+    """Return how many of the oldest checkpoints have to go, for the rest to fit into ``limit_bytes``.
+
+    Args:
+        sizes: Bytes of each checkpoint, newest first.
+        keep: So many of the newest stay, whatever their size.
+    """
+    held = 0
+    for number, size in enumerate(sizes):
+        held += size
+        if number >= keep and held > limit_bytes:
+            return len(sizes) - number
+    return 0
 
 
 class Replicator:
@@ -38,7 +59,9 @@ class Replicator:
             again.
         on_fenced: Called once, from the upload thread.
         on_error: Told about every other failure, from the upload thread.
-        keep_local: How many of the newest checkpoints stay on this disk.
+        keep_local: How many of the newest checkpoints stay on this disk in any case.
+        spool_limit_bytes: What older ones may take besides, while the store cannot be reached: should the
+            newest turn out damaged, one of them is what is left. Published, they go.
         rescan_s: Seconds between looks that no event asked for: events can be missed.
         after_step: Checkpoints up to this step are published already.
     """
@@ -51,6 +74,7 @@ class Replicator:
         on_fenced: Callable[[Fenced], None],
         on_error: Callable[[Exception], None] | None = None,
         keep_local: int = 2,
+        spool_limit_bytes: int = SPOOL_LIMIT_BYTES,
         rescan_s: float = 5.0,
         after_step: int = 0,
     ) -> None:
@@ -61,6 +85,7 @@ class Replicator:
         self._on_fenced = on_fenced
         self._on_error = on_error or (lambda error: None)
         self._keep_local = keep_local
+        self._spool_limit_bytes = spool_limit_bytes
         self._rescan_s = rescan_s
         self._published_step = after_step
         self._unusable: set[int] = set()
@@ -69,21 +94,15 @@ class Replicator:
         self._stopped = threading.Event()
         self._look_again = threading.Event()
         self._changed = threading.Condition()
-        self._observer = Observer()
+        self._observer: BaseObserver | None = None
+        self._deaf = False
+        self._listening = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="replicator", daemon=True)
 
     def start(self) -> None:
         """Begin. What is in the directory already counts as new."""
-        directory = self._directory
-        directory.mkdir(parents=True, exist_ok=True)
-        try:
-            self._observer.schedule(_Hint(self._look_again), str(directory))
-            self._observer.start()
-        except OSError as error:
-            # The system is out of watches: looking every rescan_s is slower and loses nothing.
-            logger.warning(
-                "%s: no file events: %s; looking every %g s", self._directory, error, self._rescan_s
-            )
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._listen()
         self._thread.start()
 
     @property
@@ -118,11 +137,43 @@ class Replicator:
     def stop(self) -> None:
         """End replication. An upload that is under way is left to finish or to die with the process."""
         self._end()
-        if self._observer.is_alive():
-            self._observer.stop()
-            self._observer.join()
+        with self._listening:
+            self._stop_listening()
+
+    def _listen(self) -> None:
+        """Be told of new directories, unless that is so already: an observer's threads may have died."""
+        with self._listening:
+            if self._stopped.is_set() or _is_alive(self._observer):
+                return
+            began_before = self._observer is not None
+            self._stop_listening()
+            observer = Observer()
+            try:
+                observer.schedule(_Hint(self._look_again), str(self._directory))
+                observer.start()
+            except (OSError, RuntimeError) as error:
+                # Out of watches, or of threads: looking every rescan_s is slower and loses nothing.
+                observer.stop()
+                if not self._deaf:
+                    logger.warning(
+                        "%s: no file events: %s; looking every %g s", self._directory, error, self._rescan_s
+                    )
+                self._deaf = True
+                return
+            if began_before:
+                logger.warning("%s: file events had ended; they are watched again", self._directory)
+            self._observer, self._deaf = observer, False
+
+    def _stop_listening(self) -> None:
+        observer, self._observer = self._observer, None
+        if observer:
+            observer.stop()
+            if observer.is_alive():
+                observer.join()
 
     def _run(self) -> None:
+        with contextlib.suppress(OSError):  # on Linux this is the thread's own, and of those it starts
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
             self._replicate()
         finally:
@@ -132,6 +183,7 @@ class Replicator:
         pause_s = FIRST_PAUSE_S
         while not self._stopped.is_set():
             self._look_again.clear()
+            self._listen()
             if self._bring_up_to_date():
                 pause_s = FIRST_PAUSE_S
                 self._look_again.wait(self._rescan_s)
@@ -147,7 +199,7 @@ class Replicator:
             try:
                 checkpoint = self.pending
                 if checkpoint is None:
-                    self._remove_superseded()
+                    self._remove_superseded(limit_bytes=0)
                     return True
                 self._publish_one(checkpoint)
             except Fenced as error:
@@ -157,7 +209,7 @@ class Replicator:
             except Exception as error:
                 # Whatever it was, the checkpoint is still there: trying again is the only way not to lose it.
                 self._tell(f"{type(error).__name__}: {error}")
-                self._remove_superseded()
+                self._remove_superseded(limit_bytes=self._spool_limit_bytes)
                 self._on_error(error)
                 return False
         return True
@@ -183,10 +235,11 @@ class Replicator:
             logger.warning("%s: %s", self._directory, problem or "publishing again")
         self._problem = problem
 
-    def _remove_superseded(self) -> None:
-        """Remove all but the newest usable checkpoints: an older one is of no use any more."""
+    def _remove_superseded(self, *, limit_bytes: int) -> None:
+        """Remove the oldest usable checkpoints that do not fit into the limit."""
         usable = [c for c in complete_checkpoints(self._directory) if c.step not in self._unusable]
-        for checkpoint in usable[self._keep_local :]:
+        count = superfluous([size_of(c) for c in usable], keep=self._keep_local, limit_bytes=limit_bytes)
+        for checkpoint in usable[len(usable) - count :]:
             with contextlib.suppress(OSError):
                 remove(checkpoint.path)
 
@@ -216,6 +269,10 @@ def _is_to_blame(checkpoint: LocalCheckpoint, error: Corrupt | InvalidName) -> b
     except Corrupt:
         return True
     return False
+
+
+def _is_alive(observer: BaseObserver | None) -> bool:
+    return observer is not None and observer.is_alive() and all(e.is_alive() for e in observer.emitters)
 
 
 class _Hint(FileSystemEventHandler):

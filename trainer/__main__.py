@@ -143,6 +143,10 @@ def _run(store: ObjectStore, run_id: str, spec: RunSpec, options: Options, grace
         log.append(
             Ended(attempt=state.attempt, reason=EndReason.SUPERSEDED, detail=detail, step=0, at=time.time())
         )
+    if state.result:  # whoever committed it died before saying so
+        log.append(Finished(outcome=Outcome.SUCCEEDED, step=state.result.step, at=time.time()))
+        click.echo(f"{run_id} is over: {Outcome.SUCCEEDED}", err=True)
+        return EXIT_COMPLETE
     claimed = Claimed(
         attempt=state.attempt + 1,
         incarnation=secrets.token_hex(4),

@@ -4,11 +4,12 @@ TrainerError
 ├── BadInput          the spec, the data or the base model are wrong      no                       exit 78
 ├── BadCheckpoint     the checkpoint to resume from cannot be used        with an earlier one      exit 65
 ├── BaseUnavailable   the hub did not answer                              yes                      exit 1
+├── DiskFull          the node's disk is full or cannot be written        elsewhere, or after a while exit 73
 ├── Diverged          loss or gradient is not finite                      seldom: the retry rule decides
 └── EvaluationFailed  the evaluate command did not give scores            perhaps                  exit 1
 """
 
-from .rundir import EXIT_BAD_CHECKPOINT, EXIT_BAD_CONFIG
+from .rundir import EXIT_BAD_CHECKPOINT, EXIT_BAD_CONFIG, EXIT_DISK_FULL
 
 
 class TrainerError(Exception):
@@ -35,6 +36,12 @@ class BadCheckpoint(TrainerError):
 
 class BaseUnavailable(TrainerError):
     """The base model could not be fetched now."""
+
+
+class DiskFull(TrainerError):
+    """What the run must keep cannot be written on this node."""
+
+    exit_code = EXIT_DISK_FULL
 
 
 class Diverged(TrainerError):

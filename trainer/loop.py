@@ -24,6 +24,7 @@ from .families import Family
 from .methods import Method
 from .objective import add_noise, loss, target
 from .optim import learning_rate, set_learning_rate
+from .pacing import Inflation, PaceReader
 from .randomness import seed_layers
 from .rundir import EXIT_COMPLETE, EXIT_PREEMPTED, Options, RunDir, append_event
 from .sample import draw_images, write_samples
@@ -63,8 +64,15 @@ class Loop:
         self._resumed_step = self._saved_step = progress.step
         self._saved_at = time.monotonic()
         self._metrics: dict[str, float] = {}
+        self._pace = PaceReader(parts.run_dir, parts.options)
+        self._inflation = Inflation()
         self._writer = CheckpointWriter(
-            parts.run_dir.checkpoints, parts.method, parts.optimizer, self._on_written
+            parts.run_dir.checkpoints,
+            parts.method,
+            parts.optimizer,
+            self._on_written,
+            on_disk_full=lambda problem: self._event("disk_full", message=problem),
+            give_up=lambda: parts.stop.requested,
         )
         fp16 = self._base.mixed_precision == "fp16"
         self._scaler = torch.amp.GradScaler(parts.family.device.type, enabled=fp16)
@@ -99,7 +107,7 @@ class Loop:
             self._sample_if_due()
 
     def _step(self) -> None:
-        began, step = time.monotonic(), self.progress.step
+        began, step, writing = time.monotonic(), self.progress.step, self._writer.busy
         set_learning_rate(self.parts.optimizer, rate := learning_rate(self._base, step))
         mean_loss = self._accumulate(step)
         self._update(mean_loss, step)
@@ -113,13 +121,15 @@ class Loop:
                 "scaler": self._scaler.state_dict() or None,
             }
         )
+        step_s = time.monotonic() - began
+        self._inflation.step(step_s, writing=writing)
         if step == self._resumed_step:
             self._event("started", step=step)
         self._event(
             "step",
             loss=mean_loss,
             lr=rate,
-            step_s=time.monotonic() - began,
+            step_s=step_s,
             first_sample=step * self._base.samples_per_step,
         )
 
@@ -171,9 +181,12 @@ class Loop:
     def _save_if_due(self) -> None:
         policy, step = self.parts.options.checkpoint, self.progress.step
         by_step = policy.every_steps is not None and self._due(policy.every_steps)
-        by_time = policy.every_s is not None and time.monotonic() - self._saved_at >= policy.every_s
+        every_s = self._pace.every_s(step)
+        by_time = every_s is not None and time.monotonic() - self._saved_at >= every_s
         # While the last one is still being written a newer one may as well wait: training goes on.
-        if (by_step or by_time) and step < self._base.max_train_steps and not self._writer.busy:
+        # Unless there is no room for it: then the run stands still, rather than risk more and more work.
+        ready = not self._writer.busy or self._writer.waits_for_room
+        if (by_step or by_time) and step < self._base.max_train_steps and ready:
             self._save()
 
     def _due(self, every: int) -> bool:
@@ -245,7 +258,8 @@ class Loop:
         return EXIT_PREEMPTED
 
     def _on_written(self, step: int, stall_s: float, write_s: float) -> None:
-        append_event(self.parts.run_dir.events, "checkpoint", step=step, stall_s=stall_s, write_s=write_s)
+        told = {"stall_s": stall_s, "write_s": write_s, "inflation_s": self._inflation.taken()}
+        append_event(self.parts.run_dir.events, "checkpoint", step=step, **told)
 
     def _event(self, event: str, **fields: Any) -> None:
         append_event(self.parts.run_dir.events, event, **{"step": self.progress.step, **fields})

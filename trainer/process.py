@@ -14,7 +14,9 @@ import threading
 import traceback
 from pathlib import Path
 
-from .rundir import RunDir, append_event
+from storage.local import DISK_UNUSABLE
+
+from .rundir import EXIT_DISK_FULL, RunDir, append_event
 from .stop import Stop
 
 
@@ -43,12 +45,16 @@ def serve(run_dir: RunDir, stop: Stop) -> int:
         return run_attempt(run_dir, stop)
     except TrainerError as error:
         return _failed(run_dir, error, error.hint, error.exit_code)
+    except OSError as error:
+        code = EXIT_DISK_FULL if error.errno in DISK_UNUSABLE else 1
+        return _failed(run_dir, error, f"see {run_dir.log.name}", code)
     except Exception as error:
         return _failed(run_dir, error, f"see {run_dir.log.name}", 1)
 
 
 def _failed(run_dir: RunDir, error: Exception, hint: str, code: int) -> int:
-    traceback.print_exception(error)
+    with contextlib.suppress(OSError):  # the disk of the log may be the very one that is full
+        traceback.print_exception(error)
     append_event(run_dir.events, "error", type=type(error).__name__, message=str(error), hint=hint)
     return code
 

@@ -5,6 +5,7 @@
       options.json     Options: what does not change the result
       start.json       appears by rename once the checkpoint to resume from is there: StartOrder
       resume/          that checkpoint
+      interval.json    seconds between checkpoints, replaced by rename when they change: see ``pacing``
       checkpoints/     step-000000100/ appears by rename, complete, with a manifest.json
       samples/         step-000000100/ appears by rename: images and index.json
       events.jsonl     one JSON object a line, see Event
@@ -28,6 +29,7 @@ from storage.local import DISK_FULL
 from storage.records import EndReason
 
 from .config import Frozen
+from .interval import Lifetimes
 
 EXIT_COMPLETE = 0
 """The final checkpoint is written."""
@@ -69,10 +71,12 @@ def end_reason(code: int) -> EndReason:
 
 
 class CheckpointPolicy(Frozen):
-    """When a run saves itself. Whichever of the two comes first."""
+    """When a run saves itself. Whichever of steps and seconds comes first."""
 
     every_steps: int | None = Field(default=None, ge=1)
     every_s: float | None = Field(default=120.0, gt=0)
+    auto_max_s: float | None = Field(default=None, gt=0)
+    """Set: the supervisor decides ``every_s`` anew from what it measures, up to this; see ``interval``."""
 
 
 class Options(Frozen):
@@ -85,6 +89,8 @@ class Options(Frozen):
     """Where latents, text embeddings, hub files and fetched content are kept on this node."""
     content: dict[str, str] = Field(default_factory=dict)
     """Copies of datasets and base models on this node, verified, by digest; see ``trainer.inputs``."""
+    lifetimes: Lifetimes = Lifetimes()
+    """How long nodes of this kind live, as the sweep has seen it."""
 
 
 class StartOrder(Frozen):
@@ -111,6 +117,7 @@ class RunDir:
         self.checkpoints = root / "checkpoints"
         self.samples = root / "samples"
         self.events = root / EVENTS_FILE
+        self.interval = root / "interval.json"
         self.log = root / LOG_FILE
 
     def order_start(self, order: StartOrder) -> None:
@@ -121,10 +128,13 @@ class RunDir:
 
 
 def append_event(path: Path, event: str, **fields: Any) -> None:
-    """Append one event: ``started step checkpoint validation samples score preempted complete error``.
+    """Append one event.
+
+    ``started step checkpoint interval validation samples score disk_full preempted complete error``
 
     ``started`` carries ``step`` (resumed from); ``step`` carries ``step``, ``loss``, ``lr``, ``step_s``;
-    ``checkpoint`` carries ``step``, ``stall_s``; ``error`` carries ``type``, ``message``, ``hint``.
+    ``checkpoint`` carries ``step``, ``stall_s``, ``write_s``, ``inflation_s``; ``interval`` carries
+    ``every_s``, ``why``; ``error`` carries ``type``, ``message``, ``hint``.
     One write of one line: a reader never sees two lines mixed. On a full disk the event is lost: a run must
     not end for want of something to tell.
     """

@@ -25,7 +25,8 @@ from .encode import encode_texts
 from .errors import BadCheckpoint, BadInput
 from .families import Family, load_family
 from .methods import attach, restore
-from .snapshot import ADAPTER, read_adapter, read_progress
+from .rundir import ADAPTER
+from .snapshot import read_adapter, read_progress
 from .stop import Stop
 from .validate import evaluating
 

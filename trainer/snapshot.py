@@ -1,12 +1,14 @@
 """A run's state as files: copied on the training thread, written and hashed on another.
 
     adapter.safetensors     the trainable parameters, fp32, with the method's configuration in the header
-    optimizer.safetensors   the optimizer's state, by parameter name
+    optimizer.safetensors   the optimizer's state, by parameter name; not in the final checkpoint
     state.json              Progress: how far the run is
 
-No random state and no data position: both follow from the step. Nothing is pickled.
+No random state and no data position: both follow from the step. Nothing is pickled. A disk without room for
+a checkpoint loses none that is there: what was superseded goes, and the writing waits for more room.
 """
 
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -19,18 +21,29 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from storage.errors import StorageError
-from storage.local import MANIFEST, Manifest, staged_checkpoint, verify
+from storage.local import (
+    DISK_FULL,
+    DISK_UNUSABLE,
+    MANIFEST,
+    Manifest,
+    free_superseded,
+    staged_checkpoint,
+    verify,
+)
 
 from .config import Frozen
-from .errors import BadCheckpoint
+from .errors import BadCheckpoint, DiskFull
 from .methods import Method, restore
 from .optim import load_optimizer_state, optimizer_state
 from .randomness import own_memory
+from .rundir import ADAPTER, OPTIMIZER, STATE
 from .tensor_file import read, write
 
-ADAPTER = "adapter.safetensors"
-OPTIMIZER = "optimizer.safetensors"
-STATE = "state.json"
+DISK_PATIENCE_S = 900.0
+"""How long a checkpoint waits for room on the disk before the attempt ends."""
+DISK_PAUSE_S = 5.0
+KEPT_FOR_ROOM = (2, 1)
+"""How many complete checkpoints stay on a full disk: first the newest two, and if need be the newest."""
 
 
 class Progress(Frozen):
@@ -60,12 +73,26 @@ class CheckpointWriter:
         method: Method,
         optimizer: torch.optim.Optimizer,
         on_written: Callable[[int, float, float], None],
+        *,
+        on_disk_full: Callable[[str], None] = lambda problem: None,
+        give_up: Callable[[], bool] = lambda: False,
+        disk_patience_s: float = DISK_PATIENCE_S,
     ) -> None:
-        """``on_written`` gets the step, the seconds training stood still, and the seconds of writing."""
+        """Begin with nothing written.
+
+        Args:
+            on_written: Gets the step, the seconds training stood still, and the seconds of writing.
+            on_disk_full: Told once for each checkpoint that has to wait for room.
+            give_up: Whether to wait no longer.
+        """
         self._root = root
         self._method = method
         self._optimizer = optimizer
         self._on_written = on_written
+        self._on_disk_full = on_disk_full
+        self._give_up = give_up
+        self._disk_patience_s = disk_patience_s
+        self._waits_for_room = False
         self._adapter: dict[str, Tensor] = {}
         self._state: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -75,13 +102,20 @@ class CheckpointWriter:
     def busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether the disk is full: training on for long would put more and more work at risk."""
+        return self.busy and self._waits_for_room
+
     def snapshot(self, progress: Progress, *, metrics: Mapping[str, float], final: bool) -> None:
         """Copy the run's state and start writing it. Waits for the write before."""
         began = time.monotonic()
         self.wait()
         parameters = self._method.parameters
         self._adapter = _copied({name: p.data for name, p in parameters.items()}, self._adapter)
-        self._state = _copied(optimizer_state(self._optimizer, parameters), self._state)
+        # Nothing resumes from a final checkpoint, and it is the one that somebody waits for.
+        state = {} if final else optimizer_state(self._optimizer, parameters)
+        self._state = _copied(state, self._state)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         stall_s = time.monotonic() - began
@@ -106,13 +140,49 @@ class CheckpointWriter:
     def _write(self, progress: Progress, metrics: dict[str, float], final: bool, stall_s: float) -> None:
         try:
             began = time.monotonic()
-            with staged_checkpoint(self._root, progress.step, metrics=metrics, final=final) as folder:
-                write(folder / ADAPTER, self._adapter, self._method.metadata())
-                write(folder / OPTIMIZER, self._state, {})
-                (folder / STATE).write_text(progress.model_dump_json(indent=1))
+            self._write_patiently(progress, metrics, final)
             self._on_written(progress.step, stall_s, time.monotonic() - began)
         except BaseException as error:
             self._error = error
+        finally:
+            self._waits_for_room = False
+
+    def _write_patiently(self, progress: Progress, metrics: dict[str, float], final: bool) -> None:
+        """Write a checkpoint, on a full disk once there is room.
+
+        Raises:
+            DiskFull: There was none in time, or the disk is read-only.
+        """
+        deadline = time.monotonic() + self._disk_patience_s
+        while True:
+            try:
+                self._write_once(progress, metrics, final)
+                return
+            except OSError as error:
+                if error.errno not in DISK_UNUSABLE:
+                    raise
+                if error.errno in DISK_FULL and any(free_superseded(self._root, n) for n in KEPT_FOR_ROOM):
+                    continue
+                problem = f"{self._root}: {error.strerror}: {_room(self._root)}"
+                hint = "make room on the node's disk, or point TMPDIR to a larger one"
+                if error.errno not in DISK_FULL or self._give_up() or time.monotonic() > deadline:
+                    raise DiskFull(f"DISK_FULL: {problem}", hint) from error
+                if not self._waits_for_room:
+                    self._waits_for_room = True
+                    self._on_disk_full(f"{problem}; {hint}")
+            self._pause(DISK_PAUSE_S)
+
+    def _pause(self, pause_s: float) -> None:
+        until = time.monotonic() + pause_s
+        while time.monotonic() < until and not self._give_up():
+            time.sleep(0.05)
+
+    def _write_once(self, progress: Progress, metrics: dict[str, float], final: bool) -> None:
+        with staged_checkpoint(self._root, progress.step, metrics=metrics, final=final) as folder:
+            write(folder / ADAPTER, self._adapter, self._method.metadata())
+            if not final:
+                write(folder / OPTIMIZER, self._state, {})
+            (folder / STATE).write_text(progress.model_dump_json(indent=1))
 
 
 def load_checkpoint(folder: Path, method: Method, optimizer: torch.optim.Optimizer) -> Progress:
@@ -154,9 +224,19 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 def _load(path: Path) -> dict[str, Tensor]:
     try:
         tensors, _ = read(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, StorageError) as error:
         raise BadCheckpoint(f"{path}: {error}", "resume from an earlier checkpoint") from error
     return {name: own_memory(tensor) for name, tensor in tensors.items()}
+
+
+def _room(root: Path) -> str:
+    """What is left on a disk, in words."""
+    try:
+        there = os.statvfs(root)
+    except OSError as error:
+        return str(error)
+    free = f"{there.f_bavail * there.f_frsize / 1e6:.1f} MB"
+    return f"{free} and {there.f_favail} more files fit" if there.f_files else f"{free} free"
 
 
 def _copied(tensors: Mapping[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ pushed even after it crashed. Knows neither Ray nor torch: an agent actor runs t
 ``python -m trainer run``.
 """
 
+import logging
 import shutil
 import signal
 import threading
@@ -18,16 +19,19 @@ from pathlib import Path
 from storage.checkpoints import CheckpointStore
 from storage.errors import AccessDenied, Corrupt, Fenced, NotFound, StorageError, Unavailable
 from storage.ledger import Ledger
-from storage.local import LocalCheckpoint
+from storage.local import DISK_UNUSABLE, LocalCheckpoint
 from storage.object_store import ObjectStore
 from storage.records import Committed, Started
 from storage.replicator import Replicator
 
 from .config import RunSpec
-from .inputs import with_inputs
+from .inputs import Find, with_inputs
+from .pacing import Pacer
 from .patience import one_line, patiently
+from .publishing import Publisher
 from .rundir import (
     EXIT_COMPLETE,
+    EXIT_DISK_FULL,
     EXIT_PREEMPTED,
     EXIT_STORE_UNREACHABLE,
     Options,
@@ -37,6 +41,8 @@ from .rundir import (
 )
 from .shipper import Shipper
 from .training_process import TrainingProcess
+
+logger = logging.getLogger(__name__)
 
 POLL_S = 0.05
 PUSH_POLL_S = 0.5
@@ -56,9 +62,39 @@ class Assignment:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Storing:
+    """What the attempt's checkpoints took so far; of the seconds, those of the last one."""
+
+    saves: int = 0
+    saved_step: int = 0
+    save_s: float = 0.0
+    stall_s: float = 0.0
+    commits: int = 0
+    committed_step: int = 0
+    committed_at: float = 0.0
+    upload_s: float = 0.0
+    state_bytes: int = 0
+    sent_bytes: int = 0
+    errors: int = 0
+    error: str = ""
+    """The kind of the last error that the store gave."""
+
+    @property
+    def reports(self) -> int:
+        """Grows with each change."""
+        return self.saves + self.commits + self.errors
+
+    @property
+    def queued(self) -> int:
+        """Checkpoints that wait for the store; what they superseded does not count."""
+        return int(self.saved_step > self.committed_step)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """What the attempt has done so far."""
 
+    storing: Storing = Storing()
     step: int = 0
     resumed_from: int = 0
     first_step_at: float | None = None
@@ -83,7 +119,9 @@ class Supervisor:
         ledger: Ledger,
         process: TrainingProcess | None = None,
         on_change: Callable[[Progress], None] = lambda progress: None,
+        find: Find | None = None,
     ) -> None:
+        """``find``: where the inputs lie in the store, if this process cannot read their logs."""
         self.assignment = assignment
         self.progress = Progress()
         self._store = store
@@ -92,11 +130,16 @@ class Supervisor:
         self._ledger = ledger
         self._process = process
         self._on_change = on_change
+        self._find = find
         self._run_dir = RunDir(
             scratch / f"{assignment.run_id}-a{assignment.attempt}-{assignment.incarnation}"
         )
         self._checkpoints = CheckpointStore(store, assignment.run_id, ledger)
+        self._publisher = Publisher(
+            self._checkpoints, assignment.attempt, assignment.incarnation, left_s=self._left_s
+        )
         self._shipper = Shipper(store, assignment.run_id, assignment.attempt, self._run_dir)
+        self._pacer = Pacer(self._run_dir, options)
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._stop_by: float | None = None
@@ -118,7 +161,9 @@ class Supervisor:
         error says why.
         """
         try:
-            with with_inputs(self._store, self._spec, self._options, self._stopping) as self._options:
+            with with_inputs(
+                self._store, self._spec, self._options, self._stopping, self._find
+            ) as self._options:
                 code = self._train()
         except Fenced as error:
             self._on_fenced(error)
@@ -127,7 +172,10 @@ class Supervisor:
             # The damage may be this node's disk, memory or way to the store: the next attempt is elsewhere.
             self._fail(error)
             code = EXIT_STORE_UNREACHABLE
-        except (StorageError, OSError) as error:
+        except OSError as error:
+            self._fail(error)
+            code = EXIT_DISK_FULL if error.errno in DISK_UNUSABLE else 1
+        except StorageError as error:
             self._fail(error)
             code = 1
         finally:
@@ -161,18 +209,28 @@ class Supervisor:
                 self._push_error or Unavailable("the final checkpoint did not reach the store in time")
             )
             return EXIT_STORE_UNREACHABLE
+        if code == EXIT_DISK_FULL and not self.progress.error:  # it had no room to say so
+            self._update(error=f"DISK_FULL: no room for a checkpoint under {self._run_dir.root}")
         return code
 
     def _push(self, replicator: Replicator) -> bool:
         """Wait until what the process saved is in the store; False if it is given up."""
         give_up = time.monotonic() + PUSH_PATIENCE_S
+        salvaging = threading.Thread()
         while not replicator.drain(PUSH_POLL_S):
-            if replicator.pending is None:
+            pending = replicator.pending
+            if pending is None:
                 return True  # what there is cannot be published at all: waiting would not help
+            if self._publisher.is_held_up(pending) and not salvaging.is_alive():
+                salvaging = threading.Thread(target=self._publisher.salvage, args=(pending,), daemon=True)
+                salvaging.start()
             late = self._stop_by is not None and time.monotonic() > self._stop_by + PUSH_AFTER_STOP_S
             if self._fenced.wait(POLL_S) or late or time.monotonic() > give_up:
                 return False
         return True
+
+    def _left_s(self) -> float | None:
+        return None if self._stop_by is None else self._stop_by - time.monotonic()
 
     def _prepare(self) -> None:
         root = self._run_dir.root
@@ -195,12 +253,15 @@ class Supervisor:
         mine = (self.assignment.attempt, self.assignment.incarnation)
         if running is None or (running.attempt, running.incarnation) != mine:
             raise Fenced(f"{self.assignment.run_id}: attempt {mine[0]} is over, or was never claimed")
+        if state.result:  # committed by an older attempt just before this one was claimed
+            raise Fenced(f"{self.assignment.run_id}: the final checkpoint is committed already")
         return self._checkpoints.fetch_newest(state, self._run_dir.resume, attempt=self.assignment.attempt)
 
     def _watch(self, process: TrainingProcess) -> int:
         asked = False
         while (code := process.exit_code) is None:
             self._read_events()
+            self._pacer.review()
             if self._fenced.is_set():
                 process.kill()
             elif self._stop_by is not None:
@@ -220,11 +281,26 @@ class Supervisor:
         if local.manifest.final:
             # Once this is committed the run is over: if the node dies then, nobody ships the rest.
             self._shipper.ship_results()
-        self._checkpoints.publish(local, self.assignment.attempt, self.assignment.incarnation)
+        done = self._publisher.publish(local)
+        self._pacer.uploaded(done.seconds)
         self._push_error = None
+        self._update_storing(
+            lambda storing: replace(
+                storing,
+                commits=storing.commits + 1,
+                committed_step=done.step,
+                committed_at=time.time(),
+                upload_s=done.seconds,
+                state_bytes=storing.state_bytes + done.state_bytes,
+                sent_bytes=storing.sent_bytes + done.sent_bytes,
+            )
+        )
 
     def _on_push_error(self, error: Exception) -> None:
         self._push_error = error
+        self._update_storing(
+            lambda storing: replace(storing, errors=storing.errors + 1, error=type(error).__name__)
+        )
 
     def _on_fenced(self, error: Fenced) -> None:
         self._update(error=str(error))
@@ -236,6 +312,11 @@ class Supervisor:
             match event:
                 case {"event": "step", "step": int(step)}:
                     self._on_step(step, event)
+                case {"event": "checkpoint", "step": int(step), "stall_s": float(stall_s)}:
+                    self._on_saved(step, stall_s, event.get("write_s"))
+                    self._pacer.checkpointed(event)
+                case {"event": "disk_full", "message": str(message)}:
+                    logger.warning("%s: DISK_FULL: %s", self.assignment.run_id, one_line(message))
                 case {"event": "error", "type": str(kind), "message": str(message)}:
                     hint = event.get("hint")
                     self._update(error=one_line(f"{kind}: {message}" + (f" ({hint})" if hint else "")))
@@ -251,6 +332,17 @@ class Supervisor:
         )
         if first:
             threading.Thread(target=self._record_start, daemon=True).start()
+
+    def _on_saved(self, step: int, stall_s: float, write_s: object) -> None:
+        self._update_storing(
+            lambda storing: replace(
+                storing,
+                saves=storing.saves + 1,
+                saved_step=step,
+                stall_s=stall_s,
+                save_s=float(write_s) if isinstance(write_s, int | float) else 0.0,
+            )
+        )
 
     def _record_start(self) -> None:
         progress = self.progress
@@ -269,6 +361,11 @@ class Supervisor:
 
     def _fail(self, error: Exception) -> None:
         self._update(error=one_line(f"{type(error).__name__}: {error}"))
+
+    def _update_storing(self, change: Callable[[Storing], Storing]) -> None:
+        with self._lock:
+            self.progress = replace(self.progress, storing=change(self.progress.storing))
+        self._on_change(self.progress)
 
     def _update(self, **changes: object) -> None:
         with self._lock:

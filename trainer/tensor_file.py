@@ -13,6 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from storage.errors import InvalidName
+from storage.tensor_header import MAX_TENSORS, check_header
+
 _LENGTH_BYTES = 8
 
 _DTYPES = {
@@ -37,7 +40,13 @@ def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byte
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write what ``to_bytes`` returns. Other threads run on while the system takes the bytes."""
+    """Write what ``to_bytes`` returns. Other threads run on while the system takes the bytes.
+
+    Raises:
+        InvalidName: There are more tensors than a file may have; nothing was written.
+    """
+    if len(tensors) > MAX_TENSORS:
+        raise InvalidName(f"{path}: {len(tensors)} tensors, at most {MAX_TENSORS}")
     with path.open("wb") as file:
         for part in _parts(tensors, metadata):
             file.write(part)
@@ -48,7 +57,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises:
         SafetensorError, OSError: It is no safetensors file, is truncated, or cannot be read.
+        InvalidName: It names so many tensors that reading it is refused.
     """
+    with path.open("rb") as unread:
+        check_header(unread, path)
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in sorted(file.keys())}, file.metadata() or {}
 

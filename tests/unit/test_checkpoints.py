@@ -1,10 +1,13 @@
 """Publishing, fetching and deleting: a checkpoint exists exactly when its record says so."""
 
+import errno
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.flaky_store import Fault, FlakyStore
 from support.runs import (
@@ -19,14 +22,15 @@ from support.runs import (
     write_checkpoint,
 )
 
-from storage import layout
+from storage import layout, packing
 from storage.checkpoints import CheckpointStore
 from storage.errors import Corrupt, Fenced, InvalidName, NotFound, Unavailable
-from storage.local import complete_checkpoints
+from storage.local import LocalCheckpoint, Manifest, complete_checkpoints
 from storage.log import RunLog, run_log
 from storage.memory import MemoryStore
 from storage.object_store import ObjectStore
 from storage.records import Committed, Quarantined, StoredFile
+from storage.uploading import Link
 
 
 @dataclass
@@ -401,3 +405,283 @@ def test_quarantined_data_is_kept_for_inspection_until_the_run_is_over(world: Wo
     world.log.append(finished())
     assert world.checkpoints.sweep_orphans(world.log.state) == 2
     assert world.key(bad) not in world.data()
+
+
+class Uplink(MemoryStore):
+    """Takes its time, as the world's clock tells it, and notes what is put."""
+
+    def __init__(self, bytes_s: float) -> None:
+        super().__init__()
+        self.bytes_s = bytes_s
+        self.puts: list[str] = []
+        self.fails_at: str | None = None
+        self.world: World
+
+    def put(self, key: str, body: bytes | Path) -> None:
+        if "/data/" in key:
+            name = key.rpartition("/")[2]
+            if self.fails_at and self.fails_at in name:
+                raise Unavailable("cut")
+            self.puts.append(name)
+            self.world.seconds += (
+                body.stat().st_size if isinstance(body, Path) else len(body)
+            ) / self.bytes_s
+        super().put(key, body)
+
+
+def linked(tmp_path: Path, bytes_s: float = 1e6) -> tuple[World, Uplink]:
+    """A world whose store lies behind a link of so many bytes a second."""
+    store = Uplink(bytes_s)
+    log = run_log(store, RUN)
+    log.append(claimed())
+    made = World(store, log, CheckpointStore(store, RUN, log), tmp_path)
+    made.checkpoints = CheckpointStore(store, RUN, log, monotonic=lambda: made.seconds)
+    store.world = made
+    return made, store
+
+
+def trained(step: int, *, numbers: int = 100_000) -> dict[str, bytes]:
+    """Files as training leaves them: of real numbers, in the safetensors format."""
+    random = np.random.default_rng(step)
+
+    def tensor() -> bytes:
+        body = (random.standard_normal(numbers) * 1e-3).astype(np.float32).tobytes()
+        header = json.dumps({"w": {"dtype": "F32", "shape": [numbers], "data_offsets": [0, len(body)]}})
+        return len(header).to_bytes(8, "little") + header.encode() + body
+
+    return {
+        "adapter.safetensors": tensor(),
+        "optimizer.safetensors": tensor() + tensor(),
+        "state.json": b"{}",
+    }
+
+
+def publish(world: World, step: int, *, only: tuple[str, ...] | None = None) -> Committed:
+    local = write_checkpoint(world.disk / "out", step, files=trained(step))
+    return world.checkpoints.publish(local, 1, incarnation(1), only=only)
+
+
+ADAPTER_ONLY = ("adapter.safetensors", "state.json")
+
+
+def test_what_is_sent_over_a_slow_link_is_packed_and_comes_back_bit_by_bit(tmp_path: Path) -> None:
+    world, store = linked(tmp_path)
+
+    committed = publish(world, 10)
+
+    adapter, optimizer, progress = committed.files
+    assert adapter.packed is not None
+    assert optimizer.packed is not None
+    assert progress.packed is None, "too small to be worth it"
+    assert (adapter.packed.codec, adapter.size_bytes) == ("shuffle4.zstd", len(trained(10)[adapter.name]))
+    assert store.puts == [
+        "adapter.safetensors.shuffle4.zstd",
+        "optimizer.safetensors.shuffle4.zstd",
+        "state.json",
+    ]
+    assert world.checkpoints.sent_bytes < 0.9 * sum(map(len, trained(10).values()))
+    assert [p.name for p in (world.disk / "out").iterdir()] == ["step-000000010"], "packing leaves nothing"
+    again = run_log(store, RUN).refresh()
+    target = CheckpointStore(store, RUN, run_log(store, RUN)).fetch_newest(again, world.disk / "in")[1]
+    assert target is not None
+    assert read_files(target) == trained(10)
+    assert sorted(os.listdir(world.disk / "in")) == ["step-000000010"], "unpacking leaves nothing"
+
+
+def test_what_is_sent_over_a_fast_link_is_not_packed_once_that_is_known(tmp_path: Path) -> None:
+    world, _ = linked(tmp_path, bytes_s=1e12)
+    first, second = publish(world, 10), publish(world, 20)
+    assert first.files[0].packed is not None, "nothing is known of the link"
+    assert all(file.packed is None for file in second.files)
+
+
+@pytest.mark.parametrize("harm", [flip_a_byte, lambda store, key: store.put(key, b"")])
+def test_damage_of_a_packed_file_is_found(tmp_path: Path, harm: Callable[[MemoryStore, str], None]) -> None:
+    world, store = linked(tmp_path)
+    older, newest = publish(world, 10), publish(world, 20)
+    harm(store, world.key(newest, "optimizer.safetensors"))
+    with pytest.raises(Corrupt, match=r"optimizer\.safetensors\.shuffle4\.zstd in memory"):
+        world.checkpoints.fetch(newest, world.disk / "in" / "step-000000020")
+    assert sorted(os.listdir(world.disk / "in")) == []
+    assert world.checkpoints.fetch_newest(world.log.state, world.disk / "in", attempt=1)[0] == older
+
+
+def test_what_the_store_has_acknowledged_is_not_sent_again(tmp_path: Path) -> None:
+    world, store = linked(tmp_path)
+    store.fails_at = "optimizer"
+    with pytest.raises(Unavailable):
+        publish(world, 10)
+    packed = next((world.disk / "out").glob(".tmp-*/*")).stat().st_ino
+    with pytest.raises(Unavailable):
+        publish(world, 10)
+    assert next((world.disk / "out").glob(".tmp-*/*")).stat().st_ino == packed, "nor is it packed again"
+    store.fails_at, store.bytes_s = None, 1e12  # nor another way, though it would now be sent as it is
+    committed = publish(world, 10)
+    assert store.puts == [
+        "adapter.safetensors.shuffle4.zstd",
+        "optimizer.safetensors.shuffle4.zstd",
+        "state.json",
+    ]
+    assert all(file.packed for file in committed.files[:2])
+
+
+def test_a_file_that_changed_meanwhile_is_sent_again_or_refused(tmp_path: Path) -> None:
+    world, store = linked(tmp_path)
+    store.fails_at = "optimizer"
+    with pytest.raises(Unavailable):
+        publish(world, 10)
+    store.fails_at = None
+    path = world.disk / "out" / "step-000000010" / "adapter.safetensors"
+    path.write_bytes(path.read_bytes()[::-1])
+    local = complete_checkpoints(world.disk / "out")[0]
+    with pytest.raises(Corrupt, match=r"adapter\.safetensors: sha256 is"):
+        world.checkpoints.publish(local, 1, incarnation(1))
+    assert world.log.refresh().newest is None
+
+
+def test_a_checkpoint_is_committed_once_however_it_was_packed(tmp_path: Path) -> None:
+    """The reply to its commit was lost, and the next try is another process that knows a faster link."""
+    world, store = linked(tmp_path)
+    first = publish(world, 10)
+    other = CheckpointStore(store, RUN, run_log(store, RUN))
+    other._uploader.link = Link(sent_bytes=1e12, seconds=1.0)
+    local = complete_checkpoints(world.disk / "out")[0]
+    assert other.publish(local, 1, incarnation(1)).files[0].packed is None
+
+    state = world.log.refresh()
+    assert state.checkpoints == (first,)
+    assert read_files(world.checkpoints.fetch(first, world.disk / "in" / "step-000000010")) == trained(10)
+
+
+def test_a_disk_without_room_to_pack_sends_the_file_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    world, _ = linked(tmp_path)
+    monkeypatch.setattr(packing, "pack", full)
+    committed = publish(world, 10)
+    assert all(file.packed is None for file in committed.files)
+    assert world.log.state.newest == committed
+
+
+def test_a_salvage_can_be_exported_and_nothing_resumes_from_it(tmp_path: Path) -> None:
+    world, _ = linked(tmp_path)
+    whole = publish(world, 10)
+    salvage = publish(world, 20, only=ADAPTER_ONLY)
+
+    state = world.log.refresh()
+    assert not salvage.resumable
+    assert (state.checkpoints, state.salvaged) == ((whole,), (salvage,))
+    assert state.stored[-1] == salvage
+    assert world.checkpoints.fetch_newest(state, world.disk / "in")[0] == whole
+    _, path = world.checkpoints.fetch_step(state, 20, world.disk / "export")
+    assert set(read_files(path)) == set(ADAPTER_ONLY)
+    world.log.append(ended(1))
+    world.log.append(claimed(2))
+    assert world.checkpoints.sweep_orphans(world.log.state) == 0, "its data is not litter"
+    assert world.checkpoints.fetch(salvage, world.disk / "again" / "step-000000020")
+
+
+def test_the_whole_checkpoint_takes_the_place_of_its_salvage_and_sends_the_rest(tmp_path: Path) -> None:
+    world, store = linked(tmp_path)
+    publish(world, 20, only=ADAPTER_ONLY)
+    assert len(store.puts) == 2
+    whole = publish(world, 20)
+
+    assert world.log.refresh().stored == (whole,)
+    assert store.puts[2:] == ["optimizer.safetensors.shuffle4.zstd"]
+    assert read_files(world.checkpoints.fetch(whole, world.disk / "in" / "step-000000020")) == trained(20)
+    # The salvage again, its first reply having been lost: it is part of what is there.
+    publish(world, 20, only=ADAPTER_ONLY)
+    assert world.log.refresh().stored == (whole,)
+
+
+def test_how_long_an_upload_takes_is_known_from_those_before(tmp_path: Path) -> None:
+    world, _ = linked(tmp_path, bytes_s=1e5)
+    local = write_checkpoint(world.disk / "out", 10, files=trained(10))
+    assert world.checkpoints.upload_s(local, 1, incarnation(1)) is None
+    world.checkpoints.publish(local, 1, incarnation(1))
+    took_s = world.seconds
+    newer = write_checkpoint(world.disk / "out", 20, files=trained(20))
+    assert world.checkpoints.upload_s(newer, 1, incarnation(1)) == pytest.approx(took_s, rel=0.05)
+    part_s = world.checkpoints.upload_s(newer, 1, incarnation(1), only=ADAPTER_ONLY)
+    assert part_s == pytest.approx(took_s / 3, rel=0.05)
+    world.checkpoints.publish(newer, 1, incarnation(1), only=ADAPTER_ONLY)
+    assert world.checkpoints.upload_s(newer, 1, incarnation(1)) == pytest.approx(2 * took_s / 3, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({f"a{n:05d}": b"" for n in range(4000)}, "4000 files, whose names and digests take"),
+        ({"x.safetensors": (11_000_000).to_bytes(8, "little") + b" " * 11_000_000}, "header has 11000000"),
+    ],
+)
+def test_what_no_record_or_reader_could_hold_is_refused_before_anything_is_sent(
+    tmp_path: Path, files: dict[str, bytes], reason: str
+) -> None:
+    world, store = linked(tmp_path)
+    with pytest.raises(InvalidName, match=reason):
+        write_checkpoint(world.disk / "out", 10, files=files)
+    assert complete_checkpoints(world.disk / "out") == [], "not even written"
+
+    directory = world.disk / "out" / "step-000000010"
+    directory.mkdir()
+    for name, body in files.items():
+        (directory / name).write_bytes(body)
+    listed = tuple(StoredFile(name=name, size_bytes=0, sha256="0" * 64) for name in files)
+    local = LocalCheckpoint(directory, Manifest(step=10, final=False, metrics={}, files=listed))
+    with pytest.raises(InvalidName, match=reason):
+        world.checkpoints.publish(local, 1, incarnation(1))
+    assert store.puts == []
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("../evil",), ("nul\0",), ("x" * 300,), ("d/" * 460 + "x",), ("A", "a"), ("a", "a/b"), ("/etc/x",)],
+)
+def test_a_manifest_with_bad_names_sends_nothing(tmp_path: Path, names: tuple[str, ...]) -> None:
+    world, store = linked(tmp_path)
+    listed = tuple(StoredFile(name=name, size_bytes=0, sha256="0" * 64) for name in names)
+    local = LocalCheckpoint(world.disk, Manifest(step=10, final=False, metrics={}, files=listed))
+    with pytest.raises(InvalidName):
+        world.checkpoints.publish(local, 1, incarnation(1))
+    assert store.puts == []
+
+
+def test_a_symlink_in_a_checkpoint_is_not_followed_when_it_is_packed(tmp_path: Path) -> None:
+    world, store = linked(tmp_path)
+    local = write_checkpoint(world.disk / "out", 10, files=trained(10))
+    secret = world.disk / "secret"
+    (local.path / "adapter.safetensors").rename(secret)
+    (local.path / "adapter.safetensors").symlink_to(secret)
+    with pytest.raises((Corrupt, InvalidName), match="symlink"):
+        world.checkpoints.publish(local, 1, incarnation(1))
+    assert store.puts == []
+
+
+def test_a_checkpoint_retired_while_it_is_fetched_gives_way_to_the_next_newest(tmp_path: Path) -> None:
+    """Row 36: the reader chose by an old state, and the pruner was faster."""
+    world, store = linked(tmp_path)
+    old = publish(world, 10)
+    stale = world.log.state
+
+    class Pruned(FlakyStore):
+        """The checkpoint goes between its first file and its second."""
+
+        def download(self, key: str, target: Path) -> None:
+            super().download(key, target)
+            if world.log.state.newest == old:
+                newer = publish(world, 20)
+                assert newer.step == 20
+                world.checkpoints.retire([old.ref])
+                world.checkpoints.reap(world.log.state)
+
+    reader = CheckpointStore(Pruned(store, 0, Fault.REFUSE), RUN, run_log(store, RUN))
+    checkpoint, path = reader.fetch_newest(stale, world.disk / "in", attempt=1)
+    assert (checkpoint.step if checkpoint else None) == 20
+    assert path is not None
+    assert read_files(path) == trained(20)
+    assert world.log.refresh().quarantined == (), "nobody is to blame"

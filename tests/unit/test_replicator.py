@@ -218,7 +218,7 @@ def test_a_store_that_is_away_does_not_fill_the_disk_nor_lose_the_newest(
     tmp_path: Path, uplink: Uplink, start: Start
 ) -> None:
     uplink.failures = [Unavailable("no answer")] * 3
-    replicator = start(keep_local=1)
+    replicator = start(keep_local=1, spool_limit_bytes=0)
     for tries, step in enumerate((10, 20, 30), 1):
         write_checkpoint(tmp_path, step)
         uplink.until(lambda tries=tries: len(uplink.errors) >= tries)  # type: ignore[misc]

@@ -233,7 +233,12 @@ def test_a_run_completes_and_says_how_far_it_came(supervise: Supervise) -> None:
         step_s=light_trainer.PAUSE_S,
         loss=1 / 6,
         exit_code=0,
+        storing=final.storing,
     )
+    stored = final.storing
+    assert (stored.committed_step, stored.queued, stored.errors) == (6, 0, 0)
+    assert 1 <= stored.commits <= 6, "superseded ones are skipped"
+    assert stored.sent_bytes == stored.state_bytes == 9 * stored.commits, "too small to be packed"
     over = state(store)
     assert over.result is not None
     assert over.result.step == 6

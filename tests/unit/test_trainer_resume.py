@@ -70,7 +70,7 @@ def test_eight_bit_state_is_really_used(world: Path, lay: Lay) -> None:
     from safetensors import safe_open
 
     run_dir = lay("run", spec_of(world, max_train_steps=2, **EIGHT_BIT))
-    run_attempt(run_dir, Stop())
+    run_attempt(run_dir, StopAtStep(run_dir, 1))
 
     with safe_open(newest(run_dir) / "optimizer.safetensors", framework="pt") as file:
         pieces = {(name.rpartition("#")[2], file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
