@@ -4,19 +4,23 @@ Decisions are ``lifecycle`` and ``scheduler``, truth is the logs, and every act 
 record is appended before what follows from it is done, and what a log says should be going on, but is not,
 is started again by the next tick. So a controller may die between any two lines, and its successor, which
 knows nothing but the store and the cluster, goes on.
+
+One thread decides and appends; logs are read, and left-overs deleted, by ``Readers``, so that a run whose
+part of the store is slow holds up no other. What a tick costs in requests: one listing for each running run
+that is due (``REFRESH_S``, at most ``LOOKS_PER_S`` in all), one now and then for others (``IDLE_REFRESH_S``,
+``IDLE_LOOKS_PER_S``), one per ``REFRESH_S`` for the term; none for runs that are over, and none in between.
+A start costs two requests for the sweep's snapshot, and one listing for each run that is not over and tidy.
 """
 
 import contextlib
 import logging
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
-from storage.checkpoints import CheckpointStore
-from storage.errors import AccessDenied, Fenced, StorageError
-from storage.log import RunLog, run_log
+from storage.errors import AccessDenied, Corrupt, Fenced, StorageError
 from storage.object_store import ObjectStore
 from storage.records import CheckpointRef, Claimed, EndReason, Record
 from storage.retention import plan_prune, plan_salvaged
@@ -24,9 +28,12 @@ from storage.run_state import FREE_ENDS, RunState
 
 from .cluster import Cluster, Health, Order, Slot
 from .lifecycle import CancelAsked, Event, Exited, Lost, Phase, Policy, advance, not_before, phase, settle
+from .readers import PATIENCE_S, THREADS, Readers
 from .scheduler import FreeSlot, Placement, QueuedRun, assign
-from .sweep import PlannedRun, Sweep
+from .sweep import Sweep
+from .sweep_snapshot import SweepSnapshot
 from .term import Term
+from .tracked_run import TrackedRun
 
 REFRESH_S = 5.0
 """How often the log of a running run is read without a hint."""
@@ -34,34 +41,26 @@ REFRESH_S = 5.0
 IDLE_REFRESH_S = 60.0
 """The same for a run that nobody else should be writing about."""
 
+LOOKS_PER_S = 4.0
+IDLE_LOOKS_PER_S = 1.0
+"""With very many runs each is looked at less often: a listing costs as much as a write, day and night."""
+
+LOOKS_AT_ONCE = 64
+"""More than these that are merely due wait for the next tick, those not looked at for longest going first."""
+
+START_PATIENCE_S = 10.0
+"""At the start nothing is decided until every log is read, or none has been for so long."""
+
 RETRY_S = 5.0
 """How long a run is left alone after the store failed it."""
+
+DAMAGED = 2
+"""A log that was found damaged so often in a row is: the run has failed, and nothing is appended."""
 
 NODE_AT_FAULT = (EndReason.STORAGE_DOWN, EndReason.DISK_FULL)
 """Whatever the run has achieved there: what the next attempt needs may not be better there soon."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Run:
-    """A run's plan, its log, and when the controller last looked."""
-
-    plan: PlannedRun
-    log: RunLog
-    checkpoints: CheckpointStore
-    lock: threading.RLock = field(default_factory=threading.RLock)
-    read_at: float = float("-inf")
-    problem: str | None = None
-    """Why the store could not be used for this run, until it can."""
-    retry_at: float = float("-inf")
-    clean_at: float = float("-inf")
-    tidy: bool = False
-    """Finished, and what it left behind is deleted, as far as the store allows."""
-
-    @property
-    def state(self) -> RunState:
-        return self.log.state
 
 
 class Controller:
@@ -86,10 +85,11 @@ class Controller:
             backoff_s=sweep.recovery.backoff_s,
             max_backoff_s=sweep.recovery.max_backoff_s,
         )
-        self._runs: dict[str, _Run] = {}
-        for plan in sweep.runs:
-            log = run_log(store, plan.run_id)
-            self._runs[plan.run_id] = _Run(plan, log, CheckpointStore(store, plan.run_id, log))
+        many = len(sweep.runs) >= THREADS
+        self._runs = {plan.run_id: TrackedRun.of(plan, store, many=many) for plan in sweep.runs}
+        self._readers = Readers()
+        self._snapshot = SweepSnapshot(store, sweep.name, tuple(self._runs.values()), self._readers, clock)
+        self._begun = False
 
     @property
     def states(self) -> dict[str, RunState]:
@@ -98,8 +98,13 @@ class Controller:
 
     @property
     def done(self) -> bool:
-        """Every run is over, and nothing that it left behind is in the store."""
-        return all(run.tidy for run in self._runs.values())
+        """Every run is over, and nothing that it left behind is in the store; or its log is damaged."""
+        return all(run.tidy or run.damage for run in self._runs.values())
+
+    @property
+    def damaged(self) -> dict[str, str]:
+        """Runs that nobody can go on with, and why."""
+        return {run_id: run.damage for run_id, run in self._runs.items() if run.damage}
 
     def state(self, run_id: str, *, refresh: bool = False) -> RunState:
         """The state of a run as last known, or as its log tells it now.
@@ -130,10 +135,11 @@ class Controller:
 
     def cancel(self, run_ids: Iterable[str]) -> None:
         """Ask runs to stop. Those that are over stay as they are."""
-        for run_id in run_ids:
-            run = self._runs[run_id]
+        runs = [run for run_id in run_ids if not (run := self._runs[run_id]).tidy and not run.damage]
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(lambda run: run.log.refresh(), runs))
+        for run in runs:
             with run.lock:
-                run.log.refresh()
                 self._advance(run, CancelAsked(at=self._clock()))
 
     def tick(self) -> None:
@@ -145,37 +151,80 @@ class Controller:
         if self._clock() - self._term_checked_at >= REFRESH_S:
             with contextlib.suppress(StorageError):
                 self._check_term()
+        if not self._begun and not self._begin():
+            return
         slots = {slot.slot: slot for slot in self._cluster.observe()}
-        for run in self._runs.values():
-            with self._guarded(run):
-                self._follow(run, slots)
+        now = self._clock()
+        due = self._due(slots, now)
+        read = self._read(due)
+        for run_id, run in self._runs.items():
+            if run_id in read or (run_id not in due and self._free(run, now)):
+                self._try(run, partial(self._follow, run, slots, now))
+        self._sweep_orphans(now)
         self._dismiss_ghosts(slots)
         self._launch(slots)
+        self._snapshot.keep(now, at_once=self.done)
+
+    def _begin(self) -> bool:
+        """Read every log, from the last snapshot on; False if not even that can be asked for yet."""
+        if not self._snapshot.restore():
+            return False
+        self._read([run_id for run_id, run in self._runs.items() if not run.tidy], START_PATIENCE_S)
+        for run in self._runs.values():
+            run.was_over = run.state.finished is not None
+        self._begun = True
+        return True
+
+    def _due(self, slots: dict[str, Slot], now: float) -> set[str]:
+        """The runs whose logs are to be read now: something has happened, or it has been a while."""
+        open_runs = [(run_id, run) for run_id, run in self._runs.items() if self._free(run, now)]
+        running = sum(run.state.running is not None for _, run in open_runs)
+        every_s = max(REFRESH_S, running / LOOKS_PER_S)
+        idle_every_s = max(IDLE_REFRESH_S, (len(open_runs) - running) / IDLE_LOOKS_PER_S)
+        due, looks = set(), []
+        for run_id, run in open_runs:
+            if run.problem or self._event(run, slots):
+                due.add(run_id)
+            elif now - run.read_at >= (every_s if run.state.running else idle_every_s):
+                looks.append((run.read_at, run_id))
+        return due | {run_id for _, run_id in sorted(looks)[:LOOKS_AT_ONCE]}
+
+    def _free(self, run: TrackedRun, now: float) -> bool:
+        """Whether there may be something to do about the run, and nobody is at it."""
+        return not run.tidy and now >= run.retry_at and not self._readers.busy(run.plan.run_id)
+
+    def _read(self, run_ids: Iterable[str], patience_s: float = PATIENCE_S) -> set[str]:
+        """Read the logs of these runs at once; returns those whose logs are now known as of this call."""
+        done = self._readers.do(
+            {run_id: partial(self._read_one, self._runs[run_id]) for run_id in run_ids}, patience_s
+        )
+        return {run_id for run_id in done if self._runs[run_id].problem is None}
+
+    def _read_one(self, run: TrackedRun) -> None:
+        with run.lock, self._guarded(run):
+            now = self._clock()
+            run.log.refresh()
+            run.read_at, run.problem, run.corrupt, run.damage = now, None, 0, None
 
     def _check_term(self) -> None:
         if self._term:
             self._term.check()
         self._term_checked_at = self._clock()
 
-    def _follow(self, run: _Run, slots: dict[str, Slot]) -> None:
-        """Bring one run up to date with its log and its slot."""
-        now = self._clock()
-        if run.tidy or now < run.retry_at:
-            return
-        event = self._event(run, slots)
-        if event or run.problem or now - run.read_at >= (REFRESH_S if run.state.running else IDLE_REFRESH_S):
-            run.log.refresh()
-            run.read_at, run.problem = now, None
-            event = self._event(run, slots)
-        if event:
+    def _follow(self, run: TrackedRun, slots: dict[str, Slot], now: float) -> None:
+        """Do what follows from a run's log and its slot."""
+        if event := self._event(run, slots):
+            if run.state.running and run.state.running.claimed.slot not in slots:
+                self._check_term()  # a slot that we never knew may be the newer controller's
             self._advance(run, event)
         self._append_all(run, settle(run.state, now))
         if running := run.state.running:
             self._steer(run, slots.get(running.claimed.slot))
         if now >= run.clean_at:
-            self._clean(run, now)
+            self._prune(run, now)
+        self._snapshot.keep_own(run)
 
-    def _event(self, run: _Run, slots: dict[str, Slot]) -> Event | None:
+    def _event(self, run: TrackedRun, slots: dict[str, Slot]) -> Event | None:
         """Return what the slot's report means for the running attempt."""
         state = run.state
         if state.running is None:
@@ -183,7 +232,6 @@ class Controller:
         claimed, now = state.running.claimed, self._clock()
         slot = slots.get(claimed.slot)
         if slot is None:
-            self._check_term()  # a slot that we never knew may be the newer controller's
             detail = f"{claimed.node} is not part of the cluster any more"
             return Lost(at=now, attempt=claimed.attempt, reason=EndReason.NODE_LOST, detail=detail)
         work = slot.work
@@ -217,7 +265,7 @@ class Controller:
             return EndReason.NODE_UNREACHABLE
         return None
 
-    def _steer(self, run: _Run, slot: Slot | None) -> None:
+    def _steer(self, run: TrackedRun, slot: Slot | None) -> None:
         """Make the slot do what the log says: repeat a lost order, or ask a cancelled run to stop."""
         running = run.state.running
         if running is None or slot is None or slot.health is not Health.ALIVE:
@@ -242,7 +290,9 @@ class Controller:
                 continue
             state = run.state
             current = state.running and state.running.number == work.attempt
-            if work.attempt <= state.attempt and not current:
+            if run.damage:  # what it trains could never be committed
+                self._cluster.stop(slot.slot, work.run_id, work.attempt, self._sweep.recovery.stop_grace_s)
+            elif work.attempt <= state.attempt and not current:
                 self._cluster.stop(slot.slot, work.run_id, work.attempt, grace_s=0.0)
 
     def _launch(self, slots: dict[str, Slot]) -> None:
@@ -259,20 +309,26 @@ class Controller:
             and not run.state.cancel_requested
             and run.state.result is None
             and run.problem is None  # its state may be anything, and another run can use the slot
+            and not self._readers.busy(run.plan.run_id)
         ]
-        taken = {run.state.running.claimed.slot for run in self._runs.values() if run.state.running}
+        taken = {
+            run.state.running.claimed.slot
+            for run in self._runs.values()
+            if run.state.running and not run.damage
+        }
         free = [
             FreeSlot(slot=s.slot, node=s.node, up_since=s.up_since)
             for s in slots.values()
             if s.free and s.slot not in taken
         ]
-        for placement in assign(queued, free, self._clock()):
-            run = self._runs[placement.run_id]
-            with self._guarded(run):
-                self._claim(run, placement)
+        placements = {placed.run_id: placed for placed in assign(queued, free, self._clock())}
+        read = self._read(placements)
+        for run_id, placement in placements.items():
+            if run_id in read:
+                self._try(self._runs[run_id], partial(self._claim, self._runs[run_id], placement))
 
-    def _claim(self, run: _Run, placement: Placement) -> None:
-        state = run.log.refresh()
+    def _claim(self, run: TrackedRun, placement: Placement) -> None:
+        state = run.state
         if phase(state) is not Phase.QUEUED or state.cancel_requested or state.result:
             return  # what it was placed by is old news
         claimed = Claimed(
@@ -289,23 +345,29 @@ class Controller:
             Order(run_id=run.plan.run_id, attempt=claimed.attempt, incarnation=claimed.incarnation),
         )
 
-    def _clean(self, run: _Run, now: float) -> None:
-        """Delete what is of no use any more. What may not be deleted stays, and costs nothing but space."""
+    def _prune(self, run: TrackedRun, now: float) -> None:
+        """Retire what policy does not keep, and delete what was retired long enough ago.
+
+        What may not be deleted stays, and costs nothing but space.
+        """
         over = run.state.finished is not None
         try:
-            self._prune(run, grace_s=0.0 if over else self._sweep.checkpoint.grace_s)
-            if over:
-                run.checkpoints.sweep_orphans(run.state)
+            self._retire(run)
+            if run.state.retired:
+                run.checkpoints.reap(run.state, grace_s=0.0 if over else self._sweep.checkpoint.grace_s)
         except AccessDenied as error:
-            if run.clean_at == float("-inf"):
-                logger.warning("%s: nothing can be deleted: %s", run.plan.run_id, error)
-            run.clean_at = now + IDLE_REFRESH_S
-        run.tidy = over
+            self._not_deleted(run, error, now)
 
-    def _prune(self, run: _Run, grace_s: float) -> None:
-        """Retire what policy does not keep, and delete what was retired long enough ago."""
+    def _not_deleted(self, run: TrackedRun, error: AccessDenied, now: float) -> None:
+        if not run.undeletable:
+            logger.warning("%s: nothing can be deleted: %s", run.plan.run_id, error)
+        run.undeletable, run.clean_at = True, now + IDLE_REFRESH_S
+        run.tidy = run.state.finished is not None
+
+    def _retire(self, run: TrackedRun) -> None:
         state, policy = run.state, self._sweep.checkpoint
-        pinned = (*_pinned(state), *state.pinned)
+        if len(state.checkpoints) <= policy.keep_last and not state.salvaged:
+            return
         superfluous = plan_prune(
             state.checkpoints,
             keep_last=policy.keep_last,
@@ -313,36 +375,70 @@ class Controller:
             keep_best=policy.keep_best,
             metric=self._sweep.metric.name if self._sweep.metric else None,
             goal=self._sweep.metric.goal if self._sweep.metric else "minimize",
-            pinned=pinned,
+            pinned=(*_pinned(state), *state.pinned),
         )
         superfluous += plan_salvaged(state)
         if superfluous:
             run.checkpoints.retire(superfluous)
-        if run.state.retired:
-            run.checkpoints.reap(run.state, grace_s=grace_s)
 
-    def _advance(self, run: _Run, event: Event) -> None:
+    def _sweep_orphans(self, now: float) -> None:
+        """Delete what runs that are over have left behind; nothing is appended, so all at once."""
+        self._readers.do(
+            {
+                run_id: partial(self._sweep_one, run, now)
+                for run_id, run in self._runs.items()
+                if run.state.finished and self._free(run, now) and run.problem is None
+            }
+        )
+
+    def _sweep_one(self, run: TrackedRun, now: float) -> None:
+        with run.lock, self._guarded(run):
+            try:
+                run.checkpoints.sweep_orphans(run.state)
+                run.tidy = True
+            except AccessDenied as error:
+                self._not_deleted(run, error, now)
+
+    def _advance(self, run: TrackedRun, event: Event) -> None:
         self._append_all(run, advance(run.state, event, self._policy))
 
-    def _append_all(self, run: _Run, records: tuple[Record, ...]) -> None:
+    def _append_all(self, run: TrackedRun, records: tuple[Record, ...]) -> None:
         for record in records:
             run.log.append(record)
             logger.info("%s: %s", run.plan.run_id, record)
 
-    @contextlib.contextmanager
-    def _guarded(self, run: _Run) -> Iterator[None]:
-        """Hold the run's lock. A store that fails, or a lost race, costs this run alone one tick."""
-        with run.lock:
+    def _try(self, run: TrackedRun, do: Callable[[], None]) -> None:
+        """Do this under the run's lock; nothing while somebody else is at the run."""
+        if run.lock.acquire(blocking=False):
             try:
-                yield
-            except Fenced as error:
-                logger.warning("%s: %s; reading its log again", run.plan.run_id, error)
-                run.read_at = float("-inf")
-            except StorageError as error:
-                problem = f"{type(error).__name__}: {error}"
-                if problem != run.problem:  # told once: the store may be away for hours
-                    logger.warning("%s: %s; trying again", run.plan.run_id, problem)
-                run.problem, run.retry_at = problem, self._clock() + RETRY_S
+                with self._guarded(run):
+                    do()
+            finally:
+                run.lock.release()
+
+    @contextlib.contextmanager
+    def _guarded(self, run: TrackedRun) -> Iterator[None]:
+        """A store that fails, a lost race or a damaged log costs this run alone."""
+        try:
+            yield
+        except Fenced as error:
+            logger.warning("%s: %s; reading its log again", run.plan.run_id, error)
+            run.read_at = float("-inf")
+        except Corrupt as error:
+            run.corrupt += 1
+            if run.corrupt == DAMAGED:
+                logger.error("%s has failed, its log is damaged: %s", run.plan.run_id, error)
+            run.damage = str(error) if run.corrupt >= DAMAGED else None
+            self._leave_alone(run, error)
+        except StorageError as error:
+            self._leave_alone(run, error)
+
+    def _leave_alone(self, run: TrackedRun, error: StorageError) -> None:
+        problem = f"{type(error).__name__}: {error}"
+        if problem != run.problem:  # told once: the store may be away for hours
+            logger.warning("%s: %s; trying again", run.plan.run_id, problem)
+        run.problem = problem
+        run.retry_at = self._clock() + (IDLE_REFRESH_S if run.damage else RETRY_S)
 
 
 def _pinned(state: RunState) -> tuple[CheckpointRef, ...]:
@@ -354,7 +450,7 @@ def _pinned(state: RunState) -> tuple[CheckpointRef, ...]:
 
 
 def _stalled_on(state: RunState) -> str | None:
-    """The node to avoid: there the last attempt made no progress, could not reach the store, or had no room."""
+    """The node to avoid: there the last attempt made no progress, or the node itself was at fault."""
     if not state.attempts:
         return None
     last = state.attempts[-1]

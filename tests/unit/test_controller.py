@@ -522,6 +522,23 @@ def test_a_store_that_is_away_is_told_once_and_not_every_tick(caplog: pytest.Log
         store.away = False
         finish(controller, cluster)
 
+    assert caplog.messages == ["the sweep's snapshot cannot be read: 503 SlowDown; trying again"]
+
+
+def test_a_store_that_goes_away_is_told_once_a_run_and_not_every_tick(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    inner, sweep = MemoryStore(), small_sweep(runs=1)
+    store, cluster = Outage(inner), FakeCluster(inner, sweep)
+    controller = Controller(sweep, store, cluster, cluster.clock)
+
+    with caplog.at_level(logging.WARNING, logger="orchestrator"):
+        ticks(controller, cluster, 2)
+        store.away = True
+        ticks(controller, cluster, 20)
+        store.away = False
+        finish(controller, cluster)
+
     assert caplog.messages == [f"{R0}: Unavailable: 503 SlowDown; trying again"]
 
 
