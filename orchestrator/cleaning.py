@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from storage.collecting import (
     Collected,
     ContentPlan,
+    TellsTime,
     collect_content,
     collect_loose,
     collect_run,
@@ -107,7 +108,8 @@ def look(
         else:
             logs[run] = log
     now_s = store_time(store, inventory)
-    return Store(inventory, sweeps, logs, damaged, counted.requests + 1, now_s)
+    requests = counted.requests + isinstance(store, TellsTime)
+    return Store(inventory, sweeps, logs, damaged, requests, now_s)
 
 
 def survey(
