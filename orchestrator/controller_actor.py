@@ -12,6 +12,7 @@ from storage.errors import AccessDenied, Fenced, StorageError, Unavailable
 from storage.grant_desk import GrantDesk
 from storage.records import RECORD
 from storage.url import open_store
+from trainer.interval import Lifetimes, learned, lives
 from trainer.rundir import Options
 
 from .agent import AgentSetup
@@ -158,7 +159,7 @@ class ControllerActor:
                 sweep=setup.sweep,
                 name=name,
                 store_url=setup.store_url,
-                options=options,
+                options=options.model_copy(update={"lifetimes": self._lifetimes()}),
                 arbiter=controller_name(setup.sweep) if setup.arbitrated or setup.scoped else None,
                 scoped=setup.scoped,
             )
@@ -168,6 +169,11 @@ class ControllerActor:
         self._desk = desk_for(sweep, controller, store) if setup.scoped else None
         self._controller = controller
         return self._controller, self._cluster
+
+    def _lifetimes(self) -> Lifetimes:
+        """How long nodes live, for an agent that starts now."""
+        states = self._controller.states.values() if self._controller else ()
+        return learned(lives(states, time.time()))
 
     def _work(self, controller: Controller) -> None:
         while not controller.done:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from trainer.config import Base, Dataset, Evaluate, Frozen, Samples, Validation
+from trainer.interval import MIN_S
 from trainer.rundir import CheckpointPolicy
 
 SWEEP_NAME = r"^[a-z0-9][a-z0-9-]{0,39}$"
@@ -31,6 +32,8 @@ NOT_YET = frozenset(
     {"early_terminate", "budget", "notify", "track", "export", "program", "command", "controller", "entity"}
 )
 """Words of our design or of W&B sweeps that this version does not act on."""
+
+AUTO = "auto"
 
 METHODS = ("grid", "random", "bayes")
 
@@ -77,7 +80,10 @@ class Checkpoint(Frozen):
     """When a run saves itself, and what stays in the store."""
 
     every: Annotated[int, Field(ge=1)] | str = "120s"
-    """Steps (``200``) or time (``120s``, ``5m``, ``1h``): the most work that one preemption can cost."""
+    """Steps (``200``) or time (``120s``, ``5m``, ``1h``): the most work that one preemption can cost.
+    ``auto``: what costs least, by the measured stall and upload and the lifetimes of the sweep's nodes."""
+    max_every: str = "10m"
+    """The longest time that ``auto`` may choose, unless an upload takes longer."""
     keep_last: Annotated[int, Field(ge=1)] = 2
     """How many of the newest checkpoints of a run stay."""
     keep_every: Annotated[int, Field(ge=0)] = 0
@@ -90,13 +96,22 @@ class Checkpoint(Frozen):
     @field_validator("every")
     @classmethod
     def _readable(cls, every: int | str) -> int | str:
-        if isinstance(every, str) and not seconds(every):
-            raise ValueError(f"must be steps (200) or a time ('120s', '5m', '1h'), got {every!r}")
+        if isinstance(every, str) and every != AUTO and not seconds(every):
+            raise ValueError(f"must be steps (200), a time ('120s', '5m', '1h') or 'auto', got {every!r}")
         return every
+
+    @field_validator("max_every")
+    @classmethod
+    def _a_time(cls, max_every: str) -> str:
+        if not seconds(max_every):
+            raise ValueError(f"must be a time ('120s', '5m', '1h'), got {max_every!r}")
+        return max_every
 
     @property
     def policy(self) -> CheckpointPolicy:
         """The same, as the training process reads it."""
+        if self.every == AUTO:
+            return CheckpointPolicy(every_s=MIN_S, auto_max_s=seconds(self.max_every))
         if isinstance(self.every, str):
             return CheckpointPolicy(every_s=seconds(self.every))
         return CheckpointPolicy(every_steps=self.every, every_s=None)
