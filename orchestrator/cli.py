@@ -300,7 +300,7 @@ def export(
 )
 @output_option
 def doctor(store_url: str, checkpoint_mb: int, output: str) -> None:
-    """Find out whether a store will do: rights, create-only, checksums, clock, speed. Leaves nothing there."""
+    """Find out whether a store will do: rights, create-only, checksums, clock, speed."""
     from .doctor import run_doctor
 
     sys.exit(run_doctor(store_url, checkpoint_bytes=checkpoint_mb * 1_000_000, as_json=output == "json"))

@@ -217,7 +217,8 @@ def test_the_probe_refuses_a_store_that_ignores_create_only(rclone: S3Server) ->
     result = race_probe(store)
     assert not result.atomic
     assert "of 16 concurrent creates of one key succeeded" in result.reason
-    assert keys(store) == []
+    # After a race it may list for minutes what is deleted, and what nobody can read.
+    assert [key for key in keys(store) if store.head(key) is not None] == []
 
 
 def test_the_probe_refuses_a_store_that_is_atomic_only_in_sequence(swift: S3Server) -> None:
