@@ -211,7 +211,7 @@ class Uploads:
             self._send_parts(upload, file)
             if FileIdentity.of(os.fstat(file.fileno())) != upload.file:
                 raise Unavailable(f"{upload.path}: changed while it was uploaded")
-            self._complete(upload)
+            self._complete(upload, file)
         except UploadForgotten:
             raise
         except BaseException:
@@ -263,7 +263,7 @@ class Uploads:
             answer = self._timed(upload.key, send, length, at_once)
         upload.parts[number] = SentPart(answer["ETag"], digest)
 
-    def _complete(self, upload: Upload) -> None:
+    def _complete(self, upload: Upload, file: BinaryIO) -> None:
         parts = [{"PartNumber": number, "ETag": part.etag} for number, part in sorted(upload.parts.items())]
 
         def send(client: Any) -> None:
@@ -279,10 +279,11 @@ class Uploads:
             self._request(upload.key, send, allow_s=_COMPLETE_S)
         except UploadForgotten:
             # It is forgotten too after a completion whose answer was lost.
-            if not self._is_there(upload):
+            if not self._is_there(upload, file):
                 raise
 
-    def _is_there(self, upload: Upload) -> bool:
+    def _is_there(self, upload: Upload, file: BinaryIO) -> bool:
+        """Whether the key holds this very file, as far as the server's name for the content tells."""
         try:
             found = self._request(
                 upload.key,
@@ -290,7 +291,12 @@ class Uploads:
             )
         except NotFound:
             return False
-        return bool(found["ContentLength"] == upload.file.size_bytes and found["ETag"] == upload.etag)
+        if found["ContentLength"] != upload.file.size_bytes:
+            return False
+        # Some servers name the parts' digests, some the whole's; any other name costs a second upload.
+        if found["ETag"] == upload.etag:
+            return True
+        return bool(found["ETag"] == f'"{FileSlice(file.fileno(), 0, upload.file.size_bytes).md5().hex()}"')
 
     def _timed(self, key: str, send: Callable[[Any], T], size_bytes: int, at_once: int = 1) -> T:
         """Send a body in the time that it may take on this uplink."""
