@@ -16,7 +16,7 @@ from .cluster import NoCluster, RemoteController
 from .controller import Controller
 from .errors import PreflightFailed
 from .sweep import Sweep
-from .view import OVER, RunView, Status, best, described, read_states, rows
+from .view import OVER, RunView, Status, best, described, read_rows
 from .watch import console, table, watch
 
 if TYPE_CHECKING:
@@ -36,12 +36,14 @@ def work_on(
     insecure: bool,
 ) -> None:
     """Start the sweep's controller if any run is left to do, and watch unless detached."""
-    views = rows(sweep, read_states(sweep, store))
+    views = read_rows(sweep, store)
     if all(view.status in OVER for view in views):
         Controller(sweep, store, NoCluster()).tick()  # deletes what a controller that was killed left behind
         conclude(sweep, views)
         return
     how = "agents append to the logs" if probed.atomic else f"{probed.reason}; only the controller appends"
+    if sweep.storage.credentials == "scoped" and probed.atomic:
+        how = "nodes hold no credentials; the controller signs and verifies what they store"
     click.echo(f"store: {store.url}: {how}{probed.when}", err=True)
     where = launch.connect(address, insecure=insecure)
     launch.check_resources(sweep)
