@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from storage.log import run_log
+from storage.errors import Corrupt
 from storage.object_store import ObjectStore
 from storage.records import Outcome
 from storage.redaction import printable
@@ -14,6 +14,7 @@ from storage.run_state import RunState
 
 from .cluster import Work
 from .sweep import PlannedRun, Sweep
+from .sweep_logs import SweepLogs
 from .why import interruptions
 
 
@@ -79,32 +80,59 @@ def described(parameters: Mapping[str, Any]) -> str:
 
 
 def read_states(sweep: Sweep, store: ObjectStore) -> dict[str, RunState]:
-    """Read every run's log, in sweep order."""
-    return {run.run_id: run_log(store, run.run_id).refresh() for run in sweep.runs}
+    """Read every run's log, in sweep order.
+
+    Raises:
+        Corrupt: One is damaged.
+        AccessDenied, Unavailable
+    """
+    logs = SweepLogs(sweep, store)
+    logs.read()
+    for problem in logs.damaged.values():
+        raise Corrupt(problem)
+    return logs.states
+
+
+def read_rows(sweep: Sweep, store: ObjectStore) -> list[RunView]:
+    """Read every run's log, and return a row per run: a damaged one's has failed.
+
+    Raises:
+        AccessDenied, Unavailable
+    """
+    logs = SweepLogs(sweep, store)
+    logs.read()
+    return rows(sweep, logs.states, damaged=logs.damaged)
 
 
 def rows(
     sweep: Sweep,
     states: Mapping[str, RunState],
     training: Mapping[str, Work] | None = None,
+    damaged: Mapping[str, str] | None = None,
 ) -> list[RunView]:
     """Return a row per run.
 
     Args:
         training: What slots hold right now, by run.
+        damaged: Runs whose log is damaged, and how: nobody can go on with them.
     """
-    return [_row(sweep, run, states[run.run_id], (training or {}).get(run.run_id)) for run in sweep.runs]
+    training, damaged = training or {}, damaged or {}
+    return [
+        _row(sweep, run, states[run.run_id], training.get(run.run_id), damaged.get(run.run_id))
+        for run in sweep.runs
+    ]
 
 
-def _row(sweep: Sweep, run: PlannedRun, state: RunState, work: Work | None) -> RunView:
+def _row(sweep: Sweep, run: PlannedRun, state: RunState, work: Work | None, damage: str | None) -> RunView:
     step, loss = state.committed_step, None
     if work and state.running and work.attempt == state.attempt:
         step, loss = max(step, work.step), work.loss
     newest = state.newest
+    detail = f"its log is damaged: {damage}" if damage else state.finished.detail if state.finished else ""
     return RunView(
         run=run.run_id,
         params=run.parameters,
-        status=status(state),
+        status=Status.FAILED if damage else status(state),
         step=step,
         max_steps=run.spec.base.max_train_steps,
         committed_step=state.committed_step,
@@ -114,7 +142,7 @@ def _row(sweep: Sweep, run: PlannedRun, state: RunState, work: Work | None) -> R
         lost_steps=sum(cut.lost_steps for cut in interruptions(state)),
         last_commit_at=newest.at if newest else None,
         node=printable(state.running.claimed.node) if state.running else None,
-        detail=printable(state.finished.detail) if state.finished else "",
+        detail=printable(detail),
     )
 
 

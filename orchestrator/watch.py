@@ -11,13 +11,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from storage.errors import Unavailable
-from storage.log import RunLog, run_log
 from storage.object_store import ObjectStore
 
 from .cluster import RemoteController
 from .errors import OrchestrateError
 from .sweep import Sweep
+from .sweep_logs import SweepLogs
 from .view import OVER, RunView, Status, best, described, rows
 
 STYLES = {
@@ -41,16 +40,13 @@ class Watcher:
 
     def __init__(self, sweep: Sweep, store: ObjectStore) -> None:
         self._sweep = sweep
-        self._logs: dict[str, RunLog] = {r.run_id: run_log(store, r.run_id) for r in sweep.runs}
+        self._logs = SweepLogs(sweep, store)
 
     def look(self, controller: RemoteController | None = None) -> list[RunView]:
         """Return the rows as of now; a store that does not answer leaves the last known ones."""
-        for log in self._logs.values():
-            if log.state.finished is None:
-                with contextlib.suppress(Unavailable):
-                    log.refresh()
+        self._logs.look()
         training = controller.training() if controller else {}
-        return rows(self._sweep, {k: log.state for k, log in self._logs.items()}, training)
+        return rows(self._sweep, self._logs.states, training, self._logs.damaged)
 
 
 def watch(
