@@ -25,11 +25,11 @@ import ray
 from storage.errors import AccessDenied, Fenced, Unavailable
 from storage.grants import Caller
 from storage.ledger import Ledger
-from storage.log import run_log
 from storage.object_store import ObjectStore
 from storage.records import RECORD, Record
 from storage.run_state import RunState
 from storage.scoped import Ask, ScopedLedger, ScopedStore
+from storage.snapshots import hinted_log
 from storage.url import open_store
 from trainer.config import RunSpec
 from trainer.patience import one_line, patiently
@@ -201,7 +201,7 @@ class Agent:
             )
             return ScopedStore(self._setup.store_url, ask, caller), ScopedLedger(ask, caller)
         if arbiter is None:
-            return self._store, run_log(self._store, run_id)
+            return self._store, hinted_log(self._store, run_id)
         return self._store, ArbitratedLedger(self._store, run_id, arbiter)
 
     def _on_progress(self, progress: Progress) -> None:
@@ -271,7 +271,7 @@ class ArbitratedLedger:
     """
 
     def __init__(self, store: ObjectStore, run_id: str, arbiter: str) -> None:
-        self._log = run_log(store, run_id)
+        self._log = hinted_log(store, run_id)
         self._run_id = run_id
         self._arbiter = arbiter
 

@@ -22,11 +22,11 @@ from pydantic import ValidationError
 
 from storage import layout
 from storage.errors import Fenced, StorageError
-from storage.log import run_log
 from storage.object_store import ObjectStore
 from storage.probe import open_probed as open_and_probe
 from storage.records import Claimed, Ended, EndReason, Finished, Outcome, Quarantined, Record
 from storage.run_state import RunState
+from storage.snapshots import hinted_log
 
 from .config import RunSpec
 from .rundir import (
@@ -133,7 +133,7 @@ def _run(store: ObjectStore, run_id: str, spec: RunSpec, options: Options, grace
             raise click.ClickException(
                 f"run {run_id} is in the store with another spec: give another --run-id"
             )
-    log = run_log(store, run_id)
+    log = hinted_log(store, run_id)
     state = log.refresh()
     if state.finished:
         click.echo(f"{run_id} is over: {state.finished.outcome}", err=True)
