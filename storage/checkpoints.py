@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-from . import layout, packing
+from . import garbage, layout, packing
 from .errors import Corrupt, Fenced, InvalidName, NotFound, StorageError, Unavailable
 from .ledger import Ledger
 from .local import (
@@ -211,25 +211,11 @@ class CheckpointStore:
     def sweep_orphans(self, state: RunState) -> int:
         """Delete uploaded data that no record names and none ever can; return how many objects that were.
 
-        That is the data of attempts older than the newest claim, which are fenced, and, once the run is
-        over, of the newest attempt and of quarantined checkpoints too. No clock takes part. Data of a newer
-        attempt than ``state`` knows is left alone. Uploads that a dead node left half done are not objects
-        yet, but cost as much: they go once the run is over.
+        See ``garbage.orphans``. Uploads that a dead node left half done are not objects yet, but cost as
+        much: they go once the run is over.
         """
-        named = {
-            layout.checkpoint_prefix(self._run_id, c.attempt, c.incarnation, c.step)
-            for c in (*state.stored, *state.retired)
-        }
-        kept = set() if state.finished else {ref for ref, _ in state.quarantined}
-        fenced_below = state.attempt + 1 if state.finished else state.attempt
-        orphans = [
-            info.key
-            for info in self._store.list(layout.data_prefix(self._run_id))
-            if (data := layout.parse_data(info.key))
-            and data.attempt < fenced_below
-            and layout.checkpoint_prefix(self._run_id, data.attempt, data.incarnation, data.step) not in named
-            and data.ref not in kept
-        ]
+        listed = self._store.list(layout.data_prefix(self._run_id))
+        orphans = [info.key for info in garbage.orphans(self._run_id, state, listed)]
         self._store.delete(orphans)
         if state.finished:
             self._store.abort_uploads(layout.data_prefix(self._run_id))

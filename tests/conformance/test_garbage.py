@@ -1,0 +1,219 @@
+"""What gc takes and leaves on real servers: listings, clocks, unfinished uploads, refused deletes."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from support.fake_cluster import small_sweep
+from support.fault_proxy import FOREVER, FaultProxy, LoseReply, Status, matching
+from support.flaky_store import Died, Fault, FlakyStore
+from support.invariants import leftovers as unexplained
+from support.invariants import violations
+from support.runs import claimed, ended, finished, incarnation, write_checkpoint
+from support.s3_servers import S3Server
+
+from orchestrator.cleaning import carry_out, look, survey
+from orchestrator.cli import main
+from orchestrator.submission import submit
+from storage import layout
+from storage.checkpoints import CheckpointStore
+from storage.collecting import Collected, store_time
+from storage.inventory import take
+from storage.log import run_log
+from storage.object_store import ObjectStore
+from storage.s3 import S3Store
+from storage.url import open_store
+
+CAT = small_sweep(runs=1, name="cat")
+R0 = CAT.runs[0].run_id
+_corners = itertools.count()
+
+
+@pytest.fixture(params=["radosgw", "rclone"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def server(kind: str, request: pytest.FixtureRequest) -> S3Server:
+    found: S3Server = request.getfixturevalue(kind)
+    return found
+
+
+@pytest.fixture
+def url(server: S3Server) -> str:
+    return server.url_of(f"garbage-{next(_corners)}")
+
+
+def lived(store: ObjectStore, disk: Path, *, over: bool) -> None:
+    """A sweep of one run: a lost node, five checkpoints, an upload that was cut off."""
+    submit(CAT, store)
+    log = run_log(store, R0)
+    checkpoints = CheckpointStore(store, R0, log)
+    log.append(claimed())
+    for step in (10, 20):
+        checkpoints.publish(write_checkpoint(disk / "out", step), 1, incarnation(1))
+    store.put(layout.checkpoint_file(R0, 1, incarnation(1), 30, "half"), b"x" * 1000)
+    log.append(ended())
+    log.append(claimed(2))
+    for step in (30, 40, 50):
+        checkpoints.publish(write_checkpoint(disk / "out", step), 2, incarnation(2))
+    if over:
+        log.append(finished())
+
+
+def collected(store: ObjectStore, *, atomic: bool = True) -> Collected:
+    """One ``gc --apply`` without grace: the sweep's is 0."""
+    done = Collected()
+    plan = survey(store, look(store))
+    for part in carry_out(
+        store, plan, lambda sweep, run: run_log(store, run) if atomic else None, atomic=atomic
+    ):
+        done.add(part)
+    return done
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def started_upload(store: S3Store, key: str) -> None:
+    """What a node leaves that dies between two parts."""
+    client = store._client
+    client.create_multipart_upload(Bucket=store._bucket, Key=store._key(key))
+
+
+def test_gc_leaves_what_is_kept_and_nothing_else(url: str, tmp_path: Path) -> None:
+    store = open_store(url, check_then_put=True)
+    lived(store, tmp_path, over=True)
+
+    first, second = collected(store), collected(store)
+
+    assert (first.retired, first.objects) == (3, 1)
+    assert (second.retired, second.objects) == (0, 6)
+    state = run_log(store, R0).refresh()
+    assert violations(store, R0) == []
+    assert [c.step for c in state.checkpoints] == [40, 50]
+    assert unexplained(store, R0, state) == []
+    assert collected(store) == Collected()
+
+
+def test_a_listing_tells_the_stores_own_time(url: str) -> None:
+    store = open_store(url)
+    store.put("probe/x/0", b"now")
+
+    now = store_time(store, take(store))
+
+    [info] = take(store).probes
+    assert now is not None
+    assert info.modified_s is not None
+    assert -5 <= now - info.modified_s <= 3600
+
+
+def test_a_collection_cut_off_at_any_call_is_finished_by_the_next(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    radosgw: S3Server = request.getfixturevalue("radosgw")
+    for at in range(2, 60, 7):
+        store = open_store(radosgw.url_of(f"garbage-{next(_corners)}"))
+        lived(store, tmp_path, over=True)
+        flaky = FlakyStore(store, at, Fault.DIE_HALF_WAY)
+        with suppress(Died):
+            collected(flaky)
+        assert violations(store, R0) == []
+        collected(store)
+        collected(store)
+        state = run_log(store, R0).refresh()
+        assert (violations(store, R0), unexplained(store, R0, state)) == ([], [])
+        assert [c.step for c in state.checkpoints] == [40, 50]
+        if flaky.calls < at:
+            return
+    raise AssertionError("a collection took more calls than expected")
+
+
+def test_unfinished_uploads_of_fenced_attempts_end_and_a_live_attempts_go_on(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    radosgw: S3Server = request.getfixturevalue("radosgw")
+    store = open_store(radosgw.url_of(f"garbage-{next(_corners)}"))
+    assert isinstance(store, S3Store)
+    lived(store, tmp_path, over=False)
+    fenced = layout.checkpoint_file(R0, 1, incarnation(1), 40, "big")
+    live = layout.checkpoint_file(R0, 2, incarnation(2), 60, "big")
+    for key in (fenced, live, "content/young"):
+        started_upload(store, key)
+
+    collected(store)
+    assert sorted(info.key for info in store.unfinished("")) == ["content/young", live]
+
+    run_log(store, R0).append(finished())
+    collected(store)
+    assert [info.key for info in store.unfinished("")] == ["content/young"]
+
+
+@pytest.fixture
+def proxied(
+    url: str, server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[FaultProxy]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with FaultProxy(server.endpoint) as proxy:
+        monkeypatch.setenv("ORCHESTRATE_STORE", url.replace(server.endpoint, proxy.endpoint))
+        yield proxy
+
+
+def test_deletes_that_are_denied_are_told_once_and_cost_nothing_but_space(
+    url: str, proxied: FaultProxy, tmp_path: Path
+) -> None:
+    store = open_store(url, check_then_put=True)
+    lived(store, tmp_path, over=True)
+    proxied.inject(Status(403, "AccessDenied"), when=matching("DELETE", "/data/"), times=FOREVER)
+
+    result = run("gc", "--apply")
+
+    assert result.exit_code == 5, result.output
+    assert result.stderr.count("403 AccessDenied") == 1
+    assert "training is not affected" in result.stderr
+    assert violations(store, R0) == []
+    assert any("half" in info.key for info in store.list(layout.data_prefix(R0)))
+    proxied.heal()
+    assert run("gc", "--apply").exit_code == 0
+    assert not any("half" in info.key for info in store.list(layout.data_prefix(R0)))
+
+
+def test_where_create_only_does_not_hold_gc_appends_nothing(
+    url: str, kind: str, proxied: FaultProxy, tmp_path: Path
+) -> None:
+    store = open_store(url, check_then_put=True)
+    lived(store, tmp_path, over=True)
+    before = sum(1 for _ in store.list(layout.run_log_prefix(R0)))
+
+    result = run("gc", "--apply")
+
+    assert result.exit_code == 0, result.output
+    after = sum(1 for _ in store.list(layout.run_log_prefix(R0)))
+    refused = "only a controller may write to logs here" in result.stderr
+    assert (after - before, refused) in [(1, False), (0, True)]
+    assert refused == (kind == "rclone")
+    assert "deleted 1 object, 1.0 kB" in result.stderr
+
+
+def test_a_record_whose_reply_is_lost_is_written_once(
+    proxied: FaultProxy, url: str, kind: str, tmp_path: Path
+) -> None:
+    if kind == "rclone":
+        pytest.skip("gc appends nothing there")
+    store = open_store(url)
+    lived(store, tmp_path, over=True)
+    proxied.inject(LoseReply(), when=matching("PUT", f"{R0}/log/"))
+
+    assert run("gc", "--apply").exit_code == 0
+
+    kinds = [
+        json.loads(store.get(info.key))["record"]["kind"] for info in store.list(layout.run_log_prefix(R0))
+    ]
+    assert kinds.count("retired") == 1
+    assert violations(store, R0) == []
