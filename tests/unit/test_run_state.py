@@ -5,17 +5,20 @@ from functools import reduce
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.runs import claimed, committed, ended, finished, incarnation, ref, retired
+from support.runs import NO_DIGEST, claimed, committed, ended, finished, incarnation, ref, retired
 
 from storage.records import (
     CancelRequested,
+    Committed,
     EndReason,
     Entry,
     Outcome,
+    Packed,
     Quarantined,
     Reaped,
     Record,
     Started,
+    StoredFile,
 )
 from storage.run_state import RunState, fold, holds, refusal
 
@@ -188,3 +191,61 @@ def test_the_histories_above_reach_what_they_are_about() -> None:
     explore()
     kinds = {"claimed", "committed", "ended", "retired", "reaped", "quarantined"}
     assert seen >= {f"{kind} {what}" for kind in kinds for what in ("admitted", "refused")}
+
+
+def salvaged(step: int, attempt: int = 1) -> Committed:
+    return committed(step, attempt).model_copy(update={"resumable": False})
+
+
+def whole(step: int, attempt: int = 1, *, adapter: str = NO_DIGEST) -> Committed:
+    files = (
+        StoredFile(name="adapter.safetensors", size_bytes=0, sha256=adapter),
+        StoredFile(name="optimizer.safetensors", size_bytes=9, sha256=NO_DIGEST),
+    )
+    return committed(step, attempt).model_copy(update={"files": files})
+
+
+def test_a_salvage_is_stored_and_never_resumed_from() -> None:
+    state = state_after(claimed(), committed(10), salvaged(20), ended(), claimed(2))
+    assert state.newest == committed(10)
+    assert state.stored == (committed(10), salvaged(20))
+    assert state.running is not None
+    assert state.running.resumed_from == 10
+    assert state_after(claimed(), salvaged(20), ended()).fruitless == 1, "no progress for the next attempt"
+
+
+def test_the_whole_checkpoint_takes_its_salvages_place() -> None:
+    state = state_after(claimed(), salvaged(20), whole(20))
+    assert (state.checkpoints, state.salvaged, state.stored) == ((whole(20),), (), (whole(20),))
+    assert holds(state, whole(20))
+    assert holds(state, salvaged(20)), "it is part of what is there: a late second try is no new fact"
+    assert not holds(state_after(claimed(), salvaged(20)), whole(20))
+
+
+def test_how_a_file_is_packed_is_not_what_it_is() -> None:
+    record = whole(20)
+    packed = Packed(codec="shuffle4.zstd", size_bytes=3, sha256="1" * 64)
+    other = record.model_copy(
+        update={"files": tuple(f.model_copy(update={"packed": packed}) for f in record.files)}
+    )
+    assert holds(state_after(claimed(), record), other)
+    assert not holds(state_after(claimed(), record), whole(20, adapter="2" * 64))
+
+
+@pytest.mark.parametrize(
+    ("history", "record", "reason"),
+    [
+        ((salvaged(20),), whole(20, adapter="2" * 64), "other files of step 20 are already committed"),
+        ((salvaged(20),), salvaged(20), "other files of step 20"),
+        ((committed(20),), salvaged(20), "step 20 is already committed"),
+        ((committed(20),), salvaged(10), "step 20 is already committed"),
+        ((salvaged(20),), retired(ref(20)), "attempt 1 may still complete step 20"),
+        ((salvaged(10), salvaged(20), ended(), retired(ref(10))), claimed(2), None),
+        ((salvaged(20), ended()), retired(ref(20)), None),
+        ((salvaged(20), committed(30)), retired(ref(20)), None),
+    ],
+)
+def test_what_may_follow_a_salvage(history: tuple[Record, ...], record: Record, reason: str | None) -> None:
+    state = state_after(claimed(), *history)
+    found = refusal(state, record)
+    assert (found is None) if reason is None else (found is not None and reason in found)

@@ -6,6 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from storage.errors import InvalidName
+from storage.tensor_header import MAX_TENSORS
+from trainer import tensor_file
 from trainer.tensor_file import read, to_bytes, write
 
 DTYPES = (
@@ -55,3 +58,22 @@ def test_what_was_written_is_read_back(tmp_path: Path, tensors: dict[str, torch.
     assert {n: (t.dtype, t.shape, t.tolist()) for n, t in found.items()} == {
         n: (t.dtype, t.shape, t.tolist()) for n, t in tensors.items()
     }
+
+
+def test_more_tensors_than_a_reader_will_take_are_not_written(tmp_path: Path) -> None:
+    many = {str(n): torch.empty(0) for n in range(MAX_TENSORS + 1)}
+    with pytest.raises(InvalidName, match="20001 tensors, at most 20000"):
+        write(tmp_path / "x.safetensors", many, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_two_hundred_thousand_tensors_is_not_even_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(save({f"t{n}": torch.empty(0) for n in range(200_000)}))
+    parsed: list[Path] = []
+    monkeypatch.setattr(tensor_file, "safe_open", parsed.append)
+    with pytest.raises(InvalidName, match=r"(tensors|header has)"):
+        read(path)
+    assert parsed == []
