@@ -11,10 +11,11 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ValidationError
 
@@ -39,6 +40,8 @@ from .errors import Corrupt, Fenced, Unavailable
 from .log import Log
 from .object_store import ObjectStore
 from .records import StoredFile
+
+T = TypeVar("T")
 
 ContentLog = Log[ContentState, ContentRecord]
 
@@ -139,26 +142,36 @@ def store_for(
     )
 
 
-def fetch(store: ObjectStore, digest: str, stored: Stored, target: Path) -> Listing:
+def fetch(
+    store: ObjectStore,
+    digest: str,
+    stored: Stored,
+    target: Path,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Listing:
     """Download a content into a directory. Files that are there already, from a fetch that was cut off, stay.
+
+    Args:
+        stopped: Asked before each file whether to go on.
 
     Raises:
         Corrupt: The store's bytes are not what the digest names, also when fetched again.
         NotFound: A file is not in the store (any more).
-        Unavailable: The store does not answer, or the disk is full.
+        Unavailable: The store does not answer, the disk is full, or the fetch was stopped.
         AccessDenied
     """
     listing = read_listing(store, digest, stored)
 
     def fetch_one(file: StoredFile) -> None:
+        if stopped():
+            raise Unavailable(f"content {digest[:12]}: the fetch was stopped")
         _fetch_file(store, layout.content_file(digest, stored.incarnation, file.sha256), file, target)
 
     try:
         for folder in {(target / file.name).parent for file in listing.files}:
             folder.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for _ in pool.map(fetch_one, listing.files):
-                pass
+        for _ in _side_by_side(fetch_one, listing.files):
+            pass
     except OSError as error:
         raise Unavailable(f"{error.filename or target}: {error.strerror or error}") from error
     return listing
@@ -294,10 +307,15 @@ def _send_files(
             _send(store, key, file, local.paths[file.name], local.identities[file.name])
         return file.size_bytes
 
+    for size_bytes in _side_by_side(send, distinct.values()):
+        on_sent(size_bytes)
+
+
+def _side_by_side(call: Callable[[StoredFile], T], files: Iterable[StoredFile]) -> Iterator[T]:
+    """Yield what a call says of each file, in order. After an error no further call is begun."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         try:
-            for size_bytes in pool.map(send, distinct.values()):
-                on_sent(size_bytes)
+            yield from pool.map(call, files)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

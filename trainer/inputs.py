@@ -47,7 +47,9 @@ def with_inputs(
                 continue
             place = patiently(
                 lambda digest=digest, stored=stored: held.enter_context(  # type: ignore[misc]
-                    cache.hold(digest, stored.size_bytes, _fetching(store, digest, stored), stopping.wait)
+                    cache.hold(
+                        digest, stored.size_bytes, _fetching(store, digest, stored, stopping), stopping.wait
+                    )
                 ),
                 stopping,
             )
@@ -78,5 +80,5 @@ def _is_here(path: Path, digest: str, content: Callable[[Path], LocalContent]) -
         return False
 
 
-def _fetching(store: ObjectStore, digest: str, stored: Stored) -> Callable[[Path], Listing]:
-    return lambda target: fetch(store, digest, stored, target)
+def _fetching(store: ObjectStore, digest: str, stored: Stored, stopping: Event) -> Callable[[Path], Listing]:
+    return lambda target: fetch(store, digest, stored, target, stopping.is_set)
