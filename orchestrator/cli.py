@@ -189,6 +189,24 @@ def why(run: str, with_timeline: bool, store_url: str) -> None:
 
 
 @main.command()
+@click.argument("run")
+@output_option
+@store_option
+def describe(run: str, output: str, store_url: str) -> None:
+    """Print all that is settled about RUN: spec, inputs, attempts, and how often it saves itself and why."""
+    from storage.url import open_store
+
+    from .describing import describe as described
+    from .describing import text
+    from .submission import find_run
+
+    store = open_store(store_url)
+    found, run_id = find_run(store, run)
+    facts = described(store, found, run_id)
+    click.echo(json.dumps(facts) if output == "json" else "\n".join(text(facts)))
+
+
+@main.command()
 @click.argument("name")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @store_option
@@ -266,12 +284,12 @@ def export(
     from .session import best_line
     from .submission import find_run, load_submitted
     from .view import best as best_of
-    from .view import read_states, rows
+    from .view import read_rows
 
     store = open_store(store_url)
     if best:
         found = load_submitted(store, name)
-        winner = best_of(found, rows(found, read_states(found, store)))
+        winner = best_of(found, read_rows(found, store))
         if winner is None:
             raise Unknown(f"{name}: no run that succeeded reports the sweep's metric")
         run_id = winner.run
