@@ -68,6 +68,8 @@ MOST_ATTEMPTS = 4
 TRIES = 3
 FAULTS = (0.0, 0.03, 0.1, 0.25)
 CHUNK = 250
+SHOWN = 20
+"""Of so many failed seeds it is told what failed, of the first one its history too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,9 +103,10 @@ class World:
     spawned: set[str] = field(default_factory=set)
     logs: list[RunLog] = field(default_factory=list)
 
-    def ledger(self, store: ObjectStore) -> Witnessed:
+    def ledger(self, store: ObjectStore, *, hinted: bool = True) -> Witnessed:
         # One reader: who reads when is the schedule's to choose.
-        log = run_log(store, RUN, sleep=self.interleaving.pause, hint=self.snapshot, readers=1)
+        hint = self.snapshot if hinted else _no_snapshot
+        log = run_log(store, RUN, sleep=self.interleaving.pause, hint=hint, readers=1)
         self.logs.append(log)
         return Witnessed(log, self.testimony)
 
@@ -129,6 +132,10 @@ class World:
         return self.chance.random() < likely
 
 
+def _no_snapshot() -> None:
+    return None
+
+
 def play(seed: int, mutation: Mutation | None = None, *, record: bool = False) -> Verdict:
     """Live one seed's history and judge it."""
     chance = random.Random(seed)
@@ -139,7 +146,7 @@ def play(seed: int, mutation: Mutation | None = None, *, record: bool = False) -
     with contextlib.ExitStack() as after:
         world = World(interleaving, chance, mutation, after, chance.choice(LAST_STEPS))
         interleaving.spawn("controller A", lambda seat: control(world, seat))
-        if world.odds(0.5):
+        if world.odds(0.45):
             interleaving.spawn("controller B", lambda seat: control(world, seat))
         if world.odds(0.3):
             interleaving.spawn("gc", lambda seat: collect(world, seat))
@@ -149,7 +156,7 @@ def play(seed: int, mutation: Mutation | None = None, *, record: bool = False) -
             interleaving.spawn("rot", lambda seat: rot(world))
         interleaving.run()
         found = list(interleaving.problems)
-        if world.odds(0.25):
+        if world.odds(0.15):
             found += succeed(world)
         found += violations(interleaving.inner, RUN, world.testimony, damaged=world.damaged)
     return Verdict(seed, found, interleaving.history)
@@ -163,7 +170,7 @@ def control(world: World, store: Seat) -> None:
     ledger = world.ledger(store)
     checkpoints = world.checkpoints(store, ledger)
     state = RunState()
-    for _ in range(world.chance.randint(3, 6)):
+    for _ in range(world.chance.randint(3, 5)):
         try:
             if not world.odds(0.15):  # else it acts on what it knew before
                 state = ledger.refresh()
@@ -218,7 +225,7 @@ def train(world: World, store: Seat, claimed: Claimed) -> None:
     attempt = claimed.attempt
     try:
         state = patiently(ledger.refresh)
-        if world.odds(0.08) or world.damaged:
+        if world.odds(0.05) or world.damaged:
             resumed = patiently(lambda: resume(world, checkpoints, state, attempt))
         else:
             resumed = state.committed_step
@@ -333,7 +340,7 @@ def succeed(world: World) -> list[str]:
 def settle(world: World) -> RunState:
     """What whoever comes last can always do: take the run to its end, and leave nothing behind."""
     store = world.interleaving.inner
-    ledger = world.ledger(store)
+    ledger = world.ledger(store, hinted=False)  # what a false snapshot says is as good as old news
     checkpoints = world.checkpoints(store, ledger)
     state, now = ledger.refresh(), world.now()
     if not state.finished:
@@ -379,7 +386,8 @@ def patiently(ask: Callable[[], T]) -> T:
 
 def contents(attempt: int, step: int) -> dict[str, bytes]:
     """The files of a checkpoint: unlike those of any other attempt and step."""
-    return {"adapter": b"adapter %d %d" % (attempt, step), "state": b"state %d %d" % (attempt, step)}
+    files = {"adapter": b"adapter %d %d" % (attempt, step)}
+    return files | {"state": b"state %d %d" % (attempt, step)} if step % 2 else files
 
 
 @cache
@@ -424,7 +432,7 @@ def play_all(first: int, count: int, processes: int) -> tuple[int, list[Verdict]
         starts = range(first, first + count, CHUNK)
         for chunk in pool.map(_chunk, starts, (min(CHUNK, first + count - start) for start in starts)):
             failed += len(chunk)
-            shown += chunk[: max(0, 3 - len(shown))]
+            shown += chunk[: max(0, SHOWN - len(shown))]
     return failed, shown
 
 
@@ -432,14 +440,16 @@ def _chunk(first: int, count: int) -> list[Verdict]:
     return [verdict for seed in range(first, first + count) if (verdict := play(seed)).violations]
 
 
-def tell(verdict: Verdict) -> None:
-    """Print a failed seed with its history."""
-    print(f"seed {verdict.seed}:")
-    for line in verdict.violations:
-        print(f"  {line}")
-    print(f"  history (again: make schedules N=1 SEED={verdict.seed}):")
-    for line in play(verdict.seed, record=True).history:
-        print(f"    {line}")
+def tell(failed: list[Verdict]) -> None:
+    """Print what failed, and the history of the first seed of those."""
+    for verdict in failed:
+        print(f"seed {verdict.seed} (again: make schedules N=1 SEED={verdict.seed}):")
+        for line in verdict.violations:
+            print(f"  {line}")
+    if failed:
+        print(f"the history of seed {failed[0].seed}:")
+        for line in play(failed[0].seed, record=True).history:
+            print(f"  {line}")
 
 
 def main() -> int:
@@ -451,8 +461,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     chosen = parser.parse_args()
     failed, shown = play_all(chosen.seed, chosen.n, chosen.processes)
-    for verdict in shown:
-        tell(verdict)
+    tell(shown)
     if chosen.n == 1 and not shown:
         print("\n".join(play(chosen.seed, record=True).history))
     print(json.dumps({"schedules": chosen.n, "violations": failed}))
