@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -53,6 +53,7 @@ from .grants import (
     check_record,
     check_write,
     committed_sizes,
+    named_keys,
     refused,
     replaceable,
 )
@@ -184,10 +185,12 @@ class GrantDesk:
     def _write(self, caller: Caller, write: Write, state: RunState, desk: _Desk) -> Reply:
         limits = self._runs.limits(caller.run_id)
         check_write(state, caller, write, limits)
-        self._make_room(write, desk)
+        named = named_keys(caller.run_id, state)
+        self._make_room(write, desk, named)
         check_quota(state, write, desk.given, limits)
         there = self._signer.seen(write.key)
         if there and self._is(write, there):
+            # A file of a salvage is named already, and granted for the whole checkpoint.
             self._give(write, desk)
             return Done()
         if there and not replaceable(state, caller, write.key):
@@ -265,7 +268,7 @@ class GrantDesk:
             self._verify(caller, record, desk)
         self._runs.append(caller.run_id, record)
         if isinstance(record, Committed):
-            self._settle(caller, record, desk)
+            self._settle(caller, record, self._runs.state(caller.run_id), desk)
         return Told(state=self._runs.state(caller.run_id))
 
     def _verify(self, caller: Caller, record: Committed, desk: _Desk) -> None:
@@ -294,12 +297,12 @@ class GrantDesk:
             if self._digest(key, "sha256") != (file.packed.sha256 if file.packed else file.sha256):
                 raise Corrupt(f"{key}: its sha256 is not the one that its record says")
 
-    def _settle(self, caller: Caller, record: Committed, desk: _Desk) -> None:
-        """Forget what is committed; delete what was written beside it and is not named."""
-        named = committed_sizes(caller.run_id, record)
+    def _settle(self, caller: Caller, record: Committed, state: RunState, desk: _Desk) -> None:
+        """Forget what is committed; delete what was written beside it and no record names."""
         prefix = layout.checkpoint_prefix(caller.run_id, record.attempt, record.incarnation, record.step)
+        named = named_keys(caller.run_id, state)
         beside = [key for key in desk.given if key.startswith(prefix) and key not in named]
-        for key in named:
+        for key in committed_sizes(caller.run_id, record):
             desk.given.pop(key, None)
         if record.resumable and beside:
             try:
@@ -307,14 +310,16 @@ class GrantDesk:
             except StorageError as error:
                 logger.warning("%s: not deleted: %s", beside[0], error)
 
-    def _make_room(self, write: Write, desk: _Desk) -> None:
+    def _make_room(self, write: Write, desk: _Desk, named: Set[str]) -> None:
+        """Delete what lies under older steps and was never committed; forget what was."""
         data = layout.parse_data(write.key)
-        gone = abandoned(desk.given, data.step, self._monotonic()) if data else []
+        old = abandoned(desk.given, data.step, self._monotonic()) if data else []
+        gone = [key for key in old if key not in named]
         for key in gone:
             if upload := desk.uploads.pop(key, None):
                 self._signer.abort(key, upload)
         self._store.delete(gone)
-        for key in gone:
+        for key in old:
             del desk.given[key]
 
     def _give(self, write: Write, desk: _Desk) -> None:

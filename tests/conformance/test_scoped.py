@@ -326,6 +326,25 @@ def test_a_file_not_yet_committed_may_be_sent_with_other_bytes(office: Office) -
     assert office.store.head(data_key(10, "left-over")) is None
 
 
+def test_old_uncommitted_files_make_room_and_committed_ones_stay(office: Office) -> None:
+    store, ledger = office.node()
+    store.put(data_key(10), BODY)
+    ledger.append(commit(10))
+    store.put(data_key(10), BODY)  # published again: the reply to the commit was lost
+    store.put(data_key(15), BODY)
+    ledger.append(commit(15, resumable=False))
+    store.put(data_key(15), BODY)  # a salvage, whose whole checkpoint never comes
+    store.put(data_key(20), BODY)  # superseded before it was whole
+    office.now += office.expires_s + 1
+    store.put(data_key(30), BODY)
+    assert [office.store.head(data_key(step)) is not None for step in (10, 15, 20, 30)] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+
+
 def test_a_controller_that_starts_again_takes_the_commit_after_the_files_were_named_again(
     office: Office, tmp_path: Path
 ) -> None:

@@ -80,8 +80,9 @@ def test_the_running_attempt_on_its_slot_is_heard() -> None:
         caller_of(3),
         caller_of(2, slot="n2/0"),
         ME.model_copy(update={"incarnation": incarnation(1)}),
+        ME.model_copy(update={"attempt": 1}),
     ],
-    ids=["ghost", "future", "another slot", "another incarnation"],
+    ids=["ghost", "future", "another slot", "another incarnation", "another attempt"],
 )
 def test_nobody_else_is(caller: object) -> None:
     with pytest.raises(Fenced):
