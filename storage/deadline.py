@@ -95,7 +95,9 @@ class _Limited:
 
     def _limited(self, operation: str, *arguments: Any, **options: Any) -> Any:
         limited: Any = self
-        limited.settimeout(patience_s())
+        patience = patience_s()
+        if limited.gettimeout() != patience:  # else a system call for every few kilobytes
+            limited.settimeout(patience)
         try:
             return getattr(super(), operation)(*arguments, **options)
         except TimeoutError:
