@@ -130,6 +130,7 @@ class Controller:
         if run is None:
             raise Fenced(f"{run_id} is not a run of sweep {self._sweep.name}")
         with run.lock:
+            run.quiet = False
             run.log.refresh()
             run.log.append(record)
 
@@ -140,6 +141,7 @@ class Controller:
             list(pool.map(lambda run: run.log.refresh(), runs))
         for run in runs:
             with run.lock:
+                run.quiet = False
                 self._advance(run, CancelAsked(at=self._clock()))
 
     def tick(self) -> None:
@@ -158,7 +160,7 @@ class Controller:
         due = self._due(slots, now)
         read = self._read(due)
         for run_id, run in self._runs.items():
-            if run_id in read or (run_id not in due and self._free(run, now)):
+            if run_id in read or (not run.quiet and run_id not in due and self._free(run, now)):
                 self._try(run, partial(self._follow, run, slots, now))
         self._sweep_orphans(now)
         self._dismiss_ghosts(slots)
@@ -205,6 +207,7 @@ class Controller:
             now = self._clock()
             run.log.refresh()
             run.read_at, run.problem, run.corrupt, run.damage = now, None, 0, None
+            run.quiet = False
 
     def _check_term(self) -> None:
         if self._term:
@@ -223,6 +226,7 @@ class Controller:
         if now >= run.clean_at:
             self._prune(run, now)
         self._snapshot.keep_own(run)
+        run.quiet = not (run.state.running or run.state.retired or run.state.finished)
 
     def _event(self, run: TrackedRun, slots: dict[str, Slot]) -> Event | None:
         """Return what the slot's report means for the running attempt."""
@@ -296,6 +300,18 @@ class Controller:
                 self._cluster.stop(slot.slot, work.run_id, work.attempt, grace_s=0.0)
 
     def _launch(self, slots: dict[str, Slot]) -> None:
+        taken = {
+            run.state.running.claimed.slot
+            for run in self._runs.values()
+            if run.state.running and not run.damage
+        }
+        free = [
+            FreeSlot(slot=s.slot, node=s.node, up_since=s.up_since)
+            for s in slots.values()
+            if s.free and s.slot not in taken
+        ]
+        if not free:
+            return
         queued = [
             QueuedRun(
                 run_id=run.plan.run_id,
@@ -310,16 +326,6 @@ class Controller:
             and run.state.result is None
             and run.problem is None  # its state may be anything, and another run can use the slot
             and not self._readers.busy(run.plan.run_id)
-        ]
-        taken = {
-            run.state.running.claimed.slot
-            for run in self._runs.values()
-            if run.state.running and not run.damage
-        }
-        free = [
-            FreeSlot(slot=s.slot, node=s.node, up_since=s.up_since)
-            for s in slots.values()
-            if s.free and s.slot not in taken
         ]
         placements = {placed.run_id: placed for placed in assign(queued, free, self._clock())}
         read = self._read(placements)

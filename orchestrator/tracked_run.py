@@ -30,6 +30,8 @@ class TrackedRun:
     """How often in a row its log was found damaged."""
     damage: str | None = None
     """Nobody can go on with this run: its log is damaged, in this way."""
+    quiet: bool = False
+    """Nothing is to be done before its log says something new."""
     clean_at: float = float("-inf")
     undeletable: bool = False
     """The store does not let us delete."""

@@ -20,7 +20,7 @@ from orchestrator.controller import Controller
 from orchestrator.grid_schema import Checkpoint, Metric, Recovery, Storage
 from orchestrator.sweep import PlannedRun, Sweep
 from storage import layout
-from storage.errors import Fenced
+from storage.errors import Corrupt, Fenced
 from storage.log import run_log
 from storage.object_store import ObjectStore
 from storage.records import Committed, Quarantined, Started, StoredFile
@@ -109,6 +109,8 @@ class _Trainer:
             self._train(now)
         except Fenced as error:
             self.exit_code, self.error, self.superseded = KILLED, str(error), True
+        except Corrupt as error:
+            self.exit_code, self.error = KILLED, str(error)
 
     def _train(self, now: float) -> None:
         if self.stopping:

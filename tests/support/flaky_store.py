@@ -1,5 +1,6 @@
 """A store that dies, or loses a reply, at its n-th call: crash consistency by enumeration, not by luck."""
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from itertools import islice
@@ -34,6 +35,7 @@ class FlakyStore:
         self._at = at
         self._fault = fault
         self.calls = 0
+        self._counting = threading.Lock()
         self.dead = False
 
     @property
@@ -70,10 +72,12 @@ class FlakyStore:
         return iter(self._call(lambda: tuple(self._inner.unfinished(prefix))))
 
     def _call(self, effect: Callable[[], T], half: Callable[[], object] = lambda: None) -> T:
-        self.calls += 1
+        with self._counting:
+            self.calls += 1
+            number = self.calls
         if self.dead:
             raise Died
-        if self.calls != self._at:
+        if number != self._at:
             return effect()
         match self._fault:
             case Fault.DIE_BEFORE:

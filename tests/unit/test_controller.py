@@ -2,22 +2,28 @@
 
 import logging
 import random
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support.fake_cluster import FILE, FakeCluster, run_to_end, small_sweep, weights_at
 
 from orchestrator.cluster import Health, Listening, Order
-from orchestrator.controller import Controller
+from orchestrator.controller import REFRESH_S, Controller
 from orchestrator.grid_schema import Checkpoint, Metric, Recovery
 from orchestrator.sweep import Sweep
+from orchestrator.sweep_snapshot import EVERY_S
+from orchestrator.view import Status, read_rows
 from storage import layout
 from storage.errors import AccessDenied, Fenced, Unavailable
 from storage.log import run_log
 from storage.memory import MemoryStore
 from storage.object_store import ObjectInfo, ObjectStore
 from storage.records import (
+    CancelRequested,
     CheckpointRef,
     Claimed,
     Committed,
@@ -25,6 +31,7 @@ from storage.records import (
     EndReason,
     Finished,
     Outcome,
+    Pinned,
     Quarantined,
     Record,
     Retired,
@@ -32,6 +39,7 @@ from storage.records import (
     StoredFile,
 )
 from storage.run_state import RunState
+from storage.snapshots import LONG, hinted_log, read_run
 
 R0, R1 = "cat-0-00000000", "cat-1-00000001"
 
@@ -572,15 +580,70 @@ def test_a_store_that_refuses_to_delete_is_told_once_a_run_and_stops_nothing(
     ]
 
 
-def test_a_damaged_log_stops_its_run_and_no_other() -> None:
+def test_a_damaged_log_ends_its_run_and_no_other_and_nothing_is_appended_to_it() -> None:
     store, sweep = MemoryStore(), small_sweep(runs=2)
     cluster = FakeCluster(store, sweep, nodes=1)
     store.put(layout.log_entry(layout.run_log_prefix(R0), 0), b"not a record")
+    controller = Controller(sweep, store, cluster, cluster.clock)
 
-    ticks(Controller(sweep, store, cluster, cluster.clock), cluster, 20)
+    finish(controller, cluster)
 
     assert state(store, R1).outcome is Outcome.SUCCEEDED
     assert [order.run_id for order in cluster.begun] == [R1]
+    assert list(controller.damaged) == [R0]
+    assert "not a record" in controller.damaged[R0]
+    assert len(list(store.list(layout.run_log_prefix(R0)))) == 1
+    shown = {row.run: row for row in read_rows(sweep, store)}
+    assert shown[R0].status is Status.FAILED
+    assert shown[R0].detail.startswith("its log is damaged: runs/cat-0-00000000/log/000000000000.json")
+    assert shown[R1].status is Status.SUCCEEDED
+
+
+def test_an_attempt_whose_log_is_damaged_is_stopped_and_its_slot_serves_another_run() -> None:
+    store, sweep = MemoryStore(), small_sweep(runs=2, max_steps=50)
+    cluster = FakeCluster(store, sweep, nodes=1, commit_every=100)
+    controller = Controller(sweep, store, cluster, cluster.clock)
+    ticks(controller, cluster, 3)
+    assert cluster.training(R0) == "n1/0"
+    store.put(layout.log_entry(layout.run_log_prefix(R0), 2), b"{")
+
+    ticks(controller, cluster, 20)
+    assert cluster.training(R1) == "n1/0", "long before the damaged run would have ended"
+    finish(controller, cluster)
+
+    assert state(store, R1).outcome is Outcome.SUCCEEDED
+    assert list(controller.damaged) == [R0]
+    assert len(list(store.list(layout.run_log_prefix(R0)))) == 3, "nothing was appended"
+
+
+def test_a_damaged_log_that_a_person_repairs_is_gone_on_with() -> None:
+    store, sweep = MemoryStore(), small_sweep(runs=2, max_steps=150)
+    cluster = FakeCluster(store, sweep, nodes=1)
+    key = layout.log_entry(layout.run_log_prefix(R0), 0)
+    store.put(key, b"not a record")
+    controller = Controller(sweep, store, cluster, cluster.clock)
+    ticks(controller, cluster, 10)
+    assert list(controller.damaged) == [R0]
+
+    store.delete([key])
+    finish(controller, cluster)
+
+    assert_well_ended(store, sweep, cluster)
+
+
+def test_what_a_person_has_pinned_is_not_retired() -> None:
+    store, sweep = (
+        MemoryStore(),
+        small_sweep(runs=1, max_steps=9, checkpoint=Checkpoint(keep_last=1, grace_s=0.0)),
+    )
+    cluster = FakeCluster(store, sweep, commit_every=2)
+    controller = Controller(sweep, store, cluster, cluster.clock)
+    ticks(controller, cluster, 4)
+    run_log(store, R0).append(Pinned(checkpoint=CheckpointRef(step=2, attempt=1), at=0.0))
+
+    finish(controller, cluster)
+
+    assert [c.step for c in state(store, R0).checkpoints] == [2, 9]
 
 
 def test_agents_may_hand_their_records_to_the_controller_and_repeat_them() -> None:
@@ -660,3 +723,245 @@ def test_a_busy_or_unheard_slot_is_not_free() -> None:
     assert [slot.health for slot in cluster.observe()] == [Health.UNKNOWN, Health.ALIVE]
     assert [state(store, run.run_id).attempt for run in sweep.runs] == [1, 0]
     assert cluster.begun == [Order(run_id=R0, attempt=1, incarnation=cluster.begun[0].incarnation)]
+
+
+class Counting(MemoryStore):
+    """Tells what was asked of it, without entries of logs that were read one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def take(self) -> list[str]:
+        told, self.asked = sorted(self.asked), []
+        return told
+
+    def get(self, key: str) -> bytes:
+        self.asked.append(f"get {key}")
+        return super().get(key)
+
+    def head(self, key: str) -> ObjectInfo | None:
+        self.asked.append(f"head {key}")
+        return super().head(key)
+
+    def put(self, key: str, body: bytes | Path) -> None:
+        self.asked.append(f"put {key}")
+        super().put(key, body)
+
+    def create(self, key: str, body: bytes) -> bool:
+        self.asked.append(f"create {key}")
+        return super().create(key, body)
+
+    def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
+        self.asked.append(f"list {prefix}")
+        return super().list(prefix, after)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        doomed = tuple(keys)
+        if doomed:
+            self.asked.append(f"delete {len(doomed)}")
+        super().delete(doomed)
+
+
+SNAPSHOT = layout.sweep_snapshot("cat")
+
+
+def test_a_start_over_runs_that_are_over_asks_for_the_snapshot_and_for_nothing_else() -> None:
+    store, sweep = Counting(), small_sweep(runs=30, max_steps=3)
+    cluster = FakeCluster(store, sweep, nodes=10)
+    finish(Controller(sweep, store, cluster, cluster.clock), cluster)
+    before = [state(store, run.run_id) for run in sweep.runs]
+    store.take()
+
+    controller = Controller(sweep, store, cluster, cluster.clock)
+    controller.tick()
+
+    assert store.take() == [f"get {SNAPSHOT}", f"head {SNAPSHOT}"]
+    assert controller.done
+    assert list(controller.states.values()) == before
+
+
+def test_a_start_lists_each_log_that_is_not_over_once_and_reads_only_what_is_new() -> None:
+    store, sweep = Counting(), small_sweep(runs=6, max_steps=40)
+    cluster = FakeCluster(store, sweep, nodes=3, commit_every=100)
+    first = Controller(sweep, store, cluster, cluster.clock)
+    ticks(first, cluster, 2)
+    cluster.now += EVERY_S
+    first.tick()
+    wait_for(lambda: store.head(SNAPSHOT) is not None)
+    run_log(store, R1).append(CancelRequested(at=0.0))
+    known = len(records(store, R1))
+    store.take()
+
+    Controller(sweep, store, cluster, cluster.clock)._begin()
+
+    assert store.take() == sorted(
+        [
+            f"get {SNAPSHOT}",
+            f"head {SNAPSHOT}",
+            f"get {layout.log_entry(layout.run_log_prefix(R1), known - 1)}",
+            *(f"list {layout.run_log_prefix(run.run_id)}" for run in sweep.runs),
+        ]
+    )
+
+
+def test_a_steady_tick_asks_the_store_for_nothing() -> None:
+    store, sweep = Counting(), small_sweep(runs=6, max_steps=200)
+    cluster = FakeCluster(store, sweep, nodes=3, commit_every=100)
+    controller = Controller(sweep, store, cluster, cluster.clock)
+    ticks(controller, cluster, 8)
+    cluster.now += REFRESH_S
+    controller.tick()
+    store.take()
+
+    controller.tick()
+    assert store.take() == []
+
+    cluster.now += REFRESH_S
+    controller.tick()
+    running = [run_id for run_id, known in controller.states.items() if known.running]
+    assert len(running) == 3
+    assert store.take() == sorted(f"list {layout.run_log_prefix(run_id)}" for run_id in running)
+
+
+def test_very_many_runs_are_looked_at_less_often() -> None:
+    runs = 150
+    store, sweep = Counting(), small_sweep(runs=runs)
+    cluster = FakeCluster(store, sweep, nodes=0)
+    controller = Controller(sweep, store, cluster, cluster.clock)
+    controller.tick()
+    store.take()
+
+    for _ in range(2 * runs):
+        cluster.now += 1.0
+        controller.tick()
+
+    looks = store.take()
+    assert runs <= len(looks) <= 2.1 * runs, "each about once in 150 seconds"
+    assert len(set(looks)) == runs, "none is forgotten"
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x00" * 1000, b"orchestrate-snapshot 1 0 0\n"])
+def test_a_start_over_a_snapshot_that_is_no_good_knows_as_much(damage: bytes) -> None:
+    store, sweep = MemoryStore(), small_sweep(runs=3)
+    cluster = FakeCluster(store, sweep)
+    first = Controller(sweep, store, cluster, cluster.clock)
+    finish(first, cluster)
+    store.put(SNAPSHOT, damage)
+
+    controller = Controller(sweep, store, cluster, cluster.clock)
+    controller.tick()
+
+    assert controller.done
+    assert controller.states == first.states
+    assert store.get(SNAPSHOT) != damage, "it is written anew"
+
+
+class WithoutSnapshots(MemoryStore):
+    """Takes everything but snapshots."""
+
+    def put(self, key: str, body: bytes | Path) -> None:
+        if key.endswith("snapshot.json.zst"):
+            raise Unavailable("503")
+        super().put(key, body)
+
+    def head(self, key: str) -> ObjectInfo | None:
+        if key.endswith("snapshot.json.zst"):
+            raise Unavailable("503")
+        return super().head(key)
+
+
+def test_without_any_snapshot_a_sweep_begins_later_and_ends_as_well(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store, sweep = WithoutSnapshots(), small_sweep(runs=2)
+    cluster = FakeCluster(store, sweep)
+
+    with caplog.at_level(logging.WARNING, logger="orchestrator"):
+        finish(Controller(sweep, store, cluster, cluster.clock), cluster)
+
+    assert_well_ended(store, sweep, cluster)
+    assert caplog.messages == [
+        "the sweep's snapshot cannot be read: 503; trying again",
+        "the sweep's snapshot cannot be read: 503; every log is read instead",
+        "the sweep's snapshot cannot be written, the next start takes longer: 503",
+    ]
+
+
+def test_what_a_ghost_leaves_after_the_end_is_deleted_by_the_next_controller_and_looked_for_once() -> None:
+    store, sweep = Counting(), small_sweep(runs=1, max_steps=20)
+    cluster = FakeCluster(store, sweep)
+    controller = Controller(sweep, store, cluster, cluster.clock)
+    ticks(controller, cluster, 3)
+    ghost = state(store, R0).attempts[0].claimed
+    cluster.lose_node("n1")
+    finish(controller, cluster)
+    store.put(layout.checkpoint_file(R0, 1, ghost.incarnation, 9, FILE), b"late")
+
+    finish(Controller(sweep, store, cluster, cluster.clock), cluster)
+
+    assert len(stored_data(store, R0)) == len(state(store, R0).checkpoints)
+    store.take()
+    Controller(sweep, store, cluster, cluster.clock).tick()
+    assert store.take() == [f"get {SNAPSHOT}", f"head {SNAPSHOT}"]
+
+
+def test_a_long_log_gets_a_snapshot_of_its_own_that_its_next_attempt_starts_from() -> None:
+    store, sweep = Counting(), small_sweep(runs=1, max_steps=3 * LONG, checkpoint=Checkpoint(keep_last=2))
+    cluster = FakeCluster(store, sweep, commit_every=1)
+    controller = Controller(sweep, store, cluster, cluster.clock)
+    ticks(controller, cluster, LONG)
+    wait_for(lambda: read_run(store, R0) is not None)
+    snapshot = read_run(store, R0)
+    assert snapshot is not None
+    assert snapshot.next_seq >= LONG
+    store.take()
+
+    log = hinted_log(store, R0)
+    assert log.refresh() == state(store, R0)
+    assert len([asked for asked in store.take() if asked.startswith("get")]) < len(records(store, R0)) * 2
+
+
+class Slow(MemoryStore):
+    """Does not answer about one run until it is let."""
+
+    def __init__(self, slow: str) -> None:
+        super().__init__()
+        self._slow = layout.run_prefix(slow)
+        self.asked = threading.Event()
+        self.answers = threading.Event()
+        self.answers.set()
+
+    def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
+        if prefix.startswith(self._slow) and threading.current_thread() is not threading.main_thread():
+            if not self.answers.is_set():
+                self.asked.set()
+            self.answers.wait()
+        return super().list(prefix, after)
+
+
+def test_a_run_whose_part_of_the_store_hangs_holds_up_no_other() -> None:
+    store, sweep = Slow(R0), small_sweep(runs=2, max_steps=30)
+    cluster = FakeCluster(store, sweep, nodes=2)
+    controller = Controller(sweep, store, cluster, cluster.clock)
+    ticks(controller, cluster, 3)
+
+    store.answers.clear()
+    for _ in range(200):
+        if state(store, R1).outcome:
+            break
+        ticks(controller, cluster, 1)
+    assert store.asked.is_set()
+    assert state(store, R1).outcome is Outcome.SUCCEEDED
+    assert state(store, R0).outcome is None
+
+    store.answers.set()
+    finish(controller, cluster)
+    assert_well_ended(store, sweep, cluster)
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
