@@ -14,7 +14,7 @@ SECONDS ?= 60
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help wheel venv demo test check format e2e schedules race gpu netns bench-recovery bench-stall bench-steps lock clean
+.PHONY: help wheel venv demo test check format e2e schedules race gpu netns bench-newest bench-recovery bench-stall bench-steps bench-storage lock clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [ARGS='...'] [PYTHON=python3.12]"
@@ -71,6 +71,9 @@ gpu: $(READY) ## tests that need a CUDA device
 netns: $(READY) ## tests that cut networks: root and Linux network namespaces
 	$(BIN)/python -m pytest -m netns $(ARGS)
 
+bench-newest: $(READY) ## starting from a snapshot of long logs and many runs, beside reading them
+	@$(BIN)/python benchmarks/newest.py $(ARGS)
+
 bench-recovery: $(BENCH) ## work and time lost to one kill, ours beside others
 	@$(BIN)/python benchmarks/recovery.py $(ARGS)
 
@@ -79,6 +82,9 @@ bench-stall: $(BENCH) ## how long a checkpoint holds up the training step
 
 bench-steps: $(BENCH) ## steps per second, ours beside diffusers' own script
 	@$(BIN)/python benchmarks/steps.py $(ARGS)
+
+bench-storage: $(BENCH) ## uploads and downloads beside other tools, slow uplinks, age of the newest commit
+	@$(BIN)/python benchmarks/object_storage.py $(ARGS)
 
 wheel: $(READY) ## build the wheel into dist/, for the cluster file under infra/
 	@rm -rf build dist
