@@ -85,9 +85,11 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     Console(width=None if sys.stdout.isatty() else 110).print(table)
 
 
-def verdict(ratio: float, goal: float) -> str:
+def verdict(ratio: float, goal: float, *, at_least: bool = False) -> str:
     """Say how a ratio stands to its goal."""
-    return f"{ratio:.2f} times, goal at most {goal:g}: {'met' if ratio <= goal else 'MISSED'}"
+    met = ratio >= goal if at_least else ratio <= goal
+    side = "least" if at_least else "most"
+    return f"{ratio:.2f} times, goal at {side} {goal:g}: {'met' if met else 'MISSED'}"
 
 
 def conclude(name: str, figures: Mapping[str, Any], *, save: bool) -> None:
