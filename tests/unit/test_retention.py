@@ -1,14 +1,16 @@
 """What may go, as plain values."""
 
 import math
+from functools import reduce
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.runs import committed, ref
+from support.runs import claimed, committed, ended, ref
 
-from storage.records import CheckpointRef, Committed
-from storage.retention import plan_prune
+from storage.records import CheckpointRef, Committed, Pinned, Record
+from storage.retention import plan_prune, plan_salvaged, resumed_from
+from storage.run_state import RunState, apply
 
 
 def steps(refs: list[CheckpointRef]) -> list[int]:
@@ -133,3 +135,33 @@ def test_no_plan_ever_endangers_what_must_stay(
         kept, keep_last=keep_last, keep_every=keep_every, keep_best=keep_best, metric="loss", goal=goal,
         pinned=pinned,
     ) == []  # fmt: skip
+
+
+# salvages, and what is being read
+
+
+def salvage(step: int, attempt: int = 1) -> Committed:
+    return committed(step, attempt).model_copy(update={"resumable": False})
+
+
+def after(*records: Record) -> RunState:
+    return reduce(apply, records, RunState())
+
+
+def test_of_salvages_only_the_newest_is_of_use_and_only_while_it_is_ahead() -> None:
+    behind = (claimed(), committed(10), salvage(20), ended(), claimed(2), salvage(30, 2), ended(2))
+    assert plan_salvaged(after(*behind)) == [ref(20)]
+    assert plan_salvaged(after(*behind, claimed(3), committed(30, 3))) == [ref(20), ref(30, 2)]
+
+
+def test_a_pinned_salvage_and_one_of_the_attempt_that_runs_stay() -> None:
+    story = (claimed(), salvage(10), ended(), claimed(2), salvage(20, 2), committed(30, 2))
+    assert plan_salvaged(after(*story)) == [ref(10)]
+    assert plan_salvaged(after(*story, Pinned(checkpoint=ref(10), at=1.0))) == []
+    assert plan_salvaged(after(*story, ended(2))) == [ref(10), ref(20, 2)]
+
+
+def test_what_the_attempt_that_runs_resumed_from_is_known_until_it_ends() -> None:
+    story = (claimed(), committed(10), committed(20), ended(), claimed(2), committed(30, 2))
+    assert resumed_from(after(*story)) == [ref(20)]
+    assert resumed_from(after(*story, ended(2))) == []

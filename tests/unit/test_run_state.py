@@ -14,11 +14,13 @@ from storage.records import (
     Entry,
     Outcome,
     Packed,
+    Pinned,
     Quarantined,
     Reaped,
     Record,
     Started,
     StoredFile,
+    Unpinned,
 )
 from storage.run_state import RunState, fold, holds, refusal
 
@@ -249,3 +251,53 @@ def test_what_may_follow_a_salvage(history: tuple[Record, ...], record: Record, 
     state = state_after(claimed(), *history)
     found = refusal(state, record)
     assert (found is None) if reason is None else (found is not None and reason in found)
+
+
+def pinned(step: int, attempt: int = 1) -> Pinned:
+    return Pinned(checkpoint=ref(step, attempt), at=1.0)
+
+
+def unpinned(step: int, attempt: int = 1) -> Unpinned:
+    return Unpinned(checkpoint=ref(step, attempt), at=1.0)
+
+
+def test_a_pin_keeps_a_checkpoint_until_it_is_taken_away() -> None:
+    story = (claimed(), committed(10), committed(20), committed(30), pinned(10))
+    state = state_after(*story)
+
+    assert state.pinned == (ref(10),)
+    assert refusal(state, retired(ref(10), ref(20))) == "pinned: step 10 (attempt 1)"
+    assert refusal(state, retired(ref(20))) is None
+    assert refusal(state_after(*story, unpinned(10)), retired(ref(10))) is None
+
+
+def test_only_what_is_there_can_be_pinned_and_only_what_is_pinned_unpinned() -> None:
+    state = state_after(claimed(), committed(10), committed(20), committed(30), retired(ref(10)))
+
+    assert refusal(state, pinned(10)) == "step 10 (attempt 1) is not there (any more)"
+    assert refusal(state, pinned(40)) == "step 40 (attempt 1) is not there (any more)"
+    assert refusal(state, unpinned(20)) == "step 20 (attempt 1) is not pinned"
+    assert refusal(state, pinned(20)) is None
+
+
+def test_pinning_is_possible_when_the_run_is_over_and_saying_it_twice_is_once() -> None:
+    over = state_after(claimed(), committed(10), finished())
+    assert refusal(over, pinned(10)) is None
+
+    twice = state_after(claimed(), committed(10), finished(), pinned(10))
+    assert holds(twice, pinned(10))
+    assert not holds(twice, unpinned(10))
+    assert state_after(claimed(), committed(10), finished(), pinned(10), pinned(10)) == twice
+    assert (
+        refusal(state_after(claimed(), committed(10), finished(), pinned(10), unpinned(10)), pinned(10))
+        is None
+    )
+
+
+def test_a_salvage_can_be_pinned() -> None:
+    salvage = committed(20).model_copy(update={"resumable": False})
+    state = state_after(claimed(), committed(10), salvage, ended(), pinned(20))
+
+    assert state.pinned == (ref(20),)
+    assert state.newest == committed(10)
+    assert refusal(state, retired(ref(20))) == "pinned: step 20 (attempt 1)"
