@@ -25,7 +25,7 @@ from support import BenchmarkFailed, conclude, run, show, wait_for
 
 from orchestrator.cluster import NoCluster
 from orchestrator.controller import Controller
-from orchestrator.grid_schema import Storage
+from orchestrator.grid_schema import Checkpoint, Storage
 from orchestrator.sweep import PlannedRun, Sweep
 from storage import layout
 from storage.log import RunSnapshot, run_log
@@ -191,6 +191,7 @@ def sweep_of(run_ids: list[str]) -> Sweep:
     return Sweep(
         name="bench",
         storage=Storage(url="memory://bench"),
+        checkpoint=Checkpoint(keep_last=4),  # more than there are: nothing is to be retired
         runs=tuple(
             PlannedRun(run_id=run_id, index=index, parameters={"seed": index}, spec=spec)
             for index, run_id in enumerate(run_ids)
