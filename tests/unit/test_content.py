@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import pytest
 from support.flaky_store import Died, Fault, FlakyStore
+from support.interrupted_store import InterruptedStore
 
 from storage import content, layout
 from storage.content import Identity, LocalContent, content_log, fetch, store_for
@@ -33,41 +34,6 @@ class SharedFlakyStore(FlakyStore):
     def _call(self, effect: Callable[[], T], half: Callable[[], object] = lambda: None) -> T:
         with self._lock:
             return super()._call(effect, half)
-
-
-class Interrupted(MemoryStore):
-    """A store in which somebody else does something whole just before the n-th call."""
-
-    def __init__(self, at: int, interlude: Callable[[ObjectStore], None]) -> None:
-        super().__init__()
-        self._at, self._interlude, self.calls, self._mutex = at, interlude, 0, threading.Lock()
-
-    def _turn(self) -> None:
-        with self._mutex:
-            self.calls += 1
-            now = self.calls == self._at
-        if now:
-            self._interlude(self)
-
-    def put(self, key, body):  # type: ignore[no-untyped-def]
-        self._turn()
-        super().put(key, body)
-
-    def create(self, key, body):  # type: ignore[no-untyped-def]
-        self._turn()
-        return super().create(key, body)
-
-    def get(self, key):  # type: ignore[no-untyped-def]
-        self._turn()
-        return super().get(key)
-
-    def list(self, prefix, after=""):  # type: ignore[no-untyped-def]
-        self._turn()
-        return super().list(prefix, after)
-
-    def delete(self, keys):  # type: ignore[no-untyped-def]
-        self._turn()
-        super().delete(keys)
 
 
 @pytest.fixture
@@ -203,10 +169,10 @@ def test_a_lost_reply_costs_another_try_and_nothing_else(
 def test_gc_at_any_point_of_a_submission_costs_no_sweep_its_content(
     local: LocalContent, tmp_path: Path
 ) -> None:
-    calm = Interrupted(0, lambda store: None)
+    calm = InterruptedStore(0, lambda store: None)
     submit(calm, local)
     for at in range(1, calm.calls + 1):
-        store = Interrupted(at, lambda store: collect(store, local.digest))
+        store = InterruptedStore(at, lambda store: collect(store, local.digest))
 
         submit(store, local)
 
@@ -220,12 +186,12 @@ def test_a_submission_at_any_point_of_gc_keeps_its_content(
     def prepare(store: ObjectStore) -> None:
         store_for(store, "cat" if before == "a dead submission" else "old", local, submitted=False)
 
-    calm = Interrupted(0, lambda store: None)
+    calm = InterruptedStore(0, lambda store: None)
     prepare(calm)
     start = calm.calls
     collect(calm, local.digest)
     for at in range(start + 1, calm.calls + 1):
-        store = Interrupted(at, lambda store: submit(store, local))
+        store = InterruptedStore(at, lambda store: submit(store, local))
         prepare(store)
 
         collect(store, local.digest)

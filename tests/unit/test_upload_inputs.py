@@ -8,13 +8,16 @@ from typing import TypeVar
 
 import pytest
 from support.flaky_store import Died, Fault, FlakyStore
+from support.interrupted_store import InterruptedStore
 from support.tiny_world import build_images
 
 from orchestrator.errors import PreflightFailed
 from orchestrator.inputs import are_uploaded, shown_upload
 from orchestrator.submission import submit, sweep_names
 from orchestrator.sweep import Sweep, load
+from storage import content
 from storage.content import content_log, digests
+from storage.content_state import unreferenced
 from storage.directory import DirectoryStore
 from storage.memory import MemoryStore
 from storage.object_store import ObjectStore
@@ -68,7 +71,11 @@ def test_each_input_is_in_the_store_once_for_all_runs_and_sweeps(folder: Path, t
     sweep, store, sent = planned(folder), MemoryStore(), list[int]()
     assert submit(sweep, store, sent.append) is True
     assert set(digests(store)) == wanted(sweep)
-    assert sum(sent) == sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) - (folder / "grid.yaml").stat().st_size
+    assert (
+        sum(sent)
+        == sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        - (folder / "grid.yaml").stat().st_size
+    )
 
     again = list[int]()
     assert submit(sweep, store, again.append) is False
@@ -114,6 +121,26 @@ def test_a_sweep_that_exists_has_its_inputs_wherever_submitting_dies(fault: Faul
             if sweep_names(store):
                 assert all(users(store, digest or "") == {"cat"} for digest in wanted(sweep))
             submit(sweep, store)
+
+
+def test_gc_at_any_point_of_submitting_costs_the_sweep_no_input(folder: Path) -> None:
+    sweep = planned(folder)
+
+    def collect(store: ObjectStore) -> None:
+        for digest in list(digests(store)):
+            log = content_log(store, digest)
+            state, seen = log.refresh(), content.incarnations(store, digest)
+            for what in unreferenced(state, sweep_names(store), seen):
+                content.retire(log, what)
+            content.reap(store, digest, log, sweep_names(store))
+
+    calm = InterruptedStore(0, collect)
+    submit(sweep, calm)
+    for at in range(1, calm.calls + 1):
+        store = InterruptedStore(at, collect)
+        submit(sweep, store)
+        for digest in wanted(sweep):
+            assert users(store, digest or "") == {"cat"}, f"gc before call {at}"
 
 
 def test_an_input_that_changed_since_it_was_pinned_is_refused(folder: Path) -> None:
