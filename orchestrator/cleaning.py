@@ -5,9 +5,10 @@ point, and run beside another and beside controllers: see ``storage.garbage`` fo
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from storage import layout
 from storage.collecting import (
     Collected,
     ContentPlan,
@@ -20,13 +21,14 @@ from storage.collecting import (
     read_logs,
     store_time,
 )
-from storage.errors import Corrupt
+from storage.errors import Corrupt, Unavailable
 from storage.garbage import GRACE_S, Keep, RunPlan, leftovers, old_enough, plan_run
 from storage.inventory import Inventory, take, written_s
 from storage.ledger import Ledger
-from storage.log import RunLog
+from storage.log import RunLog, RunSnapshot, run_log
 from storage.object_store import ObjectInfo, ObjectStore
 from storage.records import Finished
+from storage.snapshots import read_sweep
 from storage.usage import Counted
 
 from .errors import OrchestrateError
@@ -102,7 +104,8 @@ def look(
         on_read(done, len(with_log))
 
     logs: dict[str, RunLog] = {}
-    for run, log in read_logs(counted, with_log, on_read=read).items():
+    known = _snapshots(counted, inventory, {only} if only else sweeps.keys())
+    for run, log in read_logs(counted, with_log, known, on_read=read).items():
         if isinstance(log, Corrupt):
             damaged[run] = str(log)
         else:
@@ -154,10 +157,19 @@ def carry_out(
     """Delete what is planned, step by step."""
     for name, runs in plan.runs.items():
         for run in runs:
-            if run.work:
-                needs_record = bool(run.reap or run.retire)
-                ledger = ledger_of(name, run.run) if needs_record else None
-                yield from collect_run(store, run, ledger, clock=clock)
+            if not run.work:
+                continue
+            try:
+                sure = _confirmed(store, plan.found, run)
+            except Corrupt as error:
+                yield Collected(damaged=str(error))
+                continue
+            except Unavailable as error:
+                yield Collected(failed=str(error))
+                return
+            needs_record = bool(sure.reap or sure.retire)
+            ledger = ledger_of(name, run.run) if needs_record else None
+            yield from collect_run(store, sure, ledger, clock=clock)
     if plan.probes:
         yield collect_loose(store, plan.probes)
     if plan.terms:
@@ -186,6 +198,35 @@ def _plan(found: Store, run: str, keep: Keep | None, grace_s: float) -> RunPlan:
     return plan_run(
         run, found.inventory.runs[run], log.state, entries, keep=keep, grace_s=grace_s, now_s=found.now_s
     )
+
+
+def _confirmed(store: ObjectStore, found: Store, planned: RunPlan) -> RunPlan:
+    """Plan again from the whole log: a snapshot is a cache, and nothing is deleted on its word.
+
+    Raises:
+        Corrupt, Unavailable, AccessDenied
+    """
+    log = run_log(store, planned.run)
+    state = log.refresh()
+    objects = found.inventory.runs[planned.run]
+    return plan_run(
+        planned.run,
+        objects,
+        state,
+        log.entries(),
+        keep=planned.keep,
+        grace_s=planned.grace_s,
+        now_s=found.now_s,
+    )
+
+
+def _snapshots(store: ObjectStore, inventory: Inventory, sweeps: Iterable[str]) -> dict[str, RunSnapshot]:
+    """What the sweeps' controllers left of their runs' logs, by run."""
+    found: dict[str, RunSnapshot] = {}
+    for name in sweeps:
+        if any(info.key == layout.sweep_snapshot(name) for info in inventory.sweeps[name]):
+            found |= {run: known.snapshot for run, known in read_sweep(store, name).items()}
+    return found
 
 
 def keep_of(sweep: Sweep) -> Keep:

@@ -267,6 +267,8 @@ def _conclude(done: "Collected", url: str) -> None:
         f"retired {done.retired}",
         err=True,
     )
+    if done.damaged:
+        click.echo(f"left alone: {done.damaged}", err=True)
     if done.failed:
         raise StoreUnreachable(f"{url}: {done.failed} — what is left, the next gc deletes")
     if done.denied:

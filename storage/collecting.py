@@ -18,7 +18,7 @@ from .errors import AccessDenied, Corrupt, Fenced, StorageError
 from .garbage import ABANDONED_S, GRACE_S, Doomed, RunPlan, old_enough
 from .inventory import ContentObjects, Inventory, size_of, sweeps_in, written_s
 from .ledger import Ledger
-from .log import RunLog, run_log
+from .log import RunLog, RunSnapshot, run_log
 from .object_store import ObjectInfo, ObjectStore
 from .records import Reaped, Retired
 
@@ -46,6 +46,8 @@ class Collected:
     """The store refused: what could not be deleted stays, and costs nothing but space."""
     failed: str = ""
     """The store did not answer: the next gc goes on from here."""
+    damaged: str = ""
+    """A log that cannot be read: nothing of its run was touched."""
 
     def add(self, other: "Collected") -> None:
         self.retired += other.retired
@@ -53,6 +55,7 @@ class Collected:
         self.size_bytes += other.size_bytes
         self.denied = self.denied or other.denied
         self.failed = self.failed or other.failed
+        self.damaged = self.damaged or other.damaged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,12 +87,22 @@ def store_time(store: ObjectStore, inventory: Inventory) -> float | None:
 
 
 def read_logs(
-    store: ObjectStore, run_ids: Iterable[str], *, on_read: Callable[[], None] = lambda: None
+    store: ObjectStore,
+    run_ids: Iterable[str],
+    snapshots: Mapping[str, RunSnapshot] | None = None,
+    *,
+    on_read: Callable[[], None] = lambda: None,
 ) -> dict[str, RunLog | Corrupt]:
-    """Read the log of each run, several at once; one that is damaged is what is wrong with it."""
+    """Read the log of each run, several at once; one that is damaged is what is wrong with it.
+
+    Args:
+        snapshots: What logs said before: of these only the rest is read. Good enough for a plan, and to be
+            confirmed before anything is deleted.
+    """
+    known = snapshots or {}
 
     def read(run_id: str) -> RunLog | Corrupt:
-        log = run_log(store, run_id)
+        log = run_log(store, run_id, hint=lambda: known.get(run_id))
         try:
             log.refresh()
         except Corrupt as error:

@@ -103,6 +103,7 @@ class RunPlan:
     run: str
     keep: Keep | None
     """What its sweep's policy keeps; None: the run is of no sweep, and nothing of it is superseded."""
+    grace_s: float = GRACE_S
     kept: Mapping[CheckpointRef, tuple[str, ...]] = field(default_factory=dict)
     retire: tuple[Doomed, ...] = ()
     reap: tuple[Doomed, ...] = ()
@@ -152,6 +153,7 @@ def plan_run(
     return RunPlan(
         run=run,
         keep=keep,
+        grace_s=grace_s,
         kept=keep.marks(state) if keep else {},
         retire=tuple(
             _doomed(run, c, sizes, spared=frozenset()) for c in state.stored if c.ref in set(superseded)

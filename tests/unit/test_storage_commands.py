@@ -5,6 +5,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from storage.object_store import ObjectStore
 from storage.probe import ProbeResult
 from storage.records import RECORD, Finished, Outcome, Pinned, Quarantined, Record
 from storage.run_state import RunState
+from storage.snapshots import Known, write_sweep
 
 CAT = small_sweep(
     runs=2, name="cat", metric=Metric(name="loss"), checkpoint=Checkpoint(keep_last=2, grace_s=300.0)
@@ -202,6 +204,22 @@ def test_a_run_whose_log_is_damaged_is_left_alone(store: DirectoryStore, orchest
     assert code == 0
     assert f"{R0} is left alone" in said
     assert keys(store) == before
+
+
+def test_a_snapshot_saves_reading_and_nothing_is_deleted_on_its_word(
+    store: DirectoryStore, orchestrate: Orchestrate
+) -> None:
+    log = run_log(store, R0)
+    log.refresh()
+    wrong = replace(log.state, checkpoints=log.state.checkpoints[-1:])  # as if 10 to 40 had never been
+    right, lie = (Known(snapshot=replace(log.snapshot(), state=said)) for said in (log.state, wrong))
+    write_sweep(store, "cat", {R0: right})
+    assert json.loads(orchestrate("gc", "-o", "json")[1])["requests"] == 12 - 8 + 2
+
+    write_sweep(store, "cat", {R0: lie})
+    assert "uploads of fenced attempts" in orchestrate("gc")[1]
+    assert "deleted 1 object, 1.0 kB; retired 2" in orchestrate("gc", "--apply")[2]
+    assert [c.step for c in state(store).checkpoints] == [20, 40, 50]
 
 
 def test_a_store_that_refuses_to_delete_is_told_once(
