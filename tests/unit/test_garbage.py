@@ -27,9 +27,18 @@ from support.runs import (
 
 from storage import layout
 from storage.checkpoints import CheckpointStore
-from storage.collecting import Collected, collect_loose, collect_run, read_logs
+from storage.collecting import (
+    Collected,
+    collect_content,
+    collect_loose,
+    collect_run,
+    plan_contents,
+    read_logs,
+)
+from storage.content import store_for
 from storage.errors import AccessDenied, Corrupt, Unavailable
 from storage.garbage import ABANDONED_S, GRACE_S, Keep, leftovers, orphans, plan_run
+from storage.hashing import hashed
 from storage.inventory import RunObjects, sort_out, take
 from storage.log import run_log
 from storage.memory import MemoryStore
@@ -502,3 +511,58 @@ def run_log_entries(store: ObjectStore) -> tuple[RunEntry, ...]:
     log = run_log(store, RUN)
     log.refresh()
     return log.entries()
+
+
+# shared content
+
+
+class Timed(MemoryStore):
+    """Says of every object that it was written at 1000."""
+
+    def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
+        for info in super().list(prefix, after):
+            yield ObjectInfo(info.key, info.size_bytes, 1000.0)
+
+
+def shared(store: ObjectStore, folder: Path) -> str:
+    """A dataset that sweep cat uses, submitted; returns its digest."""
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"an image")
+    local = hashed("", {"a.png": folder / "a.png"})
+    store_for(store, "cat", local, submitted=False)
+    store.put(layout.sweep_spec("cat"), b"{}")
+    return local.digest
+
+
+def collect_contents(store: ObjectStore, now_s: float | None) -> tuple[int, int]:
+    """What one ``gc`` retires and how many objects it deletes."""
+    done = Collected()
+    for plan in plan_contents(store, take(store).contents, now_s):
+        for part in collect_content(store, plan):
+            done.add(part)
+    assert (done.failed, done.denied) == ("", "")
+    return done.retired, done.objects
+
+
+def test_content_goes_in_two_phases_once_no_sweep_uses_it(tmp_path: Path) -> None:
+    store = Timed()
+    digest = shared(store, tmp_path / "data")
+    assert collect_contents(store, 1e6) == (0, 0), "cat uses it"
+
+    store.delete([layout.sweep_spec("cat")])
+    assert collect_contents(store, None) == (0, 0), "no clock, no age"
+    assert collect_contents(store, 1000 + GRACE_S - 1) == (0, 0), "a submission may be under way"
+    assert collect_contents(store, 1000 + GRACE_S) == (1, 0)
+    assert collect_contents(store, 1000 + GRACE_S - 1) == (0, 0), "the grace is not over"
+    assert collect_contents(store, 1000 + GRACE_S) == (0, 2)
+    assert collect_contents(store, 1e6) == (0, 0)
+    assert [info.key for info in store.list(layout.content_data_prefix(digest))] == []
+
+
+def test_an_upload_of_content_that_nobody_finished_goes_after_a_day(tmp_path: Path) -> None:
+    store = Timed()
+    store.put(layout.content_file("a" * 64, "0" * 8, "b" * 64), b"half")
+    assert collect_contents(store, 1000 + ABANDONED_S - 1) == (0, 0)
+    assert collect_contents(store, 1000 + ABANDONED_S) == (1, 0)
+    assert collect_contents(store, 1000 + ABANDONED_S) == (0, 1)
+    assert take(store).contents["a" * 64].data == {}
