@@ -232,6 +232,8 @@ def train(world: World, store: Seat, claimed: Claimed) -> None:
         patiently(lambda: ledger.append(Started(attempt=attempt, step=resumed, at=world.now())))
         at_its_last_step = resumed == world.last_step  # saved there, and stopped before its evaluation
         for step in [world.last_step] if at_its_last_step else range(resumed + 1, world.last_step + 1):
+            if world.odds(0.1):  # there is little time: the adapter first, and the rest if it lasts
+                salvage(checkpoints, local_checkpoint(attempt, step, final=False), claimed)
             stopped = step == world.last_step and not at_its_last_step and world.odds(0.2)
             publish(
                 checkpoints,
@@ -256,6 +258,12 @@ def resume(world: World, checkpoints: CheckpointStore, state: RunState, attempt:
     if read_files(path) != contents(checkpoint.attempt, checkpoint.step):
         world.interleaving.problems.append(f"attempt {attempt} resumed from other bytes: {checkpoint.ref}")
     return checkpoint.step
+
+
+def salvage(checkpoints: CheckpointStore, local: LocalCheckpoint, claimed: Claimed) -> None:
+    """Publish the adapter alone, once."""
+    with contextlib.suppress(Unavailable):
+        checkpoints.publish(local, claimed.attempt, claimed.incarnation, only=["adapter"])
 
 
 def publish(checkpoints: CheckpointStore, local: LocalCheckpoint, claimed: Claimed) -> None:

@@ -253,7 +253,7 @@ def _facts(record: Record) -> list[Fact]:
         case Claimed(attempt=attempt, incarnation=incarnation):
             return [("claimed", attempt, incarnation)]
         case Committed(attempt=attempt, incarnation=incarnation, step=step, final=final, files=files):
-            return [("committed", attempt, incarnation, step, final, files)]
+            return [("committed", attempt, incarnation, step, final, record.resumable, files)]
         case Started(attempt=attempt) | Ended(attempt=attempt):
             return [(record.kind, attempt)]
         case Retired(checkpoints=refs) | Reaped(checkpoints=refs):

@@ -155,8 +155,9 @@ def test_the_old_checkpoint_is_there_until_the_new_one_is(node: Node) -> None:
         node.look_around()
         assert [c.step for c in complete_checkpoints(node.disk)] == [10]
 
+    node.wait_until(lambda: state_of(node.store).committed_step == 20)
     node.wait_until(lambda: [c.step for c in complete_checkpoints(node.disk)] == [20])
-    assert state_of(node.store).committed_step == 20
+    assert [c.step for c in state_of(node.store).checkpoints] == [10, 20]
 
 
 @pytest.mark.parametrize("fault", [Fault.DIE_BEFORE, Fault.DIE_AFTER, Fault.DIE_HALF_WAY])
