@@ -9,9 +9,9 @@ a checkpoint loses none that is there: what was superseded goes, and the writing
 """
 
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -44,6 +44,10 @@ DISK_PATIENCE_S = 900.0
 DISK_PAUSE_S = 5.0
 KEPT_FOR_ROOM = (2, 1)
 """How many complete checkpoints stay on a full disk: first the newest two, and if need be the newest."""
+
+
+_DONE: Future[None] = Future()
+_DONE.set_result(None)
 
 
 class Progress(Frozen):
@@ -95,12 +99,13 @@ class CheckpointWriter:
         self._waits_for_room = False
         self._adapter: dict[str, Tensor] = {}
         self._state: dict[str, Tensor] = {}
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        # One thread, there before it is needed: starting one waits until it runs, which is a stall.
+        self._writing = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
+        self._written: Future[None] = self._writing.submit(lambda: None)
 
     @property
     def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        return not self._written.done()
 
     @property
     def waits_for_room(self) -> bool:
@@ -119,10 +124,7 @@ class CheckpointWriter:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         stall_s = time.monotonic() - began
-        self._thread = threading.Thread(
-            target=self._write, args=(progress, dict(metrics), final, stall_s), name="checkpoint-writer"
-        )
-        self._thread.start()
+        self._written = self._writing.submit(self._write, progress, dict(metrics), final, stall_s)
 
     def wait(self) -> None:
         """Block until nothing is being written.
@@ -130,20 +132,16 @@ class CheckpointWriter:
         Raises:
             Exception: Whatever the last write failed with.
         """
-        if self._thread:
-            self._thread.join()
-            self._thread = None
-        if self._error:
-            error, self._error = self._error, None
-            raise error
+        try:
+            self._written.result()
+        finally:
+            self._written = _DONE
 
     def _write(self, progress: Progress, metrics: dict[str, float], final: bool, stall_s: float) -> None:
         try:
             began = time.monotonic()
             self._write_patiently(progress, metrics, final)
             self._on_written(progress.step, stall_s, time.monotonic() - began)
-        except BaseException as error:
-            self._error = error
         finally:
             self._waits_for_room = False
 

@@ -122,6 +122,11 @@ def steps(root: Path) -> list[int]:
     return [checkpoint.step for checkpoint in found]
 
 
+def there(root: Path) -> list[int]:
+    """The complete checkpoints, unread: they may go at any moment."""
+    return [checkpoint.step for checkpoint in complete_checkpoints(root)]
+
+
 def fill(disk: Path) -> Path:
     """Take all the room that is left."""
     filler = disk / "filler"
@@ -326,11 +331,11 @@ def test_what_cannot_be_sent_is_spooled_within_a_limit_and_sent_newest_first(
         before = store.tries
         write_checkpoint(tmp_path, step, files=files)
         until(lambda before=before: store.tries > before + 1, "the newest was tried")  # type: ignore[misc]
-    until(lambda: steps(tmp_path) == [50, 40, 30], "what exceeds the limit is gone, and only that")
+    until(lambda: there(tmp_path) == [50, 40, 30], "what exceeds the limit is gone, and only that")
     store.back = True
     assert replicator.drain(DEADLINE_S)
     assert store.published == [50]
-    until(lambda: steps(tmp_path) == [50, 40], "what is of no more use is gone")
+    until(lambda: there(tmp_path) == [50, 40], "what is of no more use is gone")
 
 
 def test_a_dead_observer_is_replaced(tmp_path: Path, store: Unreachable, start: Start) -> None:

@@ -598,3 +598,20 @@ def test_a_line_that_is_still_being_written_is_read_later(tmp_path: Path) -> Non
 
     assert [event["step"] for _, event in read] == [1]
     assert [event["step"] for _, event in read_events(run_dir.events, read[-1][0])] == [2]
+
+
+def test_an_attempt_claimed_after_the_result_was_committed_trains_nothing(supervise: Supervise) -> None:
+    """The older one committed it just before the claim; from a final checkpoint nothing could resume."""
+    store = MemoryStore()
+    claim(store, 1)
+    supervise(store, light="steps").end()
+    result = state(store).result
+    run_log(store, RUN).append(ended(1))
+    claim(store, 2)
+
+    final = supervise(store, 2, light="steps").end()
+
+    assert (final.exit_code, final.superseded) == (EXIT_PREEMPTED, True)
+    assert "the final checkpoint is committed already" in final.error
+    assert state(store).result == result
+    assert state(store).quarantined == ()

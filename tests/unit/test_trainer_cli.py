@@ -318,3 +318,15 @@ def test_an_attempt_that_was_replaced_never_ends_the_one_that_replaced_it(code: 
     history = (claimed(), ended(1, EndReason.SUPERSEDED), claimed(2))
 
     assert ends(*history, attempt=1, exit_code=code, superseded=True) == []
+
+
+@pytest.mark.usefixtures("light")
+def test_a_result_whose_attempt_died_before_saying_so_is_said_by_the_next(tmp_path: Path) -> None:
+    """Row 5 of the crash matrix for the last commit: from a final checkpoint nothing could resume."""
+    assert invoke(tmp_path)[0] == 0
+    log = tmp_path / "store" / "runs" / "run" / "log"
+    sorted(log.iterdir())[-1].unlink()  # as if "finished" had never been written
+    assert kinds(tmp_path)[-1] == "committed"
+
+    assert invoke(tmp_path) == (0, "run is over: SUCCEEDED\n")
+    assert kinds(tmp_path)[-3:] == ["committed", "ended", "finished"]
