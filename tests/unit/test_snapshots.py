@@ -233,6 +233,17 @@ def test_a_snapshot_of_another_log_is_dropped_before_anything_is_appended(
     assert len([m for m in caplog.messages if "does not follow from its snapshot" in m]) == 1
 
 
+@pytest.mark.parametrize("others", [(), (claimed(who="f" * 8),), HISTORY[:4]])
+def test_a_log_that_is_shorter_than_its_snapshot_says_is_noticed_by_reading_alone(
+    others: Sequence[Record],
+) -> None:
+    store = written(*HISTORY)
+    snapshot = snapshot_of(store)
+    replaced(store, others)
+
+    assert begun_at(store, snapshot).refresh() == run_log(store, RUN).refresh()
+
+
 def test_an_append_to_a_log_known_from_a_snapshot_alone_looks_at_the_last_entry_first() -> None:
     store = written(*HISTORY)
     log = begun_at(store, snapshot_of(store))
