@@ -238,6 +238,7 @@ class Supervisor:
         self._run_dir.checkpoints.mkdir(parents=True)
         self._run_dir.spec.write_text(self._spec.model_dump_json())
         self._run_dir.options.write_text(self._options.model_dump_json())
+        self._pacer.review()  # before the process looks for the first time
 
     def _order_start(self) -> None:
         checkpoint, path = patiently(self._fetch, self._stopping)

@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from support.runs import RUN, claimed, incarnation
 from support.single_file import write_single_file
 from support.tiny_world import build_base, build_images, tiny_spec
 from support.training import contents, events, lay_out, newest
@@ -12,6 +13,7 @@ from support.training import contents, events, lay_out, newest
 from storage import layout
 from storage.content import content_log, store_for
 from storage.errors import Corrupt
+from storage.log import run_log
 from storage.memory import MemoryStore
 from trainer.attempt import run_attempt
 from trainer.config import RunSpec
@@ -19,8 +21,9 @@ from trainer.dataset_files import dataset_content
 from trainer.errors import BadInput
 from trainer.inputs import with_inputs
 from trainer.model_files import model_content
-from trainer.rundir import EXIT_COMPLETE, Options
+from trainer.rundir import EXIT_COMPLETE, CheckpointPolicy, Options
 from trainer.stop import Stop
+from trainer.supervisor import Assignment, Supervisor
 
 STOPPING = threading.Event()
 
@@ -153,3 +156,26 @@ def test_damaged_content_is_told_and_not_trained_from(
         with_inputs(store, elsewhere(pinned), Options(cache_dir=str(tmp_path)), STOPPING),
     ):
         pass
+
+
+def test_a_supervised_attempt_needs_nothing_but_the_store(
+    store: MemoryStore, pinned: RunSpec, tmp_path: Path
+) -> None:
+    log = run_log(store, RUN)
+    log.append(claimed(1))
+    policy = CheckpointPolicy(every_s=30.0, auto_max_s=600.0)
+    supervisor = Supervisor(
+        store,
+        Assignment(run_id=RUN, attempt=1, incarnation=incarnation(1)),
+        elsewhere(pinned),
+        Options(threads=1, cache_dir=str(tmp_path / "cache"), checkpoint=policy),
+        scratch=tmp_path / "scratch",
+        ledger=log,
+    )
+
+    progress = supervisor.run()
+
+    assert (progress.exit_code, progress.error) == (EXIT_COMPLETE, "")
+    assert log.refresh().result is not None
+    shipped = b"".join(store.get(info.key) for info in store.list(layout.events_prefix(RUN)))
+    assert b'"event": "interval"' in shipped, "the trainer follows the interval that the supervisor wrote"
