@@ -91,9 +91,9 @@ class DirectoryStore:
         if parent:
             self._path(parent)
         with self._translated(prefix):
-            found = [info for info in self._walk(parent) if info.key.startswith(prefix)]
+            found = [info for info in self._walk(parent, after) if info.key.startswith(prefix)]
         # Directory order is not key order: "a-b" comes before "a/b".
-        yield from sorted((info for info in found if info.key > after), key=lambda info: info.key)
+        yield from sorted(found, key=lambda info: info.key)
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
@@ -188,8 +188,8 @@ class DirectoryStore:
         finally:
             os.close(descriptor)
 
-    def _walk(self, directory: str) -> Iterator[ObjectInfo]:
-        """Every object under a directory, which is "" or a relative path, in no order."""
+    def _walk(self, directory: str, after: str = "") -> Iterator[ObjectInfo]:
+        """Every object under a directory, which is "" or a relative path, with a greater key; in no order."""
         path = self._root / directory
         try:
             self._check_parents(path / "x")
@@ -199,8 +199,8 @@ class DirectoryStore:
         for entry in entries:
             key = f"{directory}/{entry.name}" if directory else entry.name
             if entry.is_dir(follow_symlinks=False) and key != _STAGING:
-                yield from self._walk(key)
-            elif entry.is_file(follow_symlinks=False):
+                yield from self._walk(key, after)
+            elif key > after and entry.is_file(follow_symlinks=False):
                 with contextlib.suppress(FileNotFoundError):
                     found = entry.stat(follow_symlinks=False)
                     yield ObjectInfo(key, found.st_size, found.st_mtime)
