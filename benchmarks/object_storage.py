@@ -3,12 +3,12 @@
     python benchmarks/object_storage.py [--mb 200] [--repeats 5] [--save]
 
 Loopback: real servers (rclone always, radosgw where it is installed), which share this machine's cores with
-the clients; all take turns. ``raw`` is one PUT or GET of a presigned url by ``http.client``: it hashes nothing.
-Peak memory is that of a process of its own for each transfer, imports included.
+the clients; all take turns. ``raw`` is one PUT or GET of a presigned url by ``http.client``, which hashes
+nothing. Peak memory is that of a process of its own for each transfer, imports included.
 
-Uplinks are shaped by the token bucket of the tests' proxy, not by the kernel. ``lag`` is the age of the
-newest commit, sampled while checkpoints are made twice as fast as the uplink carries them: once newest first, as the
-replicator does it, and once each in turn.
+Uplinks are shaped by the token bucket of the tests' proxy, not the kernel. ``lag`` is the age of the newest
+commit, sampled while checkpoints are made twice as fast as the uplink carries them: once newest first, as
+the replicator does it, and once each in turn.
 
 Not named ``storage.py``: from this directory that would hide the package.
 """
@@ -326,6 +326,7 @@ def _ages(store: S3Store, folder: Path, *, every_s: float, size: int, skip: bool
         time.sleep(0.1)
     over.set()
     if skip:
+        replicator.drain(30)
         replicator.stop()
     else:
         thread.join(30)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
@@ -24,7 +25,7 @@ from .deadline import current, until
 from .errors import NotFound, StorageError, Unavailable
 from .file_slice import FileSlice, content_md5
 from .s3_errors import NO_UPLOAD, code_of
-from .uplink import PARTS_AT_ONCE, Uplink, allowance_s, part_bytes, parts_at_once, sent_whole
+from .uplink import PART_BYTES, PARTS_AT_ONCE, Uplink, allowance_s, part_bytes, parts_at_once, sent_whole
 
 _KEPT_UPLOADS = 4
 _COMPLETE_S = 180.0
@@ -107,6 +108,7 @@ class Uploads:
         self._request = request
         self._request_s = request_s
         self._uplink = Uplink()
+        self._names_by_md5 = True
         self._unfinished: dict[str, Upload] = {}
         self._lock = threading.Lock()
 
@@ -185,20 +187,36 @@ class Uploads:
             )
 
     def _put_whole(self, key: str, full_key: str, file: BinaryIO, size_bytes: int) -> None:
-        digest = content_md5(FileSlice(file.fileno(), 0, size_bytes).md5())
+        """Send a file by one request, whose content the server verifies.
 
-        def send(client: Any) -> None:
+        A small one goes with its MD5. A larger one is hashed while it is sent, which costs no time, and
+        compared with the name that the server gives the content: usually its MD5. If it is another, nobody
+        knows why, and the file is sent again, from then on with its MD5.
+        """
+        if size_bytes > PART_BYTES and self._names_by_md5:
+            body = FileSlice(file.fileno(), 0, size_bytes, hashing=True)
+            answer = self._timed(key, self._putting(full_key, lambda: body, size_bytes, {}), size_bytes)
+            if answer["ETag"] == f'"{body.sent_md5.hex()}"':
+                return
+            self._names_by_md5 = False
+        digest = content_md5(FileSlice(file.fileno(), 0, size_bytes).md5())
+        whole = partial(FileSlice, file.fileno(), 0, size_bytes)
+        self._timed(key, self._putting(full_key, whole, size_bytes, {"ContentMD5": digest}), size_bytes)
+
+    def _putting(
+        self, full_key: str, body: Callable[[], FileSlice], size_bytes: int, options: dict[str, str]
+    ) -> Callable[[Any], Any]:
+        def send(client: Any) -> Any:
             began = time.monotonic()
-            client.put_object(
-                Bucket=self._bucket,
-                Key=full_key,
-                Body=FileSlice(file.fileno(), 0, size_bytes),
-                ContentLength=size_bytes,
-                ContentMD5=digest,
+            whole = body()
+            whole.seek(0)
+            answer = client.put_object(
+                Bucket=self._bucket, Key=full_key, Body=whole, ContentLength=size_bytes, **options
             )
             self._uplink.carried(size_bytes, time.monotonic() - began)
+            return answer
 
-        self._timed(key, send, size_bytes)
+        return send
 
     def _start(self, key: str, full_key: str, path: Path, identity: FileIdentity) -> Upload:
         answer = self._request(

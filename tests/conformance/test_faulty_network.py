@@ -11,6 +11,7 @@ import pytest
 from support.fault_proxy import (
     FOREVER,
     BlackHole,
+    CorruptUp,
     Fault,
     FaultProxy,
     LoseReply,
@@ -201,6 +202,26 @@ def test_a_write_that_is_reset_leaves_no_part_of_an_object(faulty: Faulty, tmp_p
     faulty.proxy.heal()
     faulty.store.put("k", tmp_path / "file")
     assert is_there(faulty, "k", tmp_path / "file", tmp_path)
+
+
+@pytest.mark.parametrize("sent", ["bytes", "a small file", "in parts", "whole"])
+def test_bytes_that_change_on_the_way_are_noticed_and_sent_again(
+    sent: str, faulty: Faulty, big: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "small").write_bytes(os.urandom(1000))
+    path = tmp_path / "small" if sent in {"bytes", "a small file"} else big
+    if sent == "whole":
+        faulty.store._uploads._uplink.carried(1 << 40, 1.0)
+    faulty.proxy.inject(CorruptUp(), when=matching("PUT"))
+    try:
+        faulty.store.put("k", path.read_bytes() if sent == "bytes" else path)
+    except Unavailable:
+        assert sent == "in parts", "rclone gives up a whole upload for one bad part"
+        faulty.store.put("k", path)
+    assert is_there(faulty, "k", path, tmp_path)
+    assert faulty.proxy.count(matching("PUT")) == 2 or sent == "in parts"
+    if sent == "whole":
+        assert ["Content-MD5" in seen.headers for seen in faulty.proxy.requests] == [False, True]
 
 
 @pytest.mark.parametrize("fault", [TrickleUp(5), TrickleDown(5), BlackHole()], ids=lambda f: type(f).__name__)

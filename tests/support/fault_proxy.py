@@ -74,6 +74,11 @@ class ResetUp:
 
 
 @dataclass(frozen=True, slots=True)
+class CorruptUp:
+    """Pass the request on with the first byte of its body changed."""
+
+
+@dataclass(frozen=True, slots=True)
 class TruncateDown:
     """Close the connection after so many bytes of the answer's body."""
 
@@ -102,6 +107,7 @@ Fault = (
     | TrickleUp
     | TrickleDown
     | BlackHole
+    | CorruptUp
     | ResetUp
     | TruncateDown
     | LoseReply
@@ -311,6 +317,8 @@ class FaultProxy:
                 pace.take(wanted)
             # Counted as it comes in, so that a cut shows what had come until then.
             chunk = reader.read(wanted)
+            if isinstance(seen.fault, CorruptUp) and seen.received_bytes == 0:
+                chunk = bytes([chunk[0] ^ 1]) + chunk[1:]
             seen.received_bytes += len(chunk)
             if len(chunk) < wanted:
                 raise ConnectionError("the client is gone")
