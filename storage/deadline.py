@@ -119,4 +119,8 @@ class LimitedTLSSocket(_Limited, ssl.SSLSocket):
 
     def do_handshake(self, block: bool = False) -> None:
         self.settimeout(patience_s())
-        super().do_handshake(block)
+        try:
+            super().do_handshake(block)
+        except TimeoutError:
+            patience_s()
+            raise

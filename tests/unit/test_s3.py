@@ -217,3 +217,39 @@ def test_the_servers_clock_is_read_from_any_answer(store: S3Store, script: Scrip
 def test_an_answer_without_a_date_tells_no_time(store: S3Store, script: Script, date: dict[str, str]) -> None:
     script.answers = [Answer(200, headers=date)]
     assert store.server_time() is None
+
+
+def test_credentials_that_have_been_replaced_are_taken_up_by_the_refused_request(
+    store: S3Store, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by a create: a refusal says for sure that nothing was written."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "TESTACCESSKEY002")
+    script.answers = [Answer(403, "InvalidAccessKeyId"), Answer(200)]
+    assert store.create("k", b"x") is True
+    assert [
+        headers["Authorization"].split("Credential=")[1].split("/")[0] for _, _, headers, _ in script.requests
+    ] == ["TESTACCESSKEY001", "TESTACCESSKEY002"]
+
+
+def test_a_listing_goes_on_where_a_page_failed(store: S3Store, script: Script) -> None:
+    def page(key: str, more: str) -> bytes:
+        return (
+            f"<ListBucketResult><Contents><Key>team/{key}</Key><Size>1</Size></Contents>{more}"
+            "</ListBucketResult>"
+        ).encode()
+
+    more = "<IsTruncated>true</IsTruncated><NextContinuationToken>next</NextContinuationToken>"
+    script.answers = [
+        Answer(200, body=page("a", more)),
+        Answer(503, "SlowDown"),
+        Answer(200, body=page("b", "")),
+    ]
+    assert [info.key for info in store.list("")] == ["a", "b"]
+    assert ["continuation-token=next" in path for _, path, _, _ in script.requests] == [False, True, True]
+
+
+def test_a_server_that_repeats_its_marker_is_not_listed_for_ever(store: S3Store, script: Script) -> None:
+    more = "<IsTruncated>true</IsTruncated><NextContinuationToken>same</NextContinuationToken>"
+    script.answers = [Answer(200, body=f"<ListBucketResult>{more}</ListBucketResult>".encode())]
+    assert list(store.list("")) == []
+    assert len(script.requests) == 2
