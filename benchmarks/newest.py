@@ -45,7 +45,12 @@ from storage.records import (
     Started,
     StoredFile,
 )
-from storage.snapshots import Known, hinted_log, write_run, write_sweep
+from storage.snapshots import (
+    Known,
+    hinted_log,
+    write_run,
+    write_sweep,
+)
 from storage.url import open_store
 from trainer.config import Base, Dataset, RunSpec
 

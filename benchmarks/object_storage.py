@@ -35,7 +35,7 @@ from botocore.config import Config  # noqa: E402
 from support.fault_proxy import FaultProxy  # noqa: E402
 from support.s3_servers import S3Server, radosgw_server, rclone_server, why_no_radosgw  # noqa: E402
 
-from storage.s3 import S3Store  # noqa: E402
+from storage.s3.store import S3Store  # noqa: E402
 from storage.url import open_store  # noqa: E402
 
 UPLINKS_MBIT = (5, 10, 20, 100)

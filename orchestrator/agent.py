@@ -23,12 +23,12 @@ import psutil
 import ray
 
 from storage.errors import AccessDenied, Fenced, Unavailable
-from storage.grants import Caller
 from storage.ledger import Ledger
 from storage.object_store import ObjectStore
 from storage.records import RECORD, Record
 from storage.run_state import RunState
-from storage.scoped import Ask, ScopedLedger, ScopedStore
+from storage.scoped.grants import Caller
+from storage.scoped.store import Ask, ScopedLedger, ScopedStore
 from storage.snapshots import hinted_log
 from storage.url import open_store
 from trainer.config import RunSpec

@@ -8,9 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from storage.checkpoints import CheckpointStore
-from storage.collecting import store_time
-from storage.errors import Corrupt, Fenced, InvalidName, NotFound, Unavailable
-from storage.inventory import Inventory
+from storage.errors import (
+    Corrupt,
+    Fenced,
+    InvalidName,
+    NotFound,
+    Unavailable,
+)
+from storage.garbage.collecting import store_time
+from storage.garbage.inventory import Inventory
 from storage.ledger import Ledger
 from storage.local import step_dir
 from storage.log import RunLog, run_log

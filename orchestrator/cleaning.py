@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from storage import layout
-from storage.collecting import (
+from storage.errors import Corrupt, Unavailable
+from storage.garbage.collecting import (
     Collected,
     ContentPlan,
     TellsTime,
@@ -21,15 +22,21 @@ from storage.collecting import (
     read_logs,
     store_time,
 )
-from storage.errors import Corrupt, Unavailable
-from storage.garbage import GRACE_S, Keep, RunPlan, leftovers, old_enough, plan_run
-from storage.inventory import Inventory, take, written_s
+from storage.garbage.inventory import Inventory, take, written_s
+from storage.garbage.rules import (
+    GRACE_S,
+    Keep,
+    RunPlan,
+    leftovers,
+    old_enough,
+    plan_run,
+)
+from storage.garbage.usage import Counted
 from storage.ledger import Ledger
 from storage.log import RunLog, RunSnapshot, run_log
 from storage.object_store import ObjectInfo, ObjectStore
 from storage.records import Finished
 from storage.snapshots import read_sweep
-from storage.usage import Counted
 
 from .errors import OrchestrateError
 from .submission import load_submitted

@@ -91,9 +91,10 @@ def sweep(
     insecure: bool,
 ) -> None:
     """Train every run of a sweep file. The same file again resumes the sweep, or shows that it is done."""
+    from storage.probe import open_probed
     from storage.url import open_store
 
-    from . import launch, preflight
+    from . import preflight
     from .inputs import shown_upload
     from .session import show_plan, work_on
     from .submission import submit
@@ -111,7 +112,7 @@ def sweep(
         return
     if not yes and sys.stdin.isatty():
         click.confirm("Proceed?", default=True, abort=True, err=True)
-    store, probed = launch.open_probed(planned.storage.url)
+    store, probed = open_probed(planned.storage.url)
     with shown_upload(planned, store) as on_sent:
         is_new = submit(planned, store, on_sent)
     if not is_new:
@@ -127,14 +128,14 @@ def sweep(
 @insecure_option
 def resume(name: str, detach: bool, store_url: str, address: str | None, insecure: bool) -> None:
     """Go on with a sweep, with nothing but its store. Safe at any time, also when it is running."""
+    from storage.probe import open_probed
     from storage.url import open_store
 
-    from . import launch
     from .session import work_on
     from .submission import load_submitted
 
     found = load_submitted(open_store(store_url), name)  # first: probing writes
-    store, probed = launch.open_probed(store_url)
+    store, probed = open_probed(store_url)
     work_on(found, store, probed, address=address, detach=detach, insecure=insecure)
 
 
@@ -213,9 +214,9 @@ def describe(run: str, output: str, store_url: str) -> None:
 @address_option
 def cancel(name: str, yes: bool, store_url: str, address: str | None) -> None:
     """Stop a sweep, or one run of it. Running trainers save themselves first; logs and checkpoints stay."""
+    from storage.probe import open_probed
     from storage.url import open_store
 
-    from . import launch
     from .cancelling import ask_to_cancel
     from .session import controller_finder
     from .submission import find_run, load_submitted, sweep_names
@@ -230,7 +231,7 @@ def cancel(name: str, yes: bool, store_url: str, address: str | None) -> None:
     if not yes and sys.stdin.isatty():
         click.confirm(f"Cancel {len(run_ids)} run(s) of {found.name}?", default=False, abort=True, err=True)
     controller = controller_finder(found.name, address)()
-    store, probed = launch.open_probed(store_url)
+    store, probed = open_probed(store_url)
     for run_id, outcome in ask_to_cancel(store, run_ids, controller, atomic=probed.atomic).items():
         click.echo(f"{run_id}: {outcome}")
 

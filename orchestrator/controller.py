@@ -20,9 +20,19 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from storage.errors import AccessDenied, Corrupt, Fenced, StorageError
+from storage.errors import (
+    AccessDenied,
+    Corrupt,
+    Fenced,
+    StorageError,
+)
 from storage.object_store import ObjectStore
-from storage.records import CheckpointRef, Claimed, EndReason, Record
+from storage.records import (
+    CheckpointRef,
+    Claimed,
+    EndReason,
+    Record,
+)
 from storage.retention import plan_prune, plan_salvaged
 from storage.run_state import FREE_ENDS, RunState
 

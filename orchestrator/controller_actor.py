@@ -8,9 +8,14 @@ from dataclasses import dataclass
 
 import ray
 
-from storage.errors import AccessDenied, Fenced, StorageError, Unavailable
-from storage.grant_desk import GrantDesk
+from storage.errors import (
+    AccessDenied,
+    Fenced,
+    StorageError,
+    Unavailable,
+)
 from storage.records import RECORD
+from storage.scoped.desk import GrantDesk
 from storage.url import open_store
 from trainer.interval import Lifetimes, learned, lives
 from trainer.rundir import Options
@@ -92,7 +97,7 @@ class ControllerActor:
         return None
 
     def grant(self, body: bytes) -> bytes:
-        """Answer a scoped agent; see ``storage.grants``. What goes back may be secret: nobody logs it."""
+        """Answer a scoped agent (``storage.scoped.grants``). What goes back may be secret: nobody logs it."""
         self._working()
         if self._desk is None:
             raise OrchestrateError("storage.credentials is not scoped: nothing is granted here")

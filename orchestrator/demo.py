@@ -21,6 +21,7 @@ from storage import layout
 from storage.checkpoints import CheckpointStore
 from storage.log import run_log
 from storage.object_store import ObjectStore
+from storage.probe import open_probed
 
 from . import launch, local_ray
 from .contact_sheet import contact_sheet
@@ -44,7 +45,7 @@ def run_demo(out: Path, *, kill: bool = True) -> None:
     began = time.monotonic()
     out = _fresh(out)
     sweep = load(DIGITS / "grid.yaml", overrides=[f"storage.url=file://{out / 'store'}"])
-    store, _ = launch.open_probed(sweep.storage.url)
+    store, _ = open_probed(sweep.storage.url)
     submit(sweep, store)
     os.environ["ORCHESTRATE_HOME"] = str(out / "home")
     _say(f"a local Ray cluster: two worker nodes, and {len(sweep.runs)} runs for them")
@@ -138,7 +139,7 @@ def _undisturbed_digest(out: Path, run: PlannedRun) -> str:
     spec.write_text(run.spec.model_dump_json())
     arguments = ["--spec", str(spec), "--store", f"file://{calm}", "--run-id", run.run_id, "--threads", "1"]
     _trainer("run", *arguments)
-    return _adapter_digest(launch.open_probed(f"file://{calm}")[0], run.run_id, out / "b")
+    return _adapter_digest(open_probed(f"file://{calm}")[0], run.run_id, out / "b")
 
 
 def _adapter_digest(store: ObjectStore, run_id: str, scratch: Path) -> str:

@@ -8,7 +8,7 @@ import json
 from datetime import datetime
 from typing import Any
 
-from storage.content import content_log
+from storage.content.store import content_log
 from storage.log import run_log
 from storage.object_store import ObjectStore
 from storage.records import Committed

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 from rich.text import Text
 
-from storage.doctor import Cause, Check, examine
+from storage.doctor.examination import Cause, Check, examine
 from storage.redaction import printable, redacted
 from storage.url import open_store
 

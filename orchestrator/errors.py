@@ -14,7 +14,12 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from storage.errors import AccessDenied, InvalidName, StorageError, Unavailable
+from storage.errors import (
+    AccessDenied,
+    InvalidName,
+    StorageError,
+    Unavailable,
+)
 
 from .credentials import redacted
 

@@ -1,13 +1,13 @@
 """Between the controller and the grant desk: whose runs it grants for, and whether a store can be used so."""
 
 from storage.errors import Fenced
-from storage.grant_desk import GrantDesk, unenforced
-from storage.grants import Limits
 from storage.object_store import ObjectStore
-from storage.presigned import Presigned
-from storage.presigned_http import PresignedHttp
 from storage.records import Record
 from storage.run_state import RunState
+from storage.s3.presigned import Presigned
+from storage.scoped.desk import GrantDesk, unenforced
+from storage.scoped.grants import Limits
+from storage.scoped.http import PresignedHttp
 
 from .controller import Controller
 from .errors import OrchestrateError
@@ -57,7 +57,7 @@ def check_store(store: ObjectStore) -> None:
             nodes without limits.
         AccessDenied, Unavailable: It could not be tried.
     """
-    from storage.s3 import S3Store
+    from storage.s3.store import S3Store
 
     if not isinstance(store, S3Store):
         raise OrchestrateError(f"{NEEDED}; {store.url} is no bucket — use s3://… or credentials: env")
@@ -67,7 +67,7 @@ def check_store(store: ObjectStore) -> None:
 
 def desk_for(sweep: Sweep, controller: Controller, store: ObjectStore) -> GrantDesk:
     """The desk of a sweep, on a store that ``check_store`` has passed."""
-    from storage.s3 import S3Store
+    from storage.s3.store import S3Store
 
     assert isinstance(store, S3Store)
     return GrantDesk(store, store.signer(), SweepRuns(sweep, controller))

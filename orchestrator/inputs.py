@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from storage.content import LocalContent, store_for
+from storage.content.store import LocalContent, store_for
 from storage.errors import Corrupt
 from storage.object_store import ObjectStore
 from trainer.rundir import Options, cache_folder

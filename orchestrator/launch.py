@@ -4,7 +4,6 @@ import os
 from typing import TYPE_CHECKING
 
 from storage.object_store import ObjectStore
-from storage.probe import open_probed as open_probed
 
 from . import local_ray
 from .errors import PreflightFailed, Problem

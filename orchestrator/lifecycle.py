@@ -28,7 +28,12 @@ from storage.records import (
     Quarantined,
     Record,
 )
-from storage.run_state import FREE_ENDS, RunState, apply, refusal
+from storage.run_state import (
+    FREE_ENDS,
+    RunState,
+    apply,
+    refusal,
+)
 from trainer.rundir import (
     EXIT_BAD_CHECKPOINT,
     EXIT_BAD_CONFIG,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from storage.collecting import Collected
+    from storage.garbage.collecting import Collected
     from storage.ledger import Ledger
     from storage.object_store import ObjectStore
 
@@ -104,7 +104,7 @@ def gc(
 @output_option
 def du(sweep: str | None, store_url: str, output: str) -> None:
     """Say what takes how much room in the store, biggest first; of one SWEEP, if given."""
-    from storage.usage import usage
+    from storage.garbage.usage import usage
 
     from .cleaning import look
     from .storage_tables import print_usage, size_text, usage_json
@@ -206,15 +206,16 @@ COMMANDS = (gc, du, checkpoints)
 
 
 def _pin(name: str, store_url: str, address: str | None, *, unpin: bool) -> None:
+    from storage.probe import open_probed
+
     from . import checkpoints_command as command
-    from . import launch
     from .appending import ledger_of
 
     run, step = command.parse(name)
     if step is None:
         raise click.UsageError(f"say which step: {run}@STEP (see: orchestrate checkpoints ls {run})")
     found = command.Run(_open(store_url, None), run)
-    store, probed = launch.open_probed(store_url)
+    store, probed = open_probed(store_url)
     controller = None if probed.atomic else _controller(found.sweep.name, address)
     ledger = ledger_of(store, found.run_id, controller, atomic=probed.atomic)
     click.echo(command.pin(found, step, ledger, unpin=unpin))
@@ -222,13 +223,13 @@ def _pin(name: str, store_url: str, address: str | None, *, unpin: bool) -> None
 
 def _apply(store_url: str, plan: "Survey", address: str | None) -> "Collected":
     """Carry a plan out, where this process may write, and say what is left to a controller."""
-    from storage.collecting import Collected
+    from storage.garbage.collecting import Collected
+    from storage.probe import open_probed
 
-    from . import launch
     from .appending import ledger_of
     from .cleaning import carry_out
 
-    store, probed = launch.open_probed(store_url)
+    store, probed = open_probed(store_url)
     controllers: dict[str, RemoteController | None] = {}
     skipped: set[str] = set()
 

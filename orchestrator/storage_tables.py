@@ -8,10 +8,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from storage.collecting import Collected
-from storage.garbage import Doomed, RunPlan
-from storage.inventory import size_of
-from storage.usage import Usage
+from storage.garbage.collecting import Collected
+from storage.garbage.inventory import size_of
+from storage.garbage.rules import Doomed, RunPlan
+from storage.garbage.usage import Usage
 
 from .cleaning import Survey
 from .watch import console

@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import zip_longest
 
-from storage.records import CheckpointRef, Ended, EndReason, RunEntry
+from storage.records import (
+    CheckpointRef,
+    Ended,
+    EndReason,
+    RunEntry,
+)
 from storage.redaction import printable, redacted
 from storage.run_state import Attempt, RunState
 

@@ -12,8 +12,16 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-from . import garbage, layout, packing
-from .errors import Corrupt, Fenced, InvalidName, NotFound, StorageError, Unavailable
+from . import layout, packing
+from .errors import (
+    Corrupt,
+    Fenced,
+    InvalidName,
+    NotFound,
+    StorageError,
+    Unavailable,
+)
+from .garbage import rules as garbage
 from .ledger import Ledger
 from .local import (
     LocalCheckpoint,

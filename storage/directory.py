@@ -16,7 +16,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from . import layout
-from .errors import AccessDenied, InvalidName, NotFound, StorageError, Unavailable
+from .errors import (
+    AccessDenied,
+    InvalidName,
+    NotFound,
+    StorageError,
+    Unavailable,
+)
 from .object_store import ObjectInfo
 
 _STAGING = ".tmp"

@@ -24,10 +24,25 @@ from typing import Generic, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from . import layout
-from .errors import Corrupt, Fenced, NotFound, Unavailable
+from .errors import (
+    Corrupt,
+    Fenced,
+    NotFound,
+    Unavailable,
+)
 from .object_store import ObjectStore
-from .records import MAX_RECORD_BYTES, RUN_ENTRY, Entry, Record
-from .run_state import RunState, fold, holds, refusal
+from .records import (
+    MAX_RECORD_BYTES,
+    RUN_ENTRY,
+    Entry,
+    Record,
+)
+from .run_state import (
+    RunState,
+    fold,
+    holds,
+    refusal,
+)
 
 S = TypeVar("S")
 R = TypeVar("R", bound=BaseModel)

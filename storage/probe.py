@@ -69,7 +69,7 @@ def _identity(url: str) -> str | None:
     """What an answer about this store holds for; None where a probe costs too little to be remembered."""
     if not url.lower().startswith("s3://"):
         return None
-    from .s3_place import identity  # botocore takes long to import, and a folder needs none of it
+    from .s3.place import identity  # botocore takes long to import, and a folder needs none of it
 
     return identity(url)
 

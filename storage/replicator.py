@@ -20,7 +20,13 @@ from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver
 
 from .errors import Corrupt, Fenced, InvalidName
-from .local import LocalCheckpoint, complete_checkpoints, remove, size_of, verify
+from .local import (
+    LocalCheckpoint,
+    complete_checkpoints,
+    remove,
+    size_of,
+    verify,
+)
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0

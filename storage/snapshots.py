@@ -22,7 +22,12 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from . import layout, records, run_state
 from .errors import NotFound, StorageError
-from .log import RunLog, RunSnapshot, Snapshot, run_log
+from .log import (
+    RunLog,
+    RunSnapshot,
+    Snapshot,
+    run_log,
+)
 from .object_store import ObjectStore
 from .records import Sha256
 from .run_state import RunState

@@ -16,7 +16,13 @@ from pathlib import Path
 
 from . import layout, packing
 from .errors import Corrupt
-from .local import DISK_UNUSABLE, LocalCheckpoint, regular_file, temporary_dir, verify
+from .local import (
+    DISK_UNUSABLE,
+    LocalCheckpoint,
+    regular_file,
+    temporary_dir,
+    verify,
+)
 from .object_store import ObjectStore
 from .records import StoredFile
 from .tensor_header import element_width

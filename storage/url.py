@@ -87,7 +87,7 @@ def _open_s3(parts: SplitResult, check_then_put: bool) -> ObjectStore:
     if prefix:
         layout.check_path(prefix, "prefix in the store url")
     endpoint, region = _options(parts)
-    from .s3 import S3Store  # boto3 takes long to import, and a folder needs none of it
+    from .s3.store import S3Store  # boto3 takes long to import, and a folder needs none of it
 
     return S3Store(bucket, prefix, endpoint=endpoint, region=region, check_then_put=check_then_put)
 

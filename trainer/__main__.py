@@ -24,7 +24,15 @@ from storage import layout
 from storage.errors import Fenced, StorageError
 from storage.object_store import ObjectStore
 from storage.probe import open_probed as open_and_probe
-from storage.records import Claimed, Ended, EndReason, Finished, Outcome, Quarantined, Record
+from storage.records import (
+    Claimed,
+    Ended,
+    EndReason,
+    Finished,
+    Outcome,
+    Quarantined,
+    Record,
+)
 from storage.run_state import RunState
 from storage.snapshots import hinted_log
 

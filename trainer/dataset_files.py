@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from storage.content import LocalContent
-from storage.hashing import hashed
+from storage.content.hashing import hashed
+from storage.content.store import LocalContent
 
 from .config import Dataset
 from .errors import BadInput
@@ -70,7 +70,7 @@ def dataset_content(folder: Path, memory: Path | None = None) -> LocalContent:
     """Return all images, captions and metadata of a folder.
 
     Args:
-        memory: See ``storage.hashing``.
+        memory: See ``storage.content.hashing``.
     """
     return hashed("", dict(_files(folder)), memory)
 

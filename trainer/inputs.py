@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event
 
-from storage.content import LocalContent, content_log, fetch
-from storage.content_cache import ContentCache
-from storage.content_state import Listing, Stored
+from storage.content.cache import ContentCache
+from storage.content.state import Listing, Stored
+from storage.content.store import LocalContent, content_log, fetch
 from storage.object_store import ObjectStore
 
 from .config import RunSpec

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from storage.content import LocalContent
-from storage.hashing import hashed
+from storage.content.hashing import hashed
+from storage.content.store import LocalContent
 
 
 def content_digest(path: Path) -> str:
@@ -20,7 +20,7 @@ def model_content(path: Path, memory: Path | None = None) -> LocalContent:
     """Return a diffusers folder, or a single file and the configuration beside it.
 
     Args:
-        memory: See ``storage.hashing``.
+        memory: See ``storage.content.hashing``.
     """
     if not path.is_file():
         return hashed("", _files(path), memory)

@@ -17,7 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from storage.checkpoints import CheckpointStore
-from storage.errors import AccessDenied, Corrupt, Fenced, NotFound, StorageError, Unavailable
+from storage.errors import (
+    AccessDenied,
+    Corrupt,
+    Fenced,
+    NotFound,
+    StorageError,
+    Unavailable,
+)
 from storage.ledger import Ledger
 from storage.local import DISK_UNUSABLE, LocalCheckpoint
 from storage.object_store import ObjectStore

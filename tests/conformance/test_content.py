@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from storage import content, layout
-from storage.content import content_log, fetch, store_for
-from storage.content_state import unreferenced
+from storage import layout
+from storage.content import store as content
+from storage.content.hashing import hashed
+from storage.content.state import unreferenced
+from storage.content.store import content_log, fetch, store_for
 from storage.errors import Corrupt
-from storage.hashing import hashed
 from storage.object_store import ObjectStore
 from trainer.model_files import model_content
 

@@ -12,7 +12,7 @@ from support.s3_servers import S3Server, free_ports
 
 from orchestrator.cli import main
 from orchestrator.doctor import exit_code
-from storage.doctor import Cause, Check, examine
+from storage.doctor.examination import Cause, Check, examine
 from storage.object_store import ObjectStore
 from storage.url import open_store
 

@@ -26,13 +26,13 @@ from support.fault_proxy import (
 )
 from support.s3_servers import S3Server
 
-from storage.deadline import within
 from storage.errors import AccessDenied, StorageError, Unavailable
 from storage.object_store import ObjectStore
 from storage.probe import race_probe
-from storage.retry import BUDGET, TRIES
-from storage.s3 import S3Store
-from storage.uplink import PART_BYTES
+from storage.s3.deadline import within
+from storage.s3.retry import BUDGET, TRIES
+from storage.s3.store import S3Store
+from storage.s3.uplink import PART_BYTES
 from storage.url import open_store
 
 PARTS = 5

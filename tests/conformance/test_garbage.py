@@ -21,11 +21,11 @@ from orchestrator.cli import main
 from orchestrator.submission import submit
 from storage import layout
 from storage.checkpoints import CheckpointStore
-from storage.collecting import Collected, store_time
-from storage.inventory import take
+from storage.garbage.collecting import Collected, store_time
+from storage.garbage.inventory import take
 from storage.log import run_log
 from storage.object_store import ObjectStore
-from storage.s3 import S3Store
+from storage.s3.store import S3Store
 from storage.url import open_store
 
 CAT = small_sweep(runs=1, name="cat")

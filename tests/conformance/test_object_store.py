@@ -12,10 +12,15 @@ from botocore.exceptions import ClientError
 from support.fault_proxy import FaultProxy
 from support.s3_servers import S3Server, free_ports
 
-from storage.errors import AccessDenied, InvalidName, NotFound, Unavailable
+from storage.errors import (
+    AccessDenied,
+    InvalidName,
+    NotFound,
+    Unavailable,
+)
 from storage.object_store import ObjectInfo, ObjectStore
 from storage.probe import open_probed, race_probe, write_check
-from storage.s3 import S3Store
+from storage.s3.store import S3Store
 from storage.url import open_store
 
 BIG_BYTES = (64 << 20) + 12345
@@ -243,7 +248,7 @@ def test_a_probe_is_remembered_and_not_made_again(
 ) -> None:
     server: S3Server = request.getfixturevalue(kind)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("storage.s3_place._on_this_machine", lambda host: False)
+    monkeypatch.setattr("storage.s3.place._on_this_machine", lambda host: False)
     with FaultProxy(server.endpoint) as proxy:
         url = server.url_of("remembered").replace(server.endpoint, proxy.endpoint)
         _, first = open_probed(url)

@@ -15,13 +15,32 @@ from support.s3_servers import S3Server
 
 from storage import layout
 from storage.checkpoints import CheckpointStore
-from storage.errors import AccessDenied, Corrupt, Fenced, Unavailable
-from storage.grant_desk import unenforced
-from storage.grants import Complete, Done, Granted, GrantedParts, Limits, Refused, Write
-from storage.presigned import Presigned
-from storage.records import Committed, Quarantined, Retired, Started, StoredFile
+from storage.errors import (
+    AccessDenied,
+    Corrupt,
+    Fenced,
+    Unavailable,
+)
+from storage.records import (
+    Committed,
+    Quarantined,
+    Retired,
+    Started,
+    StoredFile,
+)
 from storage.redaction import looks_secret, redacted
-from storage.s3 import S3Store
+from storage.s3.presigned import Presigned
+from storage.s3.store import S3Store
+from storage.scoped.desk import unenforced
+from storage.scoped.grants import (
+    Complete,
+    Done,
+    Granted,
+    GrantedParts,
+    Limits,
+    Refused,
+    Write,
+)
 from storage.url import open_store
 
 _corners = itertools.count()

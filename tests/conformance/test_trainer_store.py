@@ -3,7 +3,7 @@
 import pytest
 from support.s3_servers import S3Server
 
-from storage.s3 import S3Store
+from storage.s3.store import S3Store
 from trainer import __main__ as command
 
 

@@ -26,6 +26,7 @@ from orchestrator.why import interruptions
 from storage.checkpoints import CheckpointStore
 from storage.log import RunLog, run_log
 from storage.object_store import ObjectStore
+from storage.probe import open_probed
 from storage.records import Outcome
 from storage.run_state import Attempt, RunState
 from storage.url import open_store
@@ -45,7 +46,7 @@ def test_a_run_killed_twelve_times_ends_in_the_same_bytes(
     gate = Gate(tmp_path)
     base = f"optimizer: {optimizer}, adam8bit_min_size: 64"
     sweep = plan(world, tmp_path, bucket.url_of(f"kill-{optimizer}"), gate, base)
-    store, probed = launch.open_probed(sweep.storage.url)
+    store, probed = open_probed(sweep.storage.url)
     run_id = sweep.runs[0].run_id
     seed = 20261121
     killed: list[str] = []

@@ -20,6 +20,7 @@ from orchestrator.submission import submit
 from orchestrator.sweep import load
 from storage.log import run_log
 from storage.object_store import ObjectStore
+from storage.probe import open_probed
 from storage.records import Outcome
 
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
@@ -37,7 +38,7 @@ def test_a_killed_run_of_nodes_without_credentials_ends_in_the_same_bytes(
     plan(mine, tmp_path, bucket.url_of("scoped"), gate, steps=60)
     sweep = load(tmp_path / "grid.yaml", overrides=["storage.credentials=scoped"])
     run_id = sweep.runs[0].run_id
-    store, probed = launch.open_probed(sweep.storage.url)
+    store, probed = open_probed(sweep.storage.url)
     assert probed.atomic
     submit(sweep, store)
     (mine / "images").rename(mine / "elsewhere")  # nodes get it from the store, by what they are granted
@@ -72,7 +73,7 @@ def test_a_killed_run_of_nodes_without_credentials_ends_in_the_same_bytes(
 def test_a_store_that_enforces_too_little_is_refused(bucket: S3Server, world: Path, tmp_path: Path) -> None:
     plan(world, tmp_path, bucket.url_of("scoped"), Gate(tmp_path))
     sweep = load(tmp_path / "grid.yaml", overrides=["storage.credentials=scoped"])
-    store, probed = launch.open_probed(sweep.storage.url)
+    store, probed = open_probed(sweep.storage.url)
     with pytest.raises(PreflightFailed, match="E2605"):
         launch.start(sweep, sweep.storage.url, arbitrated=not probed.atomic)
     submit(sweep, store)

@@ -35,12 +35,25 @@ from support.s3_servers import (
 )
 
 from storage.checkpoints import CheckpointStore
-from storage.errors import Corrupt, Fenced, StorageError, Unavailable
+from storage.errors import (
+    Corrupt,
+    Fenced,
+    StorageError,
+    Unavailable,
+)
 from storage.ledger import Ledger
 from storage.log import RunLog, run_log
 from storage.object_store import ObjectStore
 from storage.probe import race_probe
-from storage.records import Claimed, Ended, EndReason, Finished, Outcome, Record, Started
+from storage.records import (
+    Claimed,
+    Ended,
+    EndReason,
+    Finished,
+    Outcome,
+    Record,
+    Started,
+)
 from storage.retention import plan_prune
 from storage.run_state import RunState
 from storage.url import open_store

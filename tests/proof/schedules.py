@@ -29,10 +29,16 @@ from support.unreliable_store import Interleaving, Seat
 
 from storage import layout
 from storage.checkpoints import CheckpointStore
-from storage.collecting import collect_run
-from storage.errors import Corrupt, Fenced, NotFound, StorageError, Unavailable
-from storage.garbage import Keep, plan_run
-from storage.inventory import RunObjects, take
+from storage.errors import (
+    Corrupt,
+    Fenced,
+    NotFound,
+    StorageError,
+    Unavailable,
+)
+from storage.garbage.collecting import collect_run
+from storage.garbage.inventory import RunObjects, take
+from storage.garbage.rules import Keep, plan_run
 from storage.local import (
     LocalCheckpoint,
     Manifest,

@@ -23,7 +23,12 @@ from storage import layout
 from storage.errors import Corrupt, Fenced
 from storage.log import run_log
 from storage.object_store import ObjectStore
-from storage.records import Committed, Quarantined, Started, StoredFile
+from storage.records import (
+    Committed,
+    Quarantined,
+    Started,
+    StoredFile,
+)
 from storage.run_state import RunState
 from trainer.config import Base, Dataset, RunSpec
 from trainer.rundir import EXIT_COMPLETE, EXIT_PREEMPTED

@@ -5,16 +5,23 @@ from dataclasses import dataclass, field
 from support.runs import RUN, claimed, incarnation
 
 from storage import layout
-from storage.grant_desk import GrantDesk
-from storage.grants import REPLY, Asked, Caller, Limits, Reply, Request
 from storage.log import RunLog, run_log
 from storage.object_store import ObjectStore
-from storage.presigned import Presigned
-from storage.presigned_http import PresignedHttp
 from storage.records import Record
 from storage.run_state import RunState
-from storage.s3 import S3Store
-from storage.scoped import ScopedLedger, ScopedStore
+from storage.s3.presigned import Presigned
+from storage.s3.store import S3Store
+from storage.scoped.desk import GrantDesk
+from storage.scoped.grants import (
+    REPLY,
+    Asked,
+    Caller,
+    Limits,
+    Reply,
+    Request,
+)
+from storage.scoped.http import PresignedHttp
+from storage.scoped.store import ScopedLedger, ScopedStore
 
 
 @dataclass

@@ -3,7 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from storage.local import LocalCheckpoint, read_checkpoint, staged_checkpoint, step_dir
+from storage.local import (
+    LocalCheckpoint,
+    read_checkpoint,
+    staged_checkpoint,
+    step_dir,
+)
 from storage.records import (
     CheckpointRef,
     Claimed,

@@ -24,7 +24,13 @@ from support.runs import (
 
 from storage import layout, packing
 from storage.checkpoints import CheckpointStore
-from storage.errors import Corrupt, Fenced, InvalidName, NotFound, Unavailable
+from storage.errors import (
+    Corrupt,
+    Fenced,
+    InvalidName,
+    NotFound,
+    Unavailable,
+)
 from storage.local import LocalCheckpoint, Manifest, complete_checkpoints
 from storage.log import RunLog, run_log
 from storage.memory import MemoryStore

@@ -27,7 +27,13 @@ from storage.checkpoints import CheckpointStore
 from storage.directory import DirectoryStore
 from storage.local import read_checkpoint
 from storage.log import run_log
-from storage.records import EndReason, Finished, Outcome, Record, Started
+from storage.records import (
+    EndReason,
+    Finished,
+    Outcome,
+    Record,
+    Started,
+)
 
 CAT = small_sweep(runs=2, name="cat", metric=Metric(name="val/loss"))
 R0, R1 = (run.run_id for run in CAT.runs)

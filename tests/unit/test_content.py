@@ -11,10 +11,29 @@ import pytest
 from support.flaky_store import Died, Fault, FlakyStore
 from support.interrupted_store import InterruptedStore
 
-from storage import content, layout
-from storage.content import Identity, LocalContent, content_log, fetch, store_for
-from storage.content_state import Listing, Stored, Used, listing_digest, unreferenced
-from storage.errors import Corrupt, Fenced, InvalidName, NotFound, Unavailable
+from storage import layout
+from storage.content import store as content
+from storage.content.state import (
+    Listing,
+    Stored,
+    Used,
+    listing_digest,
+    unreferenced,
+)
+from storage.content.store import (
+    Identity,
+    LocalContent,
+    content_log,
+    fetch,
+    store_for,
+)
+from storage.errors import (
+    Corrupt,
+    Fenced,
+    InvalidName,
+    NotFound,
+    Unavailable,
+)
 from storage.memory import MemoryStore
 from storage.object_store import ObjectStore
 from storage.records import StoredFile

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from storage.content_cache import ContentCache
-from storage.content_state import Listing, listing_digest
+from storage.content.cache import ContentCache
+from storage.content.state import Listing, listing_digest
 from storage.errors import Unavailable
 from storage.records import StoredFile
 

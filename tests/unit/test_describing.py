@@ -15,7 +15,7 @@ from orchestrator.grid_schema import Checkpoint
 from orchestrator.submission import submit
 from orchestrator.sweep import Sweep
 from storage import layout
-from storage.content import store_for
+from storage.content.store import store_for
 from storage.directory import DirectoryStore
 from storage.log import run_log
 from storage.object_store import ObjectStore

@@ -8,10 +8,11 @@ from click.testing import CliRunner
 
 from orchestrator.cli import main
 from orchestrator.doctor import exit_code, lines, verdict
-from storage import doctor, doctor_checks
 from storage.directory import DirectoryStore
-from storage.doctor import Cause, Check, examine
-from storage.doctor_checks import judged_skew
+from storage.doctor import checks as doctor_checks
+from storage.doctor import examination as doctor
+from storage.doctor.checks import judged_skew
+from storage.doctor.examination import Cause, Check, examine
 
 
 def check(ok: bool | None = True, cause: Cause | None = None, todo: str = "") -> Check:

@@ -27,7 +27,10 @@ from support.runs import (
 
 from storage import layout
 from storage.checkpoints import CheckpointStore
-from storage.collecting import (
+from storage.content.hashing import hashed
+from storage.content.store import store_for
+from storage.errors import AccessDenied, Corrupt, Unavailable
+from storage.garbage.collecting import (
     Collected,
     collect_content,
     collect_loose,
@@ -35,11 +38,15 @@ from storage.collecting import (
     plan_contents,
     read_logs,
 )
-from storage.content import store_for
-from storage.errors import AccessDenied, Corrupt, Unavailable
-from storage.garbage import ABANDONED_S, GRACE_S, Keep, leftovers, orphans, plan_run
-from storage.hashing import hashed
-from storage.inventory import RunObjects, sort_out, take
+from storage.garbage.inventory import RunObjects, sort_out, take
+from storage.garbage.rules import (
+    ABANDONED_S,
+    GRACE_S,
+    Keep,
+    leftovers,
+    orphans,
+    plan_run,
+)
 from storage.log import run_log
 from storage.memory import MemoryStore
 from storage.object_store import ObjectInfo, ObjectStore

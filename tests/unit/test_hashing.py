@@ -4,8 +4,8 @@ import json
 import os
 from pathlib import Path
 
-from storage import hashing
-from storage.hashing import hashed
+from storage.content import hashing
+from storage.content.hashing import hashed
 
 LONG_AGO = 1_000_000_000
 

@@ -25,7 +25,13 @@ from storage import layout
 from storage.checkpoints import CheckpointStore
 from storage.directory import DirectoryStore
 from storage.errors import AccessDenied, NotFound, Unavailable
-from storage.local import LocalCheckpoint, complete_checkpoints, remove_stale, staged_checkpoint, step_dir
+from storage.local import (
+    LocalCheckpoint,
+    complete_checkpoints,
+    remove_stale,
+    staged_checkpoint,
+    step_dir,
+)
 from storage.log import run_log
 from storage.memory import MemoryStore
 from storage.object_store import ObjectStore

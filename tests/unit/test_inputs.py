@@ -11,7 +11,7 @@ from support.tiny_world import build_base, build_images, tiny_spec
 from support.training import contents, events, lay_out, newest
 
 from storage import layout
-from storage.content import content_log, store_for
+from storage.content.store import content_log, store_for
 from storage.errors import Corrupt
 from storage.log import run_log
 from storage.memory import MemoryStore

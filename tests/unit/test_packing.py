@@ -14,9 +14,24 @@ from hypothesis import strategies as st
 
 from storage import packing
 from storage.errors import Corrupt, InvalidName, StorageError
-from storage.packing import BLOCK_BYTES, Packing, codec_of, measure, pack, shuffled, unpack, unshuffled
+from storage.packing import (
+    BLOCK_BYTES,
+    Packing,
+    codec_of,
+    measure,
+    pack,
+    shuffled,
+    unpack,
+    unshuffled,
+)
 from storage.records import Packed, StoredFile
-from storage.tensor_header import LENGTH_BYTES, MAX_HEADER_BYTES, MAX_TENSORS, check_header, element_width
+from storage.tensor_header import (
+    LENGTH_BYTES,
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    check_header,
+    element_width,
+)
 
 WIDTHS = (1, 2, 4, 8)
 

@@ -12,7 +12,12 @@ from orchestrator.cli import main
 from orchestrator.errors import PreflightFailed, Problem
 from orchestrator.preflight import check, refuse
 from orchestrator.sweep import load
-from storage.errors import AccessDenied, NotFound, StorageError, Unavailable
+from storage.errors import (
+    AccessDenied,
+    NotFound,
+    StorageError,
+    Unavailable,
+)
 from storage.memory import MemoryStore
 from storage.url import open_store
 

@@ -10,8 +10,14 @@ from support.flaky_store import Fault, FlakyStore
 from storage.errors import AccessDenied, NotFound, Unavailable
 from storage.memory import MemoryStore
 from storage.probe import ProbeResult, race_probe, write_check
-from storage.probe_memory import DAY_S, Remembered, cache_file, recall, remember
-from storage.s3_place import identity
+from storage.probe_memory import (
+    DAY_S,
+    Remembered,
+    cache_file,
+    recall,
+    remember,
+)
+from storage.s3.place import identity
 
 ENDPOINT = "https://store.example"
 

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 from support.runs import contents, read_files, write_checkpoint
 
-from storage.errors import AccessDenied, Corrupt, Fenced, Unavailable
+from storage.errors import (
+    AccessDenied,
+    Corrupt,
+    Fenced,
+    Unavailable,
+)
 from storage.local import LocalCheckpoint, complete_checkpoints
 from storage.replicator import Replicator
 

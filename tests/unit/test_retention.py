@@ -8,7 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.runs import claimed, committed, ended, ref
 
-from storage.records import CheckpointRef, Committed, Pinned, Record
+from storage.records import (
+    CheckpointRef,
+    Committed,
+    Pinned,
+    Record,
+)
 from storage.retention import plan_prune, plan_salvaged, resumed_from
 from storage.run_state import RunState, apply
 

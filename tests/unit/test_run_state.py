@@ -22,7 +22,12 @@ from storage.records import (
     StoredFile,
     Unpinned,
 )
-from storage.run_state import RunState, fold, holds, refusal
+from storage.run_state import (
+    RunState,
+    fold,
+    holds,
+    refusal,
+)
 
 
 def state_after(*records: Record) -> RunState:

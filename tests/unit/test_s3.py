@@ -9,8 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from storage.errors import AccessDenied, NotFound, StorageError, Unavailable
-from storage.s3 import S3Store
+from storage.errors import (
+    AccessDenied,
+    NotFound,
+    StorageError,
+    Unavailable,
+)
+from storage.s3.store import S3Store
 from storage.url import open_store
 
 

@@ -14,7 +14,13 @@ import storage.run_state
 from storage import layout
 from storage.checkpoints import CheckpointStore
 from storage.local import LocalCheckpoint
-from storage.records import CheckpointRef, Committed, Finished, Outcome, Record
+from storage.records import (
+    CheckpointRef,
+    Committed,
+    Finished,
+    Outcome,
+    Record,
+)
 from storage.run_state import RunState
 
 SCHEDULES = 3000

@@ -14,8 +14,17 @@ from orchestrator.errors import InvalidFile, PreflightFailed
 from orchestrator.launch import start
 from orchestrator.sweep import load
 from storage import layout
-from storage.errors import AccessDenied, Corrupt, Fenced, InvalidName, StorageError, Unavailable
-from storage.grants import (
+from storage.errors import (
+    AccessDenied,
+    Corrupt,
+    Fenced,
+    InvalidName,
+    StorageError,
+    Unavailable,
+)
+from storage.records import Record
+from storage.run_state import RunState, apply, refusal
+from storage.scoped.grants import (
     MAX_FILES,
     REPLY,
     REQUEST,
@@ -36,9 +45,7 @@ from storage.grants import (
     refused,
     replaceable,
 )
-from storage.records import Record
-from storage.run_state import RunState, apply, refusal
-from storage.scoped import ScopedLedger, ScopedStore
+from storage.scoped.store import ScopedLedger, ScopedStore
 
 MD5 = "0" * 32
 DIGEST = "d" * 64

@@ -11,8 +11,18 @@ import zstandard
 from support.runs import RUN, claimed, committed, ended, finished, ref, retired
 
 from storage import layout, snapshots
-from storage.errors import AccessDenied, Corrupt, Fenced, Unavailable
-from storage.log import RunLog, RunSnapshot, Snapshot, run_log
+from storage.errors import (
+    AccessDenied,
+    Corrupt,
+    Fenced,
+    Unavailable,
+)
+from storage.log import (
+    RunLog,
+    RunSnapshot,
+    Snapshot,
+    run_log,
+)
 from storage.memory import MemoryStore
 from storage.object_store import ObjectInfo, ObjectStore
 from storage.records import (
@@ -27,7 +37,16 @@ from storage.records import (
     Unpinned,
 )
 from storage.run_state import RunState, fold, refusal
-from storage.snapshots import Known, decode, encode, hinted_log, read_run, read_sweep, write_run, write_sweep
+from storage.snapshots import (
+    Known,
+    decode,
+    encode,
+    hinted_log,
+    read_run,
+    read_sweep,
+    write_run,
+    write_sweep,
+)
 
 STARTED = Started(attempt=1, step=0, at=9.0)
 HISTORY: tuple[Record, ...] = (claimed(), STARTED, committed(10), committed(20), retired(ref(10)))

@@ -27,7 +27,14 @@ from storage.errors import AccessDenied, Fenced
 from storage.log import run_log
 from storage.object_store import ObjectStore
 from storage.probe import ProbeResult
-from storage.records import RECORD, Finished, Outcome, Pinned, Quarantined, Record
+from storage.records import (
+    RECORD,
+    Finished,
+    Outcome,
+    Pinned,
+    Quarantined,
+    Record,
+)
 from storage.run_state import RunState
 from storage.snapshots import Known, write_sweep
 
@@ -247,7 +254,7 @@ def test_a_store_that_goes_away_is_exit_6_and_the_next_gc_goes_on(
     def flaky(url: str) -> tuple[ObjectStore, ProbeResult]:
         return FlakyStore(store, 1, Fault.REFUSE), ProbeResult(True, "")
 
-    monkeypatch.setattr("orchestrator.launch.open_probed", flaky)
+    monkeypatch.setattr("storage.probe.open_probed", flaky)
     code, _, said = orchestrate("gc", "--apply")
     assert code == 6
     assert "what is left, the next gc deletes" in said
@@ -260,9 +267,7 @@ def test_a_store_that_goes_away_is_exit_6_and_the_next_gc_goes_on(
 def test_where_only_a_controller_may_write_gc_retires_nothing_and_says_so(
     store: DirectoryStore, orchestrate: Orchestrate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "orchestrator.launch.open_probed", lambda url: (store, ProbeResult(False, "2 of 16 won"))
-    )
+    monkeypatch.setattr("storage.probe.open_probed", lambda url: (store, ProbeResult(False, "2 of 16 won")))
     monkeypatch.setattr("orchestrator.session.controller_finder", lambda name, address: lambda: None)
 
     code, _, said = orchestrate("gc", "--apply")
@@ -303,9 +308,7 @@ def test_where_only_a_controller_may_write_it_writes_for_the_commands(
     store: DirectoryStore, orchestrate: Orchestrate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     controller = Controller(store)
-    monkeypatch.setattr(
-        "orchestrator.launch.open_probed", lambda url: (store, ProbeResult(False, "2 of 16 won"))
-    )
+    monkeypatch.setattr("storage.probe.open_probed", lambda url: (store, ProbeResult(False, "2 of 16 won")))
     monkeypatch.setattr("orchestrator.session.controller_finder", lambda name, address: lambda: controller)
 
     assert orchestrate("checkpoints", "pin", "cat/0@10")[0] == 0

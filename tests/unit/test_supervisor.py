@@ -24,7 +24,14 @@ from storage.errors import AccessDenied, Unavailable
 from storage.log import Log, RunLog, run_log
 from storage.memory import MemoryStore
 from storage.object_store import ObjectInfo, ObjectStore
-from storage.records import RUN_ENTRY, Committed, EndReason, Quarantined, Record, Started
+from storage.records import (
+    RUN_ENTRY,
+    Committed,
+    EndReason,
+    Quarantined,
+    Record,
+    Started,
+)
 from storage.run_state import RunState
 from trainer.attempt import run_attempt
 from trainer.config import Base, Dataset, RunSpec

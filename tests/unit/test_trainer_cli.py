@@ -19,7 +19,14 @@ from support.training import contents, lay_out, newest
 from storage.checkpoints import CheckpointStore
 from storage.directory import DirectoryStore
 from storage.log import run_log
-from storage.records import Ended, EndReason, Finished, Outcome, Quarantined, Record
+from storage.records import (
+    Ended,
+    EndReason,
+    Finished,
+    Outcome,
+    Quarantined,
+    Record,
+)
 from storage.run_state import RunState, apply
 from trainer import __main__ as command
 from trainer.attempt import run_attempt

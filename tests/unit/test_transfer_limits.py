@@ -9,12 +9,24 @@ from pathlib import Path
 
 import pytest
 
-from storage.deadline import DeadlineExceeded, current, left_s, patience_s, until, within
 from storage.errors import Unavailable
-from storage.file_slice import FileSlice
-from storage.retry import FIRST_PAUSE_S, LONGEST_PAUSE_S, RetryBudget, pause_s
-from storage.s3 import S3Store
-from storage.uplink import (
+from storage.s3.deadline import (
+    DeadlineExceeded,
+    current,
+    left_s,
+    patience_s,
+    until,
+    within,
+)
+from storage.s3.file_slice import FileSlice
+from storage.s3.retry import (
+    FIRST_PAUSE_S,
+    LONGEST_PAUSE_S,
+    RetryBudget,
+    pause_s,
+)
+from storage.s3.store import S3Store
+from storage.s3.uplink import (
     MOST_PARTS,
     PART_BYTES,
     PARTS_AT_ONCE,

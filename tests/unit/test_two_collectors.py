@@ -15,10 +15,10 @@ from support.runs import RUN, claimed, ended, finished, incarnation, write_check
 
 from storage import layout
 from storage.checkpoints import CheckpointStore
-from storage.collecting import collect_run
 from storage.errors import Fenced
-from storage.garbage import Keep, plan_run
-from storage.inventory import RunObjects, take
+from storage.garbage.collecting import collect_run
+from storage.garbage.inventory import RunObjects, take
+from storage.garbage.rules import Keep, plan_run
 from storage.log import run_log
 from storage.memory import MemoryStore
 from storage.object_store import ObjectStore

@@ -15,9 +15,9 @@ from orchestrator.errors import PreflightFailed
 from orchestrator.inputs import are_uploaded, shown_upload
 from orchestrator.submission import submit, sweep_names
 from orchestrator.sweep import Sweep, load
-from storage import content
-from storage.content import content_log, digests
-from storage.content_state import unreferenced
+from storage.content import store as content
+from storage.content.state import unreferenced
+from storage.content.store import content_log, digests
 from storage.directory import DirectoryStore
 from storage.memory import MemoryStore
 from storage.object_store import ObjectStore

@@ -9,7 +9,7 @@ import pytest
 
 from storage.directory import DirectoryStore
 from storage.errors import AccessDenied, InvalidName, NotFound
-from storage.s3 import S3Store
+from storage.s3.store import S3Store
 from storage.url import open_store
 
 

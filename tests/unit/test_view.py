@@ -21,7 +21,13 @@ from orchestrator.watch import Watcher, console, table
 from storage.errors import Unavailable
 from storage.log import run_log
 from storage.memory import MemoryStore
-from storage.records import CancelRequested, EndReason, Outcome, Record, Started
+from storage.records import (
+    CancelRequested,
+    EndReason,
+    Outcome,
+    Record,
+    Started,
+)
 from storage.run_state import RunState, apply, refusal
 
 R0, R1 = "cat-0-00000000", "cat-1-00000001"

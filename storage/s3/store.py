@@ -1,9 +1,9 @@
 """A store in an S3-compatible bucket.
 
 Every request has a deadline for all of its tries together, and a budget of repetitions that is shared with
-all others (``storage.retry``). ``create`` is sent once, because a repeated conditional write meets its own
+all others (``retry``). ``create`` is sent once, because a repeated conditional write meets its own
 first try and reports a conflict; only after a refusal of its credentials, a definite answer, is it sent with
-new ones. Large files go in parts and are resumed (``storage.multipart``).
+new ones. Large files go in parts and are resumed (``multipart``).
 """
 
 import contextlib
@@ -16,17 +16,12 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from . import layout
+from .. import layout
+from ..errors import NotFound, StorageError, Unavailable
+from ..object_store import ObjectInfo
+from .client import S3Client
 from .deadline import left_s, within
-from .errors import NotFound, StorageError, Unavailable
-from .file_slice import content_md5
-from .multipart import Uploads
-from .object_store import ObjectInfo
-from .presigned import Signer
-from .ranged_get import Download
-from .retry import TRIES, RetryBudget, pause_s
-from .s3_client import S3Client
-from .s3_errors import (
+from .errors import (
     EXPIRED,
     FOREIGN,
     code_of,
@@ -35,6 +30,11 @@ from .s3_errors import (
     status_of,
     translate,
 )
+from .file_slice import content_md5
+from .multipart import Uploads
+from .presigned import Signer
+from .ranged_get import Download
+from .retry import TRIES, RetryBudget, pause_s
 from .uplink import allowance_s
 
 REQUEST_S = 60.0
@@ -51,7 +51,7 @@ class S3Store:
     Args:
         check_then_put: ``create`` looks whether the key is free, then writes. For servers that ignore
             ``If-None-Match`` or do not keep it under a race: right only while a single process appends.
-        request_s: Seconds for a request and its repetitions. ``storage.deadline.within`` around a call
+        request_s: Seconds for a request and its repetitions. ``deadline.within`` around a call
             shortens it for that call.
     """
 

@@ -16,10 +16,14 @@ from typing import BinaryIO
 
 from pydantic import ValidationError
 
-from .content import MAX_LISTING_BYTES
-from .content_state import Stored
-from .errors import AccessDenied, StorageError, Unavailable
-from .file_slice import FileSlice
+from ..content.state import Stored
+from ..content.store import MAX_LISTING_BYTES
+from ..errors import AccessDenied, StorageError, Unavailable
+from ..object_store import ObjectInfo
+from ..records import Record
+from ..run_state import RunState
+from ..s3.file_slice import FileSlice
+from ..s3.presigned import Presigned
 from .grants import (
     MAX_CHECKPOINT_BYTES,
     REPLY,
@@ -42,11 +46,7 @@ from .grants import (
     Told,
     Write,
 )
-from .object_store import ObjectInfo
-from .presigned import Presigned
-from .presigned_http import Expired, PresignedHttp
-from .records import Record
-from .run_state import RunState
+from .http import Expired, PresignedHttp
 
 PART_BYTES = 16 << 20
 MULTIPART_BYTES = 64 << 20

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import Corrupt, NotFound, StorageError
-from .object_store import ObjectStore
-from .probe import probe_anew
+from ..errors import Corrupt, NotFound, StorageError
+from ..object_store import ObjectStore
+from ..probe import probe_anew
 
 SKEW_WARNING_S = 30.0
 SKEW_ERROR_S = 300.0
@@ -80,7 +80,7 @@ def clock(bench: Bench) -> Finding:
     """Compare this machine's clock with the server's, which is told to the second."""
     if not bench.in_bucket:
         return _NOT_FOR_FOLDERS
-    from .s3 import S3Store  # boto3 takes long to import, and a folder needs none of it
+    from ..s3.store import S3Store  # boto3 takes long to import, and a folder needs none of it
 
     assert isinstance(bench.store, S3Store)
     before = bench.now()
@@ -144,7 +144,7 @@ def multipart(bench: Bench) -> Finding:
     """Large files go in parts; what a dead writer leaves of one costs money until it is found."""
     if not bench.in_bucket:
         return _NOT_FOR_FOLDERS
-    from .s3_checks import Bucket
+    from ..s3.checks import Bucket
 
     bucket, whole, left = Bucket(bench.url), bench.fresh_key(), bench.fresh_key()
     body = secrets.token_bytes(64 << 10)
@@ -168,7 +168,7 @@ def checksums(bench: Bench) -> Finding:
     """Say what the server does with checksums, and how we send them."""
     if not bench.in_bucket:
         return _NOT_FOR_FOLDERS
-    from .s3_checks import Bucket
+    from ..s3.checks import Bucket
 
     bucket = Bucket(bench.url)
     refusal = bucket.refusal_of_trailers(bench.fresh_key())

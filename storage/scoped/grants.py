@@ -14,11 +14,27 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from . import layout
-from .content_state import Stored
-from .errors import AccessDenied, Corrupt, Fenced, InvalidName, NotFound, StorageError, Unavailable
-from .records import AttemptNumber, Committed, Incarnation, Quarantined, Record, Sha256, Started
-from .run_state import RunState
+from .. import layout
+from ..content.state import Stored
+from ..errors import (
+    AccessDenied,
+    Corrupt,
+    Fenced,
+    InvalidName,
+    NotFound,
+    StorageError,
+    Unavailable,
+)
+from ..records import (
+    AttemptNumber,
+    Committed,
+    Incarnation,
+    Quarantined,
+    Record,
+    Sha256,
+    Started,
+)
+from ..run_state import RunState
 
 EXPIRES_S = 900
 """How long a signature holds. A request that has begun by then may last longer."""

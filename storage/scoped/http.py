@@ -1,6 +1,6 @@
 """Sends presigned requests, from a process that has no credentials and needs no S3 client.
 
-Every request has a deadline for all of it (``storage.deadline``), is sent once and follows no redirect.
+Every request has a deadline for all of it (``storage.s3.deadline``), is sent once and follows no redirect.
 Errors name the key and never the url, whose query is a secret.
 """
 
@@ -16,10 +16,15 @@ import urllib3
 import urllib3.connection
 import urllib3.exceptions
 
-from .deadline import LimitedSocket, LimitedTLSSocket, patience_s, within
-from .errors import AccessDenied, NotFound, Unavailable
-from .file_slice import FileSlice
-from .presigned import Presigned
+from ..errors import AccessDenied, NotFound, Unavailable
+from ..s3.deadline import (
+    LimitedSocket,
+    LimitedTLSSocket,
+    patience_s,
+    within,
+)
+from ..s3.file_slice import FileSlice
+from ..s3.presigned import Presigned
 
 REQUEST_S = 60.0
 CONNECT_S = 5.0

@@ -6,9 +6,9 @@ What no key of ``layout`` explains is counted and never touched: somebody else m
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from . import layout
-from .errors import AccessDenied
-from .object_store import ObjectInfo, ObjectStore
+from .. import layout
+from ..errors import AccessDenied
+from ..object_store import ObjectInfo, ObjectStore
 
 PROBE_PREFIX = "probe/"
 CONTENT_PREFIX = "content/"

@@ -5,8 +5,14 @@ from typing import Any
 
 import botocore.exceptions as boto_errors
 
+from ..errors import (
+    AccessDenied,
+    InvalidName,
+    NotFound,
+    StorageError,
+    Unavailable,
+)
 from .deadline import DeadlineExceeded
-from .errors import AccessDenied, InvalidName, NotFound, StorageError, Unavailable
 
 FOREIGN = (boto_errors.ClientError, boto_errors.BotoCoreError, OSError)
 """What a request to the store may raise, and ``translate`` translates."""

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from .content import Identity, LocalContent
-from .content_state import Listing
-from .records import Sha256, StoredFile
+from ..records import Sha256, StoredFile
+from .state import Listing
+from .store import Identity, LocalContent
 
 RACY_NS = 2_000_000_000
 _FACTS = TypeAdapter(dict[str, dict[str, Sha256]])

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from .errors import NotFound
+from ..errors import NotFound
+from .errors import FOREIGN, NO_UPLOAD, code_of
 from .file_slice import content_md5
-from .s3_errors import FOREIGN, NO_UPLOAD, code_of
 
 _COMPLETE_S = 180.0
 """The server puts the parts together meanwhile."""

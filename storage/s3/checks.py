@@ -10,10 +10,15 @@ from urllib.parse import parse_qsl, urlsplit
 import botocore.session
 from botocore.config import Config
 
-from . import layout
+from .. import layout
+from .client import S3Client
 from .deadline import within
-from .s3_client import S3Client
-from .s3_errors import FOREIGN, code_of, status_of, translate
+from .errors import (
+    FOREIGN,
+    code_of,
+    status_of,
+    translate,
+)
 
 _PATIENCE_S = 30.0
 

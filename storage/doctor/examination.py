@@ -11,10 +11,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from . import doctor_checks as checks
-from .doctor_checks import Bench, Finding
-from .errors import AccessDenied, Corrupt, InvalidName, NotFound, StorageError, Unavailable
-from .url import open_store
+from ..errors import (
+    AccessDenied,
+    Corrupt,
+    InvalidName,
+    NotFound,
+    StorageError,
+    Unavailable,
+)
+from ..url import open_store
+from . import checks
+from .checks import Bench, Finding
 
 CHECKPOINT_BYTES = 300_000_000
 """About the state of a rank 16 LoRA of SDXL with AdamW in fp32."""

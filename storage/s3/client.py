@@ -2,10 +2,10 @@
 
 botocore resolves settings and credentials, builds, signs and parses. Between signing and parsing its
 ``before-send`` event lets us carry the request: over its own HTTP session, whose connections are made of
-sockets that keep ``storage.deadline``, and whose proxies, certificates and pool are botocore's.
+sockets that keep ``deadline``, and whose proxies, certificates and pool are botocore's.
 
 The settings: path addressing; no checksum trailers, which two servers refuse over TLS with 411; no retries,
-which ``storage.retry`` counts; bodies that are not signed but sent with ``Content-MD5``, a header that is
+which ``retry`` counts; bodies that are not signed but sent with ``Content-MD5``, a header that is
 signed and that rclone, Ceph and Swift verify. A signed sha256 would cost less, but rclone ignores it.
 """
 

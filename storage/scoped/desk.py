@@ -20,9 +20,22 @@ from typing import Protocol
 
 from pydantic import ValidationError
 
-from . import layout
-from .content import content_log
-from .errors import AccessDenied, Corrupt, Fenced, InvalidName, NotFound, StorageError, Unavailable
+from .. import layout
+from ..content.store import content_log
+from ..errors import (
+    AccessDenied,
+    Corrupt,
+    Fenced,
+    InvalidName,
+    NotFound,
+    StorageError,
+    Unavailable,
+)
+from ..object_store import ObjectStore
+from ..records import Committed, Record
+from ..redaction import printable, redacted
+from ..run_state import RunState, holds, refusal
+from ..s3.presigned import Presigned, Seen, Signer
 from .grants import (
     EXPIRES_S,
     MAX_REQUEST_BYTES,
@@ -57,11 +70,6 @@ from .grants import (
     refused,
     replaceable,
 )
-from .object_store import ObjectStore
-from .presigned import Presigned, Seen, Signer
-from .records import Committed, Record
-from .redaction import printable, redacted
-from .run_state import RunState, holds, refusal
 
 REREAD_BYTES = 16 << 20
 """A committed file up to this size is read back and compared with its sha256; of a larger one the size and

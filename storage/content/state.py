@@ -20,7 +20,12 @@ from typing import Annotated, Literal, Self, assert_never
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
-from .records import Entry, Incarnation, Sha256, StoredFile
+from ..records import (
+    Entry,
+    Incarnation,
+    Sha256,
+    StoredFile,
+)
 
 
 class _Frozen(BaseModel):

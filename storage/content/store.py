@@ -3,7 +3,7 @@
 ``store_for`` uploads what is not there, file by file, and then says so in the content's log; an upload that
 was cut off is continued, files that arrived are not sent again. ``fetch`` trusts nothing but the digest: the
 listing must have it, and each file must be what the listing says. Deleting takes two records, see
-``content_state``: a process may die at any point, and whoever comes next finishes or begins anew.
+``state``: a process may die at any point, and whoever comes next finishes or begins anew.
 """
 
 import contextlib
@@ -19,8 +19,12 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from . import layout
-from .content_state import (
+from .. import layout
+from ..errors import Corrupt, Fenced, Unavailable
+from ..log import Log
+from ..object_store import ObjectStore
+from ..records import StoredFile
+from .state import (
     CONTENT_ENTRY,
     ContentRecord,
     ContentState,
@@ -36,10 +40,6 @@ from .content_state import (
     reapable,
     refusal,
 )
-from .errors import Corrupt, Fenced, Unavailable
-from .log import Log
-from .object_store import ObjectStore
-from .records import StoredFile
 
 T = TypeVar("T")
 

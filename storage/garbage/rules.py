@@ -20,12 +20,22 @@ at once, and one that was cut off is finished by the next.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from . import layout
+from .. import layout
+from ..object_store import ObjectInfo
+from ..records import (
+    CheckpointRef,
+    Committed,
+    Retired,
+    RunEntry,
+)
+from ..retention import (
+    best_first,
+    plan_prune,
+    plan_salvaged,
+    resumed_from,
+)
+from ..run_state import RunState
 from .inventory import Inventory, RunObjects, written_s
-from .object_store import ObjectInfo
-from .records import CheckpointRef, Committed, Retired, RunEntry
-from .retention import best_first, plan_prune, plan_salvaged, resumed_from
-from .run_state import RunState
 
 GRACE_S = 3600.0
 """Of what no sweep says it: probes, content."""

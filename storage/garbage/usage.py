@@ -4,11 +4,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import layout
-from .garbage import orphans
+from .. import layout
+from ..object_store import ObjectInfo, ObjectStore
+from ..run_state import RunState
 from .inventory import Inventory, RunObjects
-from .object_store import ObjectInfo, ObjectStore
-from .run_state import RunState
+from .rules import orphans
 
 _PAGE = 1000
 

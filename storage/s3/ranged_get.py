@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from .deadline import left_s, within
+from .errors import FOREIGN, STREAM_ERRORS, status_of
 from .multipart import Send
 from .retry import TRIES, RetryBudget, pause_s
-from .s3_errors import FOREIGN, STREAM_ERRORS, status_of
 from .uplink import allowance_s
 
 _CHUNK_BYTES = 1 << 20

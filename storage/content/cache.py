@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import layout
-from .content_state import Listing
-from .errors import Unavailable
+from .. import layout
+from ..errors import Unavailable
+from .state import Listing
 
 MAX_KEPT_BYTES = 50_000_000_000
 """The default limit, unless half of what the disk could give is less."""

@@ -1,4 +1,4 @@
-"""Carries out what ``garbage`` planned. A process may die between any two calls, and two may work at once.
+"""Carries out what ``rules`` planned. A process may die between any two calls, and two may work at once.
 
 Data first, then the record that says it is gone; for what is still readable the other way round. Whoever
 comes second finds a record refused, or nothing to delete, and takes that for done.
@@ -11,16 +11,34 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol, runtime_checkable
 
-from . import content, layout
-from .content_state import Retired as ContentRetired
-from .content_state import Unreferenced, reapable, unreferenced
-from .errors import AccessDenied, Corrupt, Fenced, StorageError
-from .garbage import ABANDONED_S, GRACE_S, Doomed, RunPlan, old_enough
-from .inventory import ContentObjects, Inventory, size_of, sweeps_in, written_s
-from .ledger import Ledger
-from .log import RunLog, RunSnapshot, run_log
-from .object_store import ObjectInfo, ObjectStore
-from .records import Reaped, Retired
+from .. import layout
+from ..content import store as content
+from ..content.state import Retired as ContentRetired
+from ..content.state import Unreferenced, reapable, unreferenced
+from ..errors import (
+    AccessDenied,
+    Corrupt,
+    Fenced,
+    StorageError,
+)
+from ..ledger import Ledger
+from ..log import RunLog, RunSnapshot, run_log
+from ..object_store import ObjectInfo, ObjectStore
+from ..records import Reaped, Retired
+from .inventory import (
+    ContentObjects,
+    Inventory,
+    size_of,
+    sweeps_in,
+    written_s,
+)
+from .rules import (
+    ABANDONED_S,
+    GRACE_S,
+    Doomed,
+    RunPlan,
+    old_enough,
+)
 
 READERS = 8
 _TRIES = 3

@@ -21,11 +21,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
+from ..errors import NotFound, StorageError, Unavailable
 from .deadline import current, until
-from .errors import NotFound, StorageError, Unavailable
+from .errors import NO_UPLOAD, code_of
 from .file_slice import FileSlice, content_md5
-from .s3_errors import NO_UPLOAD, code_of
-from .uplink import PART_BYTES, PARTS_AT_ONCE, Uplink, allowance_s, part_bytes, parts_at_once, sent_whole
+from .uplink import (
+    PART_BYTES,
+    PARTS_AT_ONCE,
+    Uplink,
+    allowance_s,
+    part_bytes,
+    parts_at_once,
+    sent_whole,
+)
 
 _KEPT_UPLOADS = 4
 _COMPLETE_S = 180.0

@@ -1,0 +1,1 @@
+"""What a store must be able to do, tried before any GPU is paid for."""

@@ -1,0 +1,1 @@
+"""What a store holds that nobody needs: taking stock, deciding, deleting."""
