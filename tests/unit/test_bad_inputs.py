@@ -341,10 +341,10 @@ TRAINING = [
     Case("-", added("samples: {prompts: []}"), "6:20", "E2111", "samples.prompts must not be empty"),
     Case(
         "-",
-        added("checkpoint: {every: auto}"),
+        added("checkpoint: {every: often}"),
         "6:21",
         "E2111",
-        "must be steps (200) or a time ('120s', '5m', '1h')",
+        "must be steps (200), a time ('120s', '5m', '1h') or 'auto', got 'often'",
     ),
     Case("-", added("checkpoint: {every: 0}"), "6:21", "E2111", "checkpoint.every must be at least 1, got 0"),
     Case(

@@ -12,6 +12,7 @@ from orchestrator.cluster import NoCluster
 from orchestrator.controller import Controller
 from orchestrator.errors import OrchestrateError, PreflightFailed
 from orchestrator.watch import watch
+from storage import layout
 from storage.memory import MemoryStore
 
 
@@ -68,6 +69,7 @@ def test_what_a_killed_controller_left_of_a_finished_sweep_goes_without_a_cluste
     assert list(run_to_end(controller, cluster))
     left = f"runs/{sweep.runs[0].run_id}/data/000001-00000000/000000001/adapter.safetensors"
     store.put(left, b"uploaded by a ghost")
+    store.delete([layout.sweep_snapshot(sweep.name)])  # it was killed before it could say that all was tidy
 
     again = Controller(sweep, store, NoCluster())
     again.tick()
