@@ -193,13 +193,14 @@ def _after_exit(state: RunState, event: Exited, policy: Policy) -> tuple[Record,
 
 
 def _quarantine(state: RunState, event: Exited) -> tuple[Quarantined, ...]:
-    """Return what sets the checkpoint aside that the attempt resumed from and could not use."""
+    """Return the attempt's word against the checkpoint that it resumed from and could not use."""
     running, resumed = state.running, state.newest
     if event.code != EXIT_BAD_CHECKPOINT or resumed is None:
         return ()
-    if running and running.committed_step is not None:
-        return ()  # it did train on from there, and the newest checkpoint is its own
-    return (Quarantined(checkpoint=resumed.ref, reason=_detail(event), at=event.at),)
+    if running and (running.committed_step is not None or running.refused):
+        return ()  # it did train on from there, and the newest checkpoint is its own; or it has had its word
+    reason = _detail(event)
+    return (Quarantined(checkpoint=resumed.ref, attempt=event.attempt, reason=reason, at=event.at),)
 
 
 def _given_up(
@@ -210,7 +211,8 @@ def _given_up(
     if after.stalls == state.stalls:
         return ()
     why = None
-    if after.stalls >= policy.max_failures:
+    # Who begins anew tries something that none of these attempts did.
+    if after.stalls >= policy.max_failures and not (state.newest and after.newest is None):
         why = f"no new checkpoint in {after.stalls} attempt{'' if after.stalls == 1 else 's'}"
     if _same_error(state, ended) and after.stalls >= 2:
         why = "the same error twice"
@@ -238,13 +240,13 @@ def _same_error(state: RunState, ended: Ended) -> bool:
 
 
 def _detail(event: Exited) -> str:
+    said = f": {event.error}" if event.error else ""
     if event.code < 0:
         return f"the trainer was killed by {_signal_name(-event.code)}"
     if event.code == EXIT_PREEMPTED:
         return "the trainer was asked to stop and saved its state"
     if event.code == EXIT_COMPLETE:
-        return "the trainer exited with code 0 but no final checkpoint was committed"
-    said = f": {event.error}" if event.error else ""
+        return f"the trainer exited with code 0 but no final checkpoint was committed{said}"
     if event.code == EXIT_STORE_UNREACHABLE:
         return f"the trainer's node could not reach the store{said}"
     return f"the trainer exited with code {event.code}{said}"

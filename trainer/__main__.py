@@ -203,8 +203,10 @@ def _end(state: RunState, attempt: int, progress: Progress) -> tuple[Record, ...
         step_s=progress.step_s,
         at=now,
     )
-    if code == EXIT_BAD_CHECKPOINT and state.newest and state.running.committed_step is None:
-        return (Quarantined(checkpoint=state.newest.ref, reason=progress.error, at=now), ended)
+    has_spoken = state.running.committed_step is not None or state.running.refused
+    if code == EXIT_BAD_CHECKPOINT and state.newest and not has_spoken:
+        ref, why = state.newest.ref, progress.error
+        return (Quarantined(checkpoint=ref, attempt=attempt, reason=why, at=now), ended)
     return (ended,)
 
 

@@ -31,7 +31,7 @@ from storage.records import (
     Record,
     Started,
 )
-from storage.run_state import RunState, apply, refusal
+from storage.run_state import WITNESSES, RunState, apply, refusal
 
 POLICY = Policy(max_failures=3, backoff_s=5.0, max_backoff_s=60.0)
 NOW = 100.0
@@ -109,6 +109,13 @@ def test_an_exit_without_a_message_says_the_code_alone() -> None:
     assert record == ended(EndReason.APP_ERROR, 3, "the trainer exited with code 3")
 
 
+def test_exit_0_without_a_final_checkpoint_says_why_it_is_not_there() -> None:
+    (record,) = advance(TRAINING, exited(0, error="Corrupt: step-000000020: sha256"), POLICY)
+
+    said = "the trainer exited with code 0 but no final checkpoint was committed"
+    assert record == ended(EndReason.APP_ERROR, 0, f"{said}: Corrupt: step-000000020: sha256")
+
+
 def test_exit_0_with_the_final_checkpoint_committed_is_success() -> None:
     assert advance(COMPLETE, exited(0, step=20), POLICY) == (finished(Outcome.SUCCEEDED, 20),)
 
@@ -170,7 +177,7 @@ def test_exit_65_sets_aside_what_was_resumed_from() -> None:
 
     detail = "the trainer exited with code 65: BadCheckpoint: torn"
     assert records == (
-        Quarantined(checkpoint=ref(20), reason=detail, at=NOW),
+        Quarantined(checkpoint=ref(20), attempt=2, reason=detail, at=NOW),
         ended(EndReason.CKPT_INVALID, 65, detail, attempt=2),
     )
     assert reduce(apply, records, state).newest == committed(10)
@@ -191,16 +198,52 @@ def test_exit_65_without_any_checkpoint_is_a_stall() -> None:
     assert reduce(apply, records, CLAIMED).stalls == 1
 
 
+def test_the_only_checkpoint_takes_more_than_one_nodes_word() -> None:
+    """A sick disk or memory must not cost the run all that it has."""
+    state = state_after(claimed(), committed(10), end(1), claimed(2, node="sick"))
+    once = reduce(apply, advance(state, exited(65, attempt=2), POLICY), state)
+    assert once.newest == committed(10)
+
+    again = apply(once, claimed(3, node="other"))
+    twice = reduce(apply, advance(again, exited(65, attempt=3), POLICY), again)
+    assert (twice.newest, twice.finished) == (None, None)
+
+
+def test_where_there_is_one_node_the_run_begins_anew_after_three_attempts() -> None:
+    state = state_after(claimed(), committed(10), end(1))
+    for attempt in range(2, 2 + WITNESSES):
+        assert state.newest == committed(10)
+        state = apply(state, claimed(attempt))
+        state = reduce(apply, advance(state, exited(65, attempt=attempt), POLICY), state)
+
+    assert (state.newest, state.finished) == (None, None)
+    state = apply(state, claimed(state.attempt + 1))
+    last = advance(state, exited(1, attempt=state.attempt), POLICY)[-1]
+    assert isinstance(last, Finished), "it had its last chance"
+
+
+def test_an_attempt_speaks_against_one_checkpoint_only() -> None:
+    """Its fetch has set one aside, its trainer cannot use the next: that is more likely the node."""
+    said = Quarantined(checkpoint=ref(20), attempt=2, reason="sha256", at=5.0)
+    state = state_after(claimed(), committed(10), committed(20), end(1), claimed(2), said)
+
+    records = advance(state, exited(65, attempt=2), POLICY)
+
+    assert records == (ended(EndReason.CKPT_INVALID, 65, "the trainer exited with code 65", attempt=2),)
+    assert reduce(apply, records, state).newest == committed(10)
+
+
 def test_a_step_whose_checkpoint_is_refused_again_and_again_fails_the_run() -> None:
     """Otherwise a trainer that cannot read what it writes would train the same steps for ever."""
-    state = state_after(claimed(), committed(10), end(1), claimed(2))
+    state = state_after(claimed(), committed(10), end(1))
     while not state.finished:
-        last = state.attempt
-        assert last < 20
-        refused = advance(state, exited(65, attempt=last), POLICY)
-        again = (claimed(last + 1), committed(10, last + 1), end(last + 1), claimed(last + 2))
-        state = reduce(apply, refused, state)
-        state = state if state.finished else reduce(apply, again, state)
+        assert state.attempt < 20
+        for node in ("n1", "n2"):
+            state = apply(state, claimed(state.attempt + 1, node=node))
+            state = reduce(apply, advance(state, exited(65, attempt=state.attempt), POLICY), state)
+        if not state.finished:
+            n = state.attempt + 1
+            state = reduce(apply, (claimed(n), committed(10, n), end(n)), state)
 
     assert len(state.quarantined) == POLICY.max_failures
     assert state.finished.detail == (

@@ -315,7 +315,7 @@ def test_a_checkpoint_that_cannot_be_used_is_set_aside_or_the_next_start_would_m
     history = (claimed(), committed(3), ended(), claimed(2))
 
     assert ends(*history, attempt=2, exit_code=EXIT_BAD_CHECKPOINT, step=7, step_s=0.5, error="torn") == [
-        Quarantined(checkpoint=ref(3), reason="torn", at=0.0),
+        Quarantined(checkpoint=ref(3), attempt=2, reason="torn", at=0.0),
         end(EndReason.CKPT_INVALID, 65, attempt=2, detail="torn"),
     ]
 
