@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from storage.errors import StorageError
+from storage.errors import Corrupt, InvalidName
 from storage.local import (
     DISK_FULL,
     DISK_UNUSABLE,
@@ -44,7 +44,12 @@ DISK_PATIENCE_S = 900.0
 DISK_PAUSE_S = 5.0
 KEPT_FOR_ROOM = (2, 1)
 """How many complete checkpoints stay on a full disk: first the newest two, and if need be the newest."""
-
+_DAMAGE = (
+    *(Corrupt, InvalidName, SafetensorError, ValidationError),
+    *(FileNotFoundError, NotADirectoryError, IsADirectoryError),
+)
+"""What is wrong with a checkpoint, wherever it is read. A disk that does not answer, or a process that may
+open no more files, says nothing about it."""
 
 _DONE: Future[None] = Future()
 _DONE.set_result(None)
@@ -188,6 +193,7 @@ def load_checkpoint(folder: Path, method: Method, optimizer: torch.optim.Optimiz
 
     Raises:
         BadCheckpoint: It is incomplete, damaged, or of another run.
+        OSError, Unavailable: It cannot be read here and now.
     """
     progress = read_progress(folder)
     if problem := restore(method, read_adapter(folder)):
@@ -199,12 +205,17 @@ def load_checkpoint(folder: Path, method: Method, optimizer: torch.optim.Optimiz
 
 
 def read_progress(folder: Path) -> Progress:
-    """Verify every file of a checkpoint against its manifest and return how far it is."""
+    """Verify every file of a checkpoint against its manifest and return how far it is.
+
+    Raises:
+        BadCheckpoint: It is incomplete or damaged.
+        OSError, Unavailable: It cannot be read here and now.
+    """
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
         verify(folder, manifest.files)
         progress = Progress.model_validate_json((folder / STATE).read_bytes())
-    except (OSError, StorageError, ValidationError) as error:
+    except _DAMAGE as error:
         raise BadCheckpoint(f"{folder}: {error}", "resume from an earlier checkpoint") from error
     if progress.step != manifest.step:
         raise BadCheckpoint(f"{folder}: its manifest says step {manifest.step}, its state {progress.step}")
@@ -222,7 +233,7 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 def _load(path: Path) -> dict[str, Tensor]:
     try:
         tensors, _ = read(path)
-    except (OSError, SafetensorError, StorageError) as error:
+    except _DAMAGE as error:
         raise BadCheckpoint(f"{path}: {error}", "resume from an earlier checkpoint") from error
     return {name: own_memory(tensor) for name, tensor in tensors.items()}
 

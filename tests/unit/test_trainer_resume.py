@@ -1,5 +1,6 @@
 """An interrupted run ends in the same bytes as one that was never interrupted."""
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from trainer.config import RunSpec
 from trainer.errors import BadCheckpoint
 from trainer.process import serve
 from trainer.rundir import EXIT_BAD_CHECKPOINT, EXIT_COMPLETE, EXIT_PREEMPTED, RunDir
+from trainer.snapshot import read_adapter, read_progress
 from trainer.stop import Stop
 
 Lay = Callable[..., RunDir]
@@ -115,6 +117,23 @@ def test_a_flipped_bit_in_the_checkpoint_is_code_65(world: Path, lay: Lay) -> No
 
     assert serve(again, Stop()) == EXIT_BAD_CHECKPOINT
     assert "adapter.safetensors: sha256 is" in events(again, "error")[0]["message"]
+
+
+def test_a_process_that_may_open_no_more_files_says_nothing_about_the_checkpoint(
+    world: Path, lay: Lay
+) -> None:
+    run_dir = lay("run", spec_of(world, max_train_steps=1, lr_warmup_steps=0))
+    run_attempt(run_dir, Stop())
+    checkpoint = newest(run_dir)
+    usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    for read in (read_progress, read_adapter):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, most))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                read(checkpoint)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (usual, most))
 
 
 def test_a_checkpoint_of_another_rank_is_refused(world: Path, lay: Lay) -> None:
