@@ -6,15 +6,17 @@ Loopback: real servers (rclone always, radosgw where it is installed), which sha
 the clients; all take turns. ``raw`` is one PUT or GET of a presigned url by ``http.client``, which hashes
 nothing. Peak memory is that of a process of its own for each transfer, imports included.
 
-Uplinks are shaped by the token bucket of the tests' proxy, not the kernel. ``lag`` is the age of the newest
-commit, sampled while checkpoints are made twice as fast as the uplink carries them: once newest first, as
-the replicator does it, and once each in turn.
+Uplinks are shaped by the kernel's token bucket (``tc tbf``) in a network namespace, which takes root and
+iproute2; elsewhere by the one of the tests' proxy. ``lag`` is the age of the newest commit, sampled while
+checkpoints are made twice as fast as the uplink carries them: once newest first, as the replicator does it,
+and once each in turn.
 
 Not named ``storage.py``: from this directory that would hide the package.
 """
 
 import contextlib
 import http.client
+import json
 import os
 import subprocess
 import sys
@@ -35,6 +37,7 @@ from botocore.config import Config  # noqa: E402
 from support.fault_proxy import FaultProxy  # noqa: E402
 from support.s3_servers import S3Server, radosgw_server, rclone_server, why_no_radosgw  # noqa: E402
 
+from storage.object_store import ObjectStore  # noqa: E402
 from storage.s3.store import S3Store  # noqa: E402
 from storage.url import open_store  # noqa: E402
 
@@ -226,24 +229,69 @@ def _child(way: str, direction: str, endpoint: str, bucket: str, source: str) ->
 # Slow uplinks.
 
 
-def _uplinks(folder: Path) -> list[dict[str, float]]:
+def _uplinks(folder: Path) -> dict[str, Any]:
+    """Upload over each uplink, in a network namespace of this benchmark's own where that is possible."""
     from benchmarks.support import show
 
-    figures = []
     folder.mkdir()
+    by = "tc tbf" if _can_shape() else "the tests' proxy"
+    if by == "tc tbf":
+        command = [sys.executable, __file__, "--shaped", str(folder)]
+        done = subprocess.run(["unshare", "--net", *command], stdout=subprocess.PIPE, text=True, check=True)
+        used = json.loads(done.stdout)
+    else:
+        used = _through_a_proxy(folder)
+    rows = [[f"{mbit} Mbit/s", f"{share:.3f}"] for mbit, share in zip(UPLINKS_MBIT, used, strict=True)]
+    title = f"uplinks shaped by {by}, {SHAPED_S:g} s of bytes each"
+    show(title, ["", "used, goal at least 0.95"], rows)
+    return {"shaped_by": by, "used": dict(zip(map(str, UPLINKS_MBIT), used, strict=True))}
+
+
+def _can_shape() -> bool:
+    """Whether this process may make a network namespace, and the kernel knows the token bucket filter."""
+    try:
+        done = subprocess.run(["unshare", "--net", "sh", "-c", _shape(5)], capture_output=True)
+    except OSError:
+        return False
+    return done.returncode == 0
+
+
+def _shape(mbit: int) -> str:
+    """A shell line that limits the namespace's only way, loopback: both directions, but answers are short.
+
+    Packets are smaller than loopback's usual 64 kB, so that a burst of several is still short.
+    """
+    bucket = f"rate {mbit}mbit burst 64kb latency 400ms"
+    return f"ip link set lo up mtu 16384 && tc qdisc replace dev lo root tbf {bucket}"
+
+
+def _shaped(folder: str) -> None:
+    """Print the share of each rate that an upload used. Runs in a network namespace of its own."""
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    used = []
+    with _serving(rclone_server(Path(folder) / "rclone")) as server:
+        for mbit in UPLINKS_MBIT:
+            store = open_store(server.url_of(f"uplink-{mbit}"))
+            subprocess.run(["sh", "-c", _shape(mbit)], check=True)
+            used.append(_used(store, mbit, Path(folder)))
+    print(json.dumps(used))
+
+
+def _through_a_proxy(folder: Path) -> list[float]:
+    used = []
     with _serving(rclone_server(folder / "rclone")) as server:
         for mbit in UPLINKS_MBIT:
-            rate = mbit * 1e6 / 8
-            source = folder / "file"
-            source.write_bytes(os.urandom(round(rate * SHAPED_S)))
-            with FaultProxy(server.endpoint, uplink_bytes_per_s=rate) as proxy:
+            with FaultProxy(server.endpoint, uplink_bytes_per_s=mbit * 1e6 / 8) as proxy:
                 url = server.url_of(f"uplink-{mbit}").replace(server.endpoint, proxy.endpoint)
-                store = open_store(url)
-                seconds = _timed(lambda store=store, source=source: store.put("file", source))
-            figures.append({"mbit": mbit, "utilisation": round(source.stat().st_size / rate / seconds, 3)})
-    rows = [[f"{f['mbit']} Mbit/s", f"{f['utilisation']:.3f}"] for f in figures]
-    show(f"shaped uplinks, {SHAPED_S:g} s of bytes each", ["", "used, goal at least 0.95"], rows)
-    return figures
+                used.append(_used(open_store(url), mbit, folder))
+    return used
+
+
+def _used(store: ObjectStore, mbit: int, folder: Path) -> float:
+    source, size = folder / "file", round(mbit * 1e6 / 8 * SHAPED_S)
+    source.write_bytes(os.urandom(size))
+    seconds = _timed(lambda: store.put("file", source))
+    return round(SHAPED_S / seconds, 3)
 
 
 # How old the newest commit is.
@@ -342,6 +390,8 @@ def _timed(call: Callable[[], object]) -> float:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         _child(*sys.argv[2:])
+    elif sys.argv[1:2] == ["--shaped"]:
+        _shaped(*sys.argv[2:])
     else:
         from benchmarks.support import run
 
