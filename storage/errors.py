@@ -1,7 +1,7 @@
 """What can go wrong in the store. The only question a class answers: would trying again help?
 
 StorageError
-├── InvalidName     a key, file name or url that we refuse to use          no
+├── InvalidName     a key, file name, url or record that we refuse to use  no
 ├── NotFound        the object is not there                                no
 ├── AccessDenied    the store refused our credentials or this operation    no, not before a person acts
 ├── Unavailable     timeout, 5xx, reset, disk full: outcome unknown        yes
@@ -15,7 +15,7 @@ class StorageError(Exception):
 
 
 class InvalidName(StorageError):
-    """A key, file name or url that is refused before anything is read or written."""
+    """A key, file name, url or record that is refused before anything is read or written."""
 
 
 class NotFound(StorageError):

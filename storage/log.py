@@ -27,6 +27,7 @@ from . import layout
 from .errors import (
     Corrupt,
     Fenced,
+    InvalidName,
     NotFound,
     Unavailable,
 )
@@ -186,6 +187,7 @@ class Log(Generic[S, R]):
 
         Raises:
             Fenced: The log does not admit the record (any more).
+            InvalidName: It is too large for a log, and nothing was written: no reader would go past it.
             Unavailable: The store does not answer. The record may have been written: append it again later.
             Corrupt: See ``refresh``.
             AccessDenied
@@ -257,6 +259,12 @@ class Log(Generic[S, R]):
     def _create(self, entry: Entry[R]) -> bool:
         """Write an entry at its position; False if the position is taken, by whomever."""
         key, body = layout.log_entry(self._prefix, entry.seq), entry.to_json()
+        if len(body) > MAX_RECORD_BYTES:
+            kind = getattr(entry.record, "kind", "the record")
+            raise InvalidName(
+                f"{self._named(key)}: {kind} takes {len(body)} bytes, a log has at most {MAX_RECORD_BYTES} "
+                "for a record: nothing was written; say less in it"
+            )
         pauses_s = PAUSES_S if self._pauses_s is None else self._pauses_s
         for pause_s in (*pauses_s, None):
             try:

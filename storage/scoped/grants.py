@@ -26,6 +26,7 @@ from ..errors import (
     Unavailable,
 )
 from ..records import (
+    MAX_RECORD_BYTES,
     AttemptNumber,
     Committed,
     Incarnation,
@@ -46,6 +47,8 @@ MAX_FILES = 1000
 """In one checkpoint."""
 MAX_REASON_CHARACTERS = 2000
 MAX_REQUEST_BYTES = 2_000_000
+ENTRY_BYTES = 1000
+"""More than a log's entry says besides its record."""
 UNCOMMITTED_CHECKPOINTS = 3
 """As many whole checkpoints an attempt may have in the store without having committed them."""
 
@@ -338,8 +341,13 @@ def check_record(state: RunState, caller: Caller, record: Record, limits: Limits
 
     Raises:
         AccessDenied: It is the controller's to append, or about somebody else.
+        InvalidName: It is larger than a log's reader would take.
         Fenced: It does not follow from what the run has done.
     """
+    if (size := len(record.model_dump_json().encode())) > MAX_RECORD_BYTES - ENTRY_BYTES:
+        raise InvalidName(
+            f"{caller.run_id}: {record.kind!r} takes {size} bytes, at most {MAX_RECORD_BYTES - ENTRY_BYTES}"
+        )
     match record:
         case Started(attempt=attempt):
             running = state.running

@@ -7,7 +7,7 @@ from support.flaky_store import Fault, FlakyStore
 from support.runs import RUN, claimed, committed, ended, finished, ref, retired
 
 from storage import layout
-from storage.errors import Corrupt, Fenced, Unavailable
+from storage.errors import Corrupt, Fenced, InvalidName, Unavailable
 from storage.log import PAUSES_S, RunLog, run_log
 from storage.memory import MemoryStore
 from storage.object_store import ObjectStore
@@ -235,6 +235,16 @@ def test_a_huge_object_is_refused_unread() -> None:
     with pytest.raises(Corrupt, match="too large for a record"):
         log_of(counting).refresh()
     assert counting.calls == 1
+
+
+def test_a_record_that_no_reader_would_take_is_not_written() -> None:
+    store = store_with(claimed())
+    log = log_of(store)
+    much = committed(10).model_copy(update={"metrics": {f"m{n:030d}": 1.0 for n in range(30_000)}})
+    with pytest.raises(InvalidName, match=r"log/000000000001.json .*: committed takes \d+ bytes, a log has"):
+        log.append(much)
+    assert records(store) == [claimed()]
+    assert log.append(committed(10)).committed_step == 10, "the log goes on"
 
 
 def test_stray_objects_in_the_log_are_not_read() -> None:

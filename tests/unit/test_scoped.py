@@ -22,7 +22,7 @@ from storage.errors import (
     StorageError,
     Unavailable,
 )
-from storage.records import Record
+from storage.records import MAX_RECORD_BYTES, Record
 from storage.run_state import RunState, apply, refusal
 from storage.scoped.grants import (
     MAX_FILES,
@@ -41,6 +41,7 @@ from storage.scoped.grants import (
     check_caller,
     check_quota,
     check_read,
+    check_record,
     check_write,
     refused,
     replaceable,
@@ -220,6 +221,15 @@ def test_what_a_record_names_is_never_replaced() -> None:
     resumed = STATE
     assert not replaceable(resumed, ME, layout.sample_key(RUN, 20, "a.png"))
     assert replaceable(resumed, ME, layout.sample_key(RUN, 30, "a.png"))
+
+
+def test_a_record_that_would_not_fit_into_the_log_is_refused() -> None:
+    said = committed(30, 2)
+    check_record(STATE, ME, said, LIMITS)
+    for size in (MAX_RECORD_BYTES, 2 * MAX_RECORD_BYTES):
+        much = said.model_copy(update={"metrics": {"m" * (size - 1000): 1.0}})
+        with pytest.raises(InvalidName, match="'committed' takes"):
+            check_record(STATE, ME, much, LIMITS)
 
 
 @pytest.mark.parametrize("kind", [AccessDenied, Corrupt, Fenced, InvalidName, Unavailable])
