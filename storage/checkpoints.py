@@ -32,11 +32,11 @@ from .local import (
     seal,
     step_dir,
     temporary_dir,
+    unreadable,
     verify,
 )
 from .object_store import ObjectStore
 from .records import (
-    MAX_RECORD_BYTES,
     CheckpointRef,
     Committed,
     Quarantined,
@@ -294,11 +294,9 @@ def _check(directory: Path, committed: Committed) -> None:
         InvalidName
     """
     try:
-        check_listing(directory, [file.name for file in committed.files])
+        check_listing(directory, [file.name for file in committed.files], committed.metrics)
     except OSError as error:
-        raise Corrupt(f"{error.filename or directory}: {error.strerror or error}") from error
-    if (size := len(committed.model_dump_json())) > MAX_RECORD_BYTES * 9 // 10:
-        raise InvalidName(f"{directory}: its record takes {size} bytes, too many: log fewer metrics")
+        raise unreadable(directory, error) from error
 
 
 def _manifest(checkpoint: Committed) -> Manifest:
@@ -318,7 +316,7 @@ def _holds(target: Path, checkpoint: Committed) -> bool:
         return False
     try:
         verify(target, checkpoint.files)
-    except Corrupt:
+    except (Corrupt, Unavailable):
         return False
     return True
 

@@ -26,17 +26,19 @@ from typing import Annotated, BinaryIO, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from . import layout
-from .errors import Corrupt, InvalidName
+from .errors import Corrupt, InvalidName, StorageError, Unavailable
 from .records import MAX_RECORD_BYTES, Packed, StoredFile
 from .tensor_header import SUFFIX, check_header
 
 MANIFEST = "manifest.json"
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """No space left, no inodes left, or a quota reached: room may be made."""
+_NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 DISK_UNUSABLE = DISK_FULL | {errno.EROFS}
 MAX_LISTING_BYTES = MAX_RECORD_BYTES * 4 // 5
-"""What the files of one checkpoint may take in its manifest and its record: the rest is for what these say
-besides."""
+"""What the files of one checkpoint may take in its manifest and its record."""
+MAX_SAID_BYTES = MAX_RECORD_BYTES * 9 // 10
+"""What its files and its metrics may take together: the rest is for what a record says besides."""
 _TEMPORARY = ".tmp-"
 _STEP_DIR = re.compile(r"step-(\d{9})")
 _CHUNK_BYTES = 1 << 20
@@ -110,7 +112,8 @@ def staged_checkpoint(root: Path, step: int, *, metrics: Mapping[str, float], fi
     try:
         yield temporary
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-        manifest = Manifest(step=step, final=final, metrics=finite, files=hash_files(temporary))
+        files = hash_files(temporary, metrics=finite)
+        manifest = Manifest(step=step, final=final, metrics=finite, files=files)
         seal(temporary, manifest, root / step_dir(step))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -129,7 +132,7 @@ def seal(temporary: Path, manifest: Manifest, target: Path) -> None:
     fsync_path(target.parent)
 
 
-def hash_files(directory: Path) -> tuple[StoredFile, ...]:
+def hash_files(directory: Path, *, metrics: Mapping[str, float]) -> tuple[StoredFile, ...]:
     """Size and sha256 of every file under a directory, in name order.
 
     Raises:
@@ -137,23 +140,37 @@ def hash_files(directory: Path) -> tuple[StoredFile, ...]:
             it; nothing was read then.
     """
     names = sorted(_files(directory))
-    check_listing(directory, names)
+    check_listing(directory, names, metrics)
     return tuple(_stored(directory, name) for name in names)
 
 
-def check_listing(directory: Path, names: Sequence[str]) -> None:
-    """Refuse files that could be written and uploaded, but never read again.
+def check_listing(directory: Path, names: Sequence[str], metrics: Mapping[str, float]) -> None:
+    """Refuse a checkpoint that could be written and uploaded, but never read again.
+
+    Its record is measured as if every file were packed, which says more: who writes a checkpoint does not
+    know how its files will be sent.
 
     Raises:
-        InvalidName: A name is refused by ``layout.check_files``, there are so many files that no record can
-            hold them, or one is a safetensors file that ``check_header`` refuses.
+        InvalidName: A name is refused by ``layout.check_files`` or is the manifest's, there are so many files or
+            metrics that no record can hold them, or one is a safetensors file that ``check_header`` refuses.
     """
     layout.check_files(names)
+    if taken := [name for name in names if name.casefold() == MANIFEST]:
+        raise InvalidName(
+            f"{directory / taken[0]}: {MANIFEST} is the name of what states the checkpoint's files: "
+            "write it under another name"
+        )
     listing_bytes = sum(_LISTED_BYTES + len(json.dumps(name)) for name in names)
     if listing_bytes > MAX_LISTING_BYTES:
         raise InvalidName(
             f"{directory}: {len(names)} files, whose names and digests take {listing_bytes} bytes "
             f"of a record, at most {MAX_LISTING_BYTES}: write fewer, larger files"
+        )
+    metrics_bytes = len(json.dumps(dict(metrics)))
+    if listing_bytes + metrics_bytes > MAX_SAID_BYTES:
+        raise InvalidName(
+            f"{directory}: {len(metrics)} metrics and {len(names)} files take "
+            f"{listing_bytes + metrics_bytes} bytes of a record, at most {MAX_SAID_BYTES}: log fewer metrics"
         )
     for name in names:
         if name.endswith(SUFFIX):
@@ -203,13 +220,14 @@ def verify(path: Path, files: Iterable[StoredFile]) -> None:
 
     Raises:
         Corrupt: A file is missing, a symlink, or has another size or sha256. The message names it.
+        Unavailable: A file cannot be read now: that says nothing about its bytes.
     """
     for file in files:
         layout.check_path(file.name, "file name")
         try:
             actual = _stored(path, file.name)
         except OSError as error:
-            raise Corrupt(f"{path / file.name}: {error.strerror or error}") from error
+            raise unreadable(path / file.name, error) from error
         except InvalidName as error:
             raise Corrupt(str(error)) from error
         if actual.size_bytes != file.size_bytes:
@@ -222,6 +240,16 @@ def verify(path: Path, files: Iterable[StoredFile]) -> None:
                 f"{path / file.name}: sha256 is {actual.sha256[:12]}, its record says {file.sha256[:12]}. "
                 "Use an earlier checkpoint."
             )
+
+
+def unreadable(path: Path, error: OSError) -> StorageError:
+    """What a file that cannot be read means: it is not there, or, with every other error, try again later.
+
+    Too many open files, a disk that fails to answer or permissions are this machine's trouble: a good
+    checkpoint must not be given up for them.
+    """
+    kind = Corrupt if error.errno in _NOT_THERE else Unavailable
+    return kind(f"{error.filename or path}: {error.strerror or error}")
 
 
 def remove(path: Path) -> None:

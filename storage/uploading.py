@@ -21,6 +21,7 @@ from .local import (
     LocalCheckpoint,
     regular_file,
     temporary_dir,
+    unreadable,
     verify,
 )
 from .object_store import ObjectStore
@@ -135,7 +136,7 @@ class Uploader:
             changed = _identity(path) != before
         except OSError as error:
             work.prepared.pop(file.name, None)
-            raise Corrupt(f"{path}: {error.strerror or error}") from error
+            raise unreadable(path, error) from error
         if changed:
             work.prepared.pop(file.name, None)
             raise Corrupt(f"{path}: changed while it was uploaded")

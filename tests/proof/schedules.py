@@ -410,7 +410,7 @@ def local_checkpoint(attempt: int, step: int, *, final: bool) -> LocalCheckpoint
     temporary = temporary_dir(root)
     for name, body in contents(attempt, step).items():
         (temporary / name).write_bytes(body)
-    manifest = Manifest(step=step, final=final, metrics={}, files=hash_files(temporary))
+    manifest = Manifest(step=step, final=final, metrics={}, files=hash_files(temporary, metrics={}))
     seal(temporary, manifest, root / step_dir(step))
     local = read_checkpoint(root / step_dir(step))
     assert local is not None

@@ -1,9 +1,11 @@
 """Publishing, fetching and deleting: a checkpoint exists exactly when its record says so."""
 
+import contextlib
 import errno
 import json
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +33,13 @@ from storage.errors import (
     NotFound,
     Unavailable,
 )
-from storage.local import LocalCheckpoint, Manifest, complete_checkpoints
+from storage.local import (
+    LocalCheckpoint,
+    Manifest,
+    complete_checkpoints,
+    staged_checkpoint,
+    verify,
+)
 from storage.log import RunLog, run_log
 from storage.memory import MemoryStore
 from storage.object_store import ObjectStore
@@ -618,10 +626,34 @@ def test_how_long_an_upload_takes_is_known_from_those_before(tmp_path: Path) -> 
     assert world.checkpoints.upload_s(newer, 1, incarnation(1)) == pytest.approx(2 * took_s / 3, rel=0.05)
 
 
+def test_metrics_that_no_record_could_hold_beside_packed_files_are_refused_before_anything_is_sent(
+    tmp_path: Path,
+) -> None:
+    world, store = linked(tmp_path)
+    metrics = {f"m/{n:030d}": 0.1 for n in range(14_500)}
+    files = {f"{n:04d}": b"" for n in range(2400)}
+
+    def write() -> None:
+        with staged_checkpoint(world.disk / "out", 10, metrics=metrics, final=False) as directory:
+            for name, body in files.items():
+                (directory / name).write_bytes(body)
+
+    with pytest.raises(InvalidName, match=r"14500 metrics and 2400 files take .* log fewer metrics"):
+        write()
+    assert complete_checkpoints(world.disk / "out") == [], "not even written"
+
+    listed = tuple(StoredFile(name=name, size_bytes=0, sha256="0" * 64) for name in files)
+    local = LocalCheckpoint(world.disk, Manifest(step=10, final=False, metrics=metrics, files=listed))
+    with pytest.raises(InvalidName, match="log fewer metrics"):
+        world.checkpoints.publish(local, 1, incarnation(1))
+    assert store.puts == []
+
+
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
         ({f"a{n:05d}": b"" for n in range(4000)}, "4000 files, whose names and digests take"),
+        ({"Manifest.json": b"{}"}, "write it under another name"),
         ({"x.safetensors": (11_000_000).to_bytes(8, "little") + b" " * 11_000_000}, "header has 11000000"),
     ],
 )
@@ -642,6 +674,28 @@ def test_what_no_record_or_reader_could_hold_is_refused_before_anything_is_sent(
     with pytest.raises(InvalidName, match=reason):
         world.checkpoints.publish(local, 1, incarnation(1))
     assert store.puts == []
+
+
+@contextlib.contextmanager
+def no_files_to_open() -> Iterator[None]:
+    """As when another thread of the agent has taken them all."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("names", [("adapter.safetensors", "state.json"), ("state.json",)])
+def test_a_file_that_cannot_be_read_now_is_not_damaged(tmp_path: Path, names: tuple[str, ...]) -> None:
+    world, _ = linked(tmp_path)
+    files = {name: trained(10)[name] for name in names}
+    local = write_checkpoint(world.disk / "out", 10, files=files)
+    with no_files_to_open(), pytest.raises(Unavailable, match="Too many open files"):
+        world.checkpoints.publish(local, 1, incarnation(1))
+    with no_files_to_open(), pytest.raises(Unavailable, match="Too many open files"):
+        verify(local.path, local.manifest.files)
 
 
 @pytest.mark.parametrize(
