@@ -132,13 +132,22 @@ class Replicator:
         with self._changed:
             self._draining = True
             self._changed.notify_all()
-            while self.pending is not None:
+            while not self._is_all_published():
                 left_s = deadline - time.monotonic()
                 if left_s <= 0 or self._stopped.is_set() or not self._thread.is_alive():
                     return False
                 self._changed.wait(left_s)
-        newest = next(iter(complete_checkpoints(self._directory)), None)
-        return newest is None or newest.step <= self._published_step
+        with contextlib.suppress(OSError):
+            newest = next(iter(complete_checkpoints(self._directory)), None)
+            return newest is None or newest.step <= self._published_step
+        return False
+
+    def _is_all_published(self) -> bool:
+        """Whether nothing is pending. What cannot be looked at now may well be."""
+        try:
+            return self.pending is None
+        except OSError:
+            return False
 
     def stop(self) -> None:
         """End replication. An upload that is under way is left to finish or to die with the process."""
@@ -147,19 +156,18 @@ class Replicator:
             self._stop_listening()
 
     def _listen(self) -> None:
-        """Be told of new directories, unless that is so already: an observer's threads may have died."""
+        """Be told of new directories, unless that is so already: an observer's threads may have died.
+
+        Never raises: looking every ``rescan_s`` is slower and loses nothing.
+        """
         with self._listening:
             if self._stopped.is_set() or _is_alive(self._observer):
                 return
             began_before = self._observer is not None
-            self._stop_listening()
-            observer = Observer()
             try:
-                observer.schedule(_Hint(self._look_again), str(self._directory))
-                observer.start()
-            except (OSError, RuntimeError) as error:
-                # Out of watches, or of threads: looking every rescan_s is slower and loses nothing.
-                observer.stop()
+                self._stop_listening()
+                self._observer = _observing(self._directory, _Hint(self._look_again))
+            except Exception as error:  # out of watches, of files, of threads, or whatever the library meets
                 if not self._deaf:
                     logger.warning(
                         "%s: no file events: %s; looking every %g s", self._directory, error, self._rescan_s
@@ -168,7 +176,7 @@ class Replicator:
                 return
             if began_before:
                 logger.warning("%s: file events had ended; they are watched again", self._directory)
-            self._observer, self._deaf = observer, False
+            self._deaf = False
 
     def _stop_listening(self) -> None:
         observer, self._observer = self._observer, None
@@ -190,7 +198,7 @@ class Replicator:
         while not self._stopped.is_set():
             self._look_again.clear()
             self._listen()
-            if self._bring_up_to_date():
+            if self._up_to_date():
                 pause_s = FIRST_PAUSE_S
                 self._look_again.wait(self._rescan_s)
             else:
@@ -198,6 +206,14 @@ class Replicator:
                     pause_s = min(pause_s, LONGEST_PAUSE_DRAINING_S)
                 self._pause(pause_s * random.uniform(0.5, 1.0))
                 pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+
+    def _up_to_date(self) -> bool:
+        """``_bring_up_to_date``, whatever happens: without this thread nothing more would be committed."""
+        try:
+            return self._bring_up_to_date()
+        except Exception as error:
+            self._tell(f"{type(error).__name__}: {error}")
+            return False
 
     def _bring_up_to_date(self) -> bool:
         """Publish what is pending until nothing is. False if it has to be tried again later."""
@@ -215,7 +231,8 @@ class Replicator:
             except Exception as error:
                 # Whatever it was, the checkpoint is still there: trying again is the only way not to lose it.
                 self._tell(f"{type(error).__name__}: {error}")
-                self._remove_superseded(limit_bytes=self._spool_limit_bytes)
+                with contextlib.suppress(OSError):  # out of files, for example: the next time will do
+                    self._remove_superseded(limit_bytes=self._spool_limit_bytes)
                 self._on_error(error)
                 return False
         return True
@@ -275,6 +292,17 @@ def _is_to_blame(checkpoint: LocalCheckpoint, error: Corrupt | InvalidName) -> b
     except Corrupt:
         return True
     return False
+
+
+def _observing(directory: Path, handler: FileSystemEventHandler) -> BaseObserver:
+    observer = Observer()
+    try:
+        observer.schedule(handler, str(directory))
+        observer.start()
+    except BaseException:
+        observer.stop()
+        raise
+    return observer
 
 
 def _is_alive(observer: BaseObserver | None) -> bool:

@@ -1,5 +1,6 @@
 """The replicator: whatever it misses or has to wait for, the newest checkpoint reaches the store."""
 
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -150,6 +151,43 @@ def test_a_store_that_fails_is_tried_again_until_it_works(
     assert replicator.drain(20)
     assert uplink.published == [10]
     assert uplink.errors == [failure, failure]
+
+
+def test_a_process_out_of_files_publishes_once_it_has_some(
+    tmp_path: Path, uplink: Uplink, start: Start
+) -> None:
+    """What goes wrong while a failure is dealt with must not end the only thread that publishes."""
+    write_checkpoint(tmp_path, 1)
+    usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    uplink.open.clear()
+    replicator = start()
+    uplink.until(lambda: uplink.began == [1])
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, most))
+        uplink.failures = [Unavailable("503")]
+        uplink.open.set()
+        uplink.until(lambda: len(uplink.errors) >= 2)
+        assert not replicator.drain(0.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (usual, most))
+
+    assert replicator.drain(20)
+    assert uplink.published == [1]
+
+
+def test_a_watcher_or_a_listener_that_fails_ends_nothing(
+    tmp_path: Path, uplink: Uplink, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise KeyError("an error that nobody thought of")
+
+    monkeypatch.setattr("storage.replicator.Observer", fails)
+    monkeypatch.setattr(uplink, "on_error", fails)
+    uplink.failures = [Unavailable("503")]
+    write_checkpoint(tmp_path, 1)
+
+    assert start().drain(20)
+    assert uplink.published == [1]
 
 
 def test_a_newer_checkpoint_takes_the_place_of_one_that_could_not_be_published(
