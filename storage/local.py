@@ -151,8 +151,9 @@ def check_listing(directory: Path, names: Sequence[str], metrics: Mapping[str, f
     know how its files will be sent.
 
     Raises:
-        InvalidName: A name is refused by ``layout.check_files`` or is the manifest's, there are so many files or
-            metrics that no record can hold them, or one is a safetensors file that ``check_header`` refuses.
+        InvalidName: A name is refused by ``layout.check_files`` or is the manifest's, there are so many
+            files or metrics that no record can hold them, or one is a safetensors file that ``check_header``
+            refuses.
     """
     layout.check_files(names)
     if taken := [name for name in names if name.casefold() == MANIFEST]:

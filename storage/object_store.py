@@ -19,6 +19,8 @@ class ObjectInfo:
     size_bytes: int
     modified_s: float | None = field(default=None, compare=False)
     """When it was written, in Unix seconds of the store's own clock; None if the store does not tell."""
+    etag: str | None = field(default=None, compare=False)
+    """What the store calls its bytes, see ``etag``; None if it does not tell."""
 
 
 class ObjectStore(Protocol):

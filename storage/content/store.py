@@ -20,9 +20,10 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from .. import layout
-from ..errors import Corrupt, Fenced, Unavailable
+from ..errors import Corrupt, Fenced, StorageError, Unavailable
+from ..etag import is_of_file
 from ..log import Log
-from ..object_store import ObjectStore
+from ..object_store import ObjectInfo, ObjectStore
 from ..records import StoredFile
 from .state import (
     CONTENT_ENTRY,
@@ -298,13 +299,14 @@ def _send_files(
     on_sent: Callable[[int], None],
 ) -> None:
     prefix = layout.content_data_prefix(digest, incarnation)
-    there = {info.key: info.size_bytes for info in store.list(prefix)}
+    there = {info.key: info for info in store.list(prefix)}
     distinct = {file.sha256: file for file in local.listing.files}
 
     def send(file: StoredFile) -> int:
         key = layout.content_file(digest, incarnation, file.sha256)
-        if there.get(key) != file.size_bytes:
-            _send(store, key, file, local.paths[file.name], local.identities[file.name])
+        path, identity = local.paths[file.name], local.identities[file.name]
+        if not _is_there(there.get(key), file, path, identity):
+            _send(store, key, file, path, identity)
         return file.size_bytes
 
     for size_bytes in _side_by_side(send, distinct.values()):
@@ -321,6 +323,22 @@ def _side_by_side(call: Callable[[StoredFile], T], files: Iterable[StoredFile]) 
             raise
 
 
+def _is_there(info: ObjectInfo | None, file: StoredFile, path: Path, identity: Identity) -> bool:
+    """Whether an object, from a try that was cut off, is known to be the file.
+
+    The bytes of a small one were hashed before they were sent. A large file may have changed while it was,
+    and whoever sent it may have died before saying so: its size alone says nothing.
+    """
+    if info is None or info.size_bytes != file.size_bytes:
+        return False
+    if file.size_bytes <= _IN_MEMORY_BYTES:
+        return True
+    try:
+        return is_of_file(info.etag, path) and Identity.of(path) == identity
+    except OSError:
+        return False  # sending it says what is wrong with it
+
+
 def _send(store: ObjectStore, key: str, file: StoredFile, path: Path, identity: Identity) -> None:
     """Upload a file under its digest.
 
@@ -335,12 +353,21 @@ def _send(store: ObjectStore, key: str, file: StoredFile, path: Path, identity: 
             if unchanged:
                 store.put(key, body)
         else:
-            store.put(key, path)
+            try:
+                store.put(key, path)
+            except StorageError as error:
+                if Identity.of(path) != identity:
+                    raise _changed(path) from error
+                raise
             unchanged = Identity.of(path) == identity
     except OSError as error:
         raise Corrupt(f"{path}: {error.strerror or error}") from error
     if not unchanged:
-        raise Corrupt(f"{path}: changed while it was being uploaded; leave it alone and try again")
+        raise _changed(path)
+
+
+def _changed(path: Path) -> Corrupt:
+    return Corrupt(f"{path}: changed while it was being uploaded; leave it alone and try again")
 
 
 def _fetch_file(store: ObjectStore, key: str, file: StoredFile, target: Path) -> None:

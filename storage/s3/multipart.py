@@ -10,24 +10,24 @@ under way is lost by a cut.
 """
 
 import contextlib
-import hashlib
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
+from ..background import begin
 from ..errors import NotFound, StorageError, Unavailable
+from ..etag import of_parts
 from .deadline import current, until
 from .errors import NO_UPLOAD, code_of
 from .file_slice import FileSlice, content_md5
 from .uplink import (
     PART_BYTES,
-    PARTS_AT_ONCE,
     Uplink,
     allowance_s,
     part_bytes,
@@ -96,8 +96,7 @@ class Upload:
     @property
     def etag(self) -> str:
         """What most servers call an object of these parts."""
-        digests = b"".join(part.md5 for _, part in sorted(self.parts.items()))
-        return f'"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(self.parts)}"'
+        return f'"{of_parts(part.md5 for _, part in sorted(self.parts.items()))}"'
 
     @property
     def can_go_on(self) -> bool:
@@ -248,18 +247,20 @@ class Uploads:
         """Send what is missing. The first failure ends it, once the parts under way have ended too."""
         todo = iter(upload.missing)
         deadline = current()
-        with ThreadPoolExecutor(PARTS_AT_ONCE, thread_name_prefix="part") as pool:
-            running: set[Future[None]] = set()
-            failure: BaseException | None = None
+        running: set[Future[None]] = set()
+        failure: BaseException | None = None
+        try:
             while True:
                 at_once = parts_at_once(self._uplink.bytes_per_s) if failure is None else 0
                 for number in _some(todo, at_once - len(running)):
-                    running.add(pool.submit(self._send_part, upload, file, number, at_once, deadline))
+                    running.add(begin("part", self._send_part, upload, file, number, at_once, deadline))
                 if not running:
                     break
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for one in done:
                     failure = failure or one.exception()
+        finally:
+            wait(running)  # they read from the file
         if failure is not None:
             raise failure
 

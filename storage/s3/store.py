@@ -166,7 +166,8 @@ class S3Store:
                 key = found["Key"].removeprefix(self._prefix)
                 # Some servers ignore StartAfter.
                 if key > after:
-                    yield ObjectInfo(key, found["Size"], _unix(found.get("LastModified")))
+                    etag = found.get("ETag", "").strip('"')
+                    yield ObjectInfo(key, found["Size"], _unix(found.get("LastModified")), etag or None)
 
     def delete(self, keys: Iterable[str]) -> None:
         # One request each: deleting in batches needs a checksum on which servers do not agree.

@@ -8,7 +8,6 @@ signed, and again by the store's server, which checks the signature. It never li
 Who asks is known by what only the attempt's agent was told: its slot, attempt number and incarnation.
 """
 
-import hashlib
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -25,6 +24,7 @@ from ..errors import (
     StorageError,
     Unavailable,
 )
+from ..etag import of_parts
 from ..records import (
     MAX_RECORD_BYTES,
     AttemptNumber,
@@ -90,10 +90,7 @@ class Write(_Frozen):
     @property
     def etag(self) -> str:
         """What most servers call the object."""
-        if not self.parts:
-            return self.md5
-        digests = b"".join(bytes.fromhex(part) for part in self.parts)
-        return f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(self.parts)}"
+        return of_parts(map(bytes.fromhex, self.parts)) if self.parts else self.md5
 
     def part_size(self, number: int) -> int:
         """How long a part is, counted from 1."""

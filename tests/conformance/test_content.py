@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
+from support.flaky_store import Fault, FlakyStore
 
 from storage import layout
 from storage.content import store as content
@@ -11,11 +12,24 @@ from storage.content.hashing import hashed
 from storage.content.state import unreferenced
 from storage.content.store import content_log, fetch, store_for
 from storage.errors import Corrupt
+from storage.etag import is_of_file
 from storage.object_store import ObjectStore
 from trainer.model_files import model_content
 
 LARGE = 17_000_000
 """Sent from the disk; smaller files are sent from memory."""
+
+
+class Spied(FlakyStore):
+    """Notes what is put."""
+
+    def __init__(self, inner: ObjectStore) -> None:
+        super().__init__(inner, 0, Fault.REFUSE)
+        self.puts: list[str] = []
+
+    def put(self, key: str, body: bytes | Path) -> None:
+        self.puts.append(key)
+        super().put(key, body)
 
 
 @pytest.fixture
@@ -54,9 +68,27 @@ def test_an_upload_that_was_cut_off_is_continued(store: ObjectStore, model: Path
     large = next(file for file in local.listing.files if file.size_bytes > content._IN_MEMORY_BYTES)
     store.put(layout.content_file(local.digest, "0badcafe", large.sha256), local.paths[large.name])
 
-    store_for(store, "cat", local, submitted=False)
+    spied = Spied(store)
+    store_for(spied, "cat", local, submitted=False)
 
     assert content.incarnations(store, local.digest).keys() == {"0badcafe"}
+    (there,) = store.list(layout.content_file(local.digest, "0badcafe", large.sha256))
+    known = is_of_file(there.etag, local.paths[large.name])
+    assert (there.key in spied.puts) != known, "it is sent again only where the store does not name its bytes"
+
+
+def test_a_large_object_of_other_bytes_is_sent_again(store: ObjectStore, model: Path, tmp_path: Path) -> None:
+    local = model_content(model)
+    large = next(file for file in local.listing.files if file.size_bytes > content._IN_MEMORY_BYTES)
+    (tmp_path / "other").write_bytes(b"x" * large.size_bytes)
+    store.put(layout.content_file(local.digest, "0badcafe", large.sha256), tmp_path / "other")
+
+    store_for(store, "cat", local, submitted=False)
+
+    stored = content_log(store, local.digest).refresh().readable
+    assert stored is not None
+    assert stored.incarnation == "0badcafe"
+    fetch(store, local.digest, stored, tmp_path / "node")
 
 
 def test_a_truncated_object_is_never_taken_for_the_file(

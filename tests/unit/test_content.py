@@ -34,9 +34,11 @@ from storage.errors import (
     NotFound,
     Unavailable,
 )
+from storage.etag import is_of_file
 from storage.memory import MemoryStore
 from storage.object_store import ObjectStore
 from storage.records import StoredFile
+from storage.s3.uplink import PART_BYTES
 
 T = TypeVar("T")
 
@@ -325,6 +327,71 @@ def test_a_file_that_changes_while_it_is_sent_spoils_nothing(size: int, tmp_path
     assert {upload.incarnation for upload in state.retired} >= content.incarnations(
         store, local.digest
     ).keys()
+
+
+class Changing(MemoryStore):
+    """While the first large file is sent it changes for a moment; then its sender learns of this error."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error: BaseException | None = error
+
+    def put(self, key: str, body: bytes | Path) -> None:
+        if not isinstance(body, Path) or self.error is None:
+            super().put(key, body)
+            return
+        error, self.error = self.error, None
+        right = body.read_bytes()
+        body.write_bytes(b"y" + right[1:])
+        super().put(key, body)
+        body.write_bytes(right)
+        raise error
+
+
+@pytest.mark.parametrize("error", [Died(), Unavailable("cut")])
+def test_a_large_object_is_not_taken_for_the_file_by_its_size(error: BaseException, tmp_path: Path) -> None:
+    files = {"model.safetensors": b"x" * (content._IN_MEMORY_BYTES + 1)}
+    store = Changing(error)
+    with pytest.raises((Died, Corrupt)):
+        store_for(store, "cat", written(tmp_path / "model", files), submitted=False)
+
+    local = written(tmp_path / "model", files)
+    store_for(store, "cat", local, submitted=False)
+
+    stored = content_log(store, local.digest).refresh().readable
+    assert stored is not None
+    fetch(store, local.digest, stored, tmp_path / "node")
+
+
+def test_a_file_that_changed_during_an_upload_that_failed_is_said_to_have(tmp_path: Path) -> None:
+    files = {"model.safetensors": b"x" * (content._IN_MEMORY_BYTES + 1)}
+    store = Changing(Unavailable("cut"))
+    local = written(tmp_path / "model", files)
+    with pytest.raises(Corrupt, match="changed while it was being uploaded"):
+        store_for(store, "cat", local, submitted=False)
+    assert (
+        content_log(store, local.digest).refresh().condemned
+        == content.incarnations(store, local.digest).keys()
+    )
+
+
+@pytest.mark.parametrize("size_bytes", [0, 5, PART_BYTES, PART_BYTES + 1, 2 * PART_BYTES])
+def test_an_object_that_the_store_names_by_its_bytes_is_known(size_bytes: int, tmp_path: Path) -> None:
+    body = b"x" * size_bytes
+    (tmp_path / "file").write_bytes(body)
+    md5s = [hashlib.md5(body[n : n + PART_BYTES]).digest() for n in range(0, max(size_bytes, 1), PART_BYTES)]
+    in_parts = f"{hashlib.md5(b''.join(md5s)).hexdigest()}-{len(md5s)}"
+    for etag in (hashlib.md5(body).hexdigest(), in_parts):
+        assert is_of_file(etag, tmp_path / "file")
+    others = (
+        None,
+        "",
+        "0" * 32,
+        f"{'0' * 32}-{len(md5s)}",
+        "d41d8cd9-what",
+        hashlib.md5(b"other").hexdigest(),
+    )
+    assert not any(is_of_file(etag, tmp_path / "file") for etag in others)
 
 
 def test_a_damaged_object_is_never_fetched_as_if_it_were_whole(local: LocalContent, tmp_path: Path) -> None:
