@@ -20,15 +20,20 @@ T = TypeVar("T")
 def patiently(call: Callable[[], T], stopping: threading.Event) -> T:
     """Call until the store answers: one that is away for a while delays an attempt and does not end it.
 
+    The time counts from the first failure: a call that was at work for long before it has its tries, too.
+
     Raises:
-        AccessDenied, Unavailable: It did not answer for ``STORE_PATIENCE_S``, or a stop was asked for.
+        AccessDenied, Unavailable: It still failed after ``STORE_PATIENCE_S``, or a stop was asked for.
     """
-    deadline, pause_s = time.monotonic() + STORE_PATIENCE_S, FIRST_PAUSE_S
+    deadline: float | None = None
+    pause_s = FIRST_PAUSE_S
     while True:
         try:
             return call()
         except (Unavailable, AccessDenied):
-            if time.monotonic() + pause_s > deadline or stopping.wait(pause_s):
+            now = time.monotonic()
+            deadline = now + STORE_PATIENCE_S if deadline is None else deadline
+            if now + pause_s > deadline or stopping.wait(pause_s):
                 raise
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 

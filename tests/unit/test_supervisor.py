@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -35,7 +36,7 @@ from storage.records import (
 from storage.run_state import RunState
 from trainer.attempt import run_attempt
 from trainer.config import Base, Dataset, RunSpec
-from trainer.patience import MAX_ERROR_CHARACTERS, one_line
+from trainer.patience import MAX_ERROR_CHARACTERS, STORE_PATIENCE_S, one_line, patiently
 from trainer.rundir import (
     EXIT_COMPLETE,
     EXIT_PREEMPTED,
@@ -446,6 +447,22 @@ def test_a_store_that_is_away_for_a_while_delays_the_attempt(
 
     assert (final.exit_code, final.resumed_from, final.error) == (EXIT_COMPLETE, 3, "")
     assert store.left == 0
+
+
+def test_a_call_that_fails_after_a_long_time_of_work_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = 0.0, 0
+
+    def work() -> str:
+        nonlocal now, calls
+        now, calls = now + 10 * STORE_PATIENCE_S, calls + 1
+        if calls == 1:
+            raise Unavailable("connection reset")
+        return "done"
+
+    monkeypatch.setattr("trainer.patience.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("trainer.patience.FIRST_PAUSE_S", 0.01)
+
+    assert patiently(work, threading.Event()) == "done"
 
 
 def test_a_start_that_could_not_be_recorded_is_recorded_with_the_next_checkpoint(
