@@ -9,13 +9,13 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
 from pydantic import ValidationError
 
+from ..background import each
 from ..content.state import Stored
 from ..content.store import MAX_LISTING_BYTES
 from ..errors import AccessDenied, StorageError, Unavailable
@@ -193,9 +193,8 @@ class ScopedStore:
         if not isinstance(reply, GrantedParts) or len(reply.parts) != len(slices):
             raise Unavailable(f"{key}: the controller grants something else than was asked for")
         todo = [(part, granted) for part, granted in zip(slices, reply.parts, strict=True) if granted]
-        with ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="part") as pool:
-            # What a part that fails has cost is that part: the others are not asked for again.
-            statuses = list(pool.map(lambda each: self._put_part(key, *each), todo))
+        # What a part that fails has cost is that part: the others are not asked for again.
+        statuses = each("part", lambda one: self._put_part(key, *one), todo, at_once=_PARTS_AT_ONCE)
         failed = [status for status in statuses if status is not None]
         if failed:
             raise failed[0]

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from storage.background import each
 from storage.errors import Unavailable
 from storage.s3.deadline import (
     DeadlineExceeded,
@@ -207,3 +210,39 @@ def test_a_slice_reads_its_part_of_the_file_and_no_more(tmp_path: Path) -> None:
         assert part.read() == bytes(range(10, 15))
         with pytest.raises(OSError, match="became shorter"):
             part.read()
+
+
+STUCK_UPLOAD = """
+import sys, threading
+from pathlib import Path
+from storage.s3.multipart import Uploads
+
+sending = threading.Event()
+
+def request(key, send, *, allow_s=None):
+    if send.__name__ == "<lambda>":
+        return {"UploadId": "u"}
+    sending.set()
+    threading.Event().wait()
+
+uploads = Uploads("bucket", request, 60.0)
+threading.Thread(target=uploads.put, args=("k", "k", Path(sys.argv[1])), daemon=True).start()
+assert sending.wait(60)
+"""
+
+
+def test_a_process_ends_though_a_part_is_stuck(tmp_path: Path) -> None:
+    """As in the replicator's thread, while the store takes the bytes and says nothing."""
+    file = tmp_path / "file"
+    with file.open("wb") as large:
+        large.truncate(4 * PART_BYTES)
+    root = Path(__file__).parents[2]
+
+    subprocess.run([sys.executable, "-c", STUCK_UPLOAD, str(file)], check=True, timeout=120, cwd=root)
+
+
+def test_each_item_has_its_result_and_the_first_failure_is_raised() -> None:
+    assert each("test", lambda n: n * n, range(20), at_once=3) == [n * n for n in range(20)]
+    assert each("test", str, [], at_once=3) == []
+    with pytest.raises(ZeroDivisionError):
+        each("test", lambda n: 1 / n, range(20), at_once=3)
