@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 BENCH  := $(VENV)/ready-bench
 ARGS   ?=
+JOBS   ?= 2
 N      ?= 100000
 SEED   ?= 1
 SECONDS ?= 60
@@ -43,8 +44,8 @@ $(BENCH): $(READY) requirements-bench.lock
 demo: $(READY) ## a sweep on this machine with a kill in the middle: no GPU, no account
 	@$(BIN)/orchestrate demo $(ARGS)
 
-test: $(READY) ## unit and conformance tests
-	$(BIN)/python -m pytest -m "not e2e and not gpu and not netns" $(ARGS)
+test: $(READY) ## unit and conformance tests, in JOBS processes (JOBS=0: in this one)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not e2e and not gpu and not netns" -n $(JOBS) --dist loadfile $(ARGS)
 
 check: $(READY) ## formatting, lint, types, and who may import whom
 	$(BIN)/ruff format --check .
