@@ -98,7 +98,8 @@ class Loop:
 
     def _train(self) -> None:
         self.parts.family.denoiser.train()
-        self._sample_if_due()  # the checkpoint was taken before its step's samples
+        self._validate_if_due()  # the checkpoint may have been taken before its step's validation
+        self._sample_if_due()  # and always before its samples
         while self.progress.step < self._base.max_train_steps:
             self.parts.stop.check()
             self._step()
@@ -170,7 +171,7 @@ class Loop:
         optimizer.zero_grad(set_to_none=True)
 
     def _validate_if_due(self) -> None:
-        if self._due(self.parts.spec.validation.every):
+        if self._due(self.parts.spec.validation.every) and self.progress.validated_step < self.progress.step:
             self._validate()
 
     def _sample_if_due(self) -> None:
@@ -209,6 +210,7 @@ class Loop:
         if not math.isfinite(value):
             raise Diverged(f"step {self.progress.step}: {METRIC} is {value}", "lower base.learning_rate")
         self._metrics[METRIC] = value
+        self.progress = self.progress.model_copy(update={"validated_step": self.progress.step})
         self._event("validation", **{METRIC: value})
 
     def _sample(self) -> Path:

@@ -63,6 +63,8 @@ class Progress(Frozen):
     """Optimizer steps done."""
     train_loss: float = 0.0
     """Mean loss of the first hundred steps, from then on a moving average over about as many."""
+    validated_step: int = 0
+    """The last step whose validation is done; 0 in what was written before there was this field."""
     sampled_step: int = 0
     """The last step whose samples are drawn."""
     scaler: dict[str, int | float] | None = None

@@ -22,6 +22,7 @@ from trainer.evaluate import evaluate, scores
 from trainer.families import load_family
 from trainer.model_files import model_digest
 from trainer.rundir import EXIT_COMPLETE, EXIT_PREEMPTED, RunDir
+from trainer.snapshot import Progress
 from trainer.stop import Stop
 
 # diffusers' schedulers hand torch tensors to numpy in the old way.
@@ -151,6 +152,39 @@ def test_samples_that_a_stop_cut_short_are_drawn_by_the_next_attempt(lay: Lay, s
     run_attempt(again, Stop())
 
     assert [event["step"] for event in events(again, "samples")] == [1, 2]
+
+
+def test_a_validation_that_a_stop_cut_short_is_done_by_the_next_attempt(lay: Lay, spec: RunSpec) -> None:
+    often = spec.model_copy(update={"validation": spec.validation.model_copy(update={"every": 1})})
+    often = often.model_copy(update={"samples": None, "evaluate": None})
+    straight, stopped = lay("straight", often), lay("stopped", often)
+    run_attempt(straight, Stop())
+    assert run_attempt(stopped, StopAtStep(stopped, 1)) == EXIT_PREEMPTED
+    assert events(stopped, "validation") == []
+
+    again = lay("again", often, resume=newest(stopped))
+    run_attempt(again, Stop())
+
+    assert events(again, "validation") == events(straight, "validation")
+    assert [event["step"] for event in events(again, "validation")] == [1, 2]
+    assert contents(newest(again)) == contents(newest(straight))
+
+
+def test_a_validation_is_done_once(lay: Lay, spec: RunSpec) -> None:
+    often = spec.model_copy(update={"validation": spec.validation.model_copy(update={"every": 1})})
+    often = often.model_copy(update={"samples": None, "evaluate": None})
+    run_dir = lay("run", often, every_steps=1)
+    run_attempt(run_dir, Stop())
+
+    again = lay("again", often, resume=run_dir.checkpoints / "step-000000001")
+    run_attempt(again, Stop())
+
+    assert [event["step"] for event in events(again, "validation")] == [2]
+
+
+def test_a_checkpoint_without_the_validated_step_is_read() -> None:
+    """Written before there was this field."""
+    assert Progress.model_validate_json('{"version": 1, "step": 3}').validated_step == 0
 
 
 def test_a_failed_evaluation_keeps_the_trained_adapter(lay: Lay, spec: RunSpec) -> None:
