@@ -5,7 +5,8 @@
 
 A read timeout begins anew with every byte that arrives, so a server that trickles holds a client for ever.
 The sockets here ask, before each operation, how much of the thread's limit is left. Limits nest: the nearest
-one holds. A thread that works for another one enters the limit that it was given (``current``).
+one holds. Nothing may stand still for long either, except a server that has been given work to do
+(``answered_within``). A thread that works for another one enters the limit that it was given (``current``).
 
 What is not limited: the resolver, which has its own (some seconds for each name server).
 """
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from typing import Any
 
 IDLE_S = 20.0
-"""Nothing at all may take longer than this to move on, limit or not."""
+"""Nothing may take longer than this to move on, limit or not, unless ``answered_within`` says so."""
 
 _here = threading.local()
 
@@ -59,6 +60,23 @@ def left_s() -> float:
     return float("inf") if deadline is None else deadline - time.monotonic()
 
 
+@contextlib.contextmanager
+def answered_within(longest_s: float) -> Iterator[None]:
+    """Let a server be silent for so long while it works on what this block sends. Sending stays as it is."""
+    outer = answer_s()
+    _here.answer_s = longest_s
+    try:
+        yield
+    finally:
+        _here.answer_s = outer
+
+
+def answer_s() -> float:
+    """How long this thread waits for the next bytes of an answer."""
+    waits_s: float = getattr(_here, "answer_s", IDLE_S)
+    return waits_s
+
+
 def patience_s(longest_s: float = IDLE_S) -> float:
     """How long the next step may take.
 
@@ -95,7 +113,7 @@ class _Limited:
 
     def _limited(self, operation: str, *arguments: Any, **options: Any) -> Any:
         limited: Any = self
-        patience = patience_s()
+        patience = patience_s(IDLE_S if operation == "send" else answer_s())
         if limited.gettimeout() != patience:  # else a system call for every few kilobytes
             limited.settimeout(patience)
         try:

@@ -23,21 +23,22 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 from ..background import begin
 from ..errors import NotFound, StorageError, Unavailable
 from ..etag import of_parts
-from .deadline import current, until
+from .deadline import answered_within, current, until
 from .errors import NO_UPLOAD, code_of
 from .file_slice import FileSlice, content_md5
 from .uplink import (
+    COMPLETE_ANSWER_S,
+    COMPLETE_S,
     PART_BYTES,
     Uplink,
     allowance_s,
+    answer_s,
     part_bytes,
     parts_at_once,
     sent_whole,
 )
 
 _KEPT_UPLOADS = 4
-_COMPLETE_S = 180.0
-"""The server puts the parts together meanwhile."""
 _ABORT_S = 10.0
 
 T = TypeVar("T")
@@ -217,9 +218,10 @@ class Uploads:
             began = time.monotonic()
             whole = body()
             whole.seek(0)
-            answer = client.put_object(
-                Bucket=self._bucket, Key=full_key, Body=whole, ContentLength=size_bytes, **options
-            )
+            with answered_within(answer_s(size_bytes)):
+                answer = client.put_object(
+                    Bucket=self._bucket, Key=full_key, Body=whole, ContentLength=size_bytes, **options
+                )
             self._uplink.carried(size_bytes, time.monotonic() - began)
             return answer
 
@@ -273,7 +275,7 @@ class Uploads:
 
         def send(client: Any) -> Any:
             began = time.monotonic()
-            with self._known(upload):
+            with self._known(upload), answered_within(answer_s(length)):
                 answer = client.upload_part(
                     Bucket=self._bucket,
                     Key=upload.full_key,
@@ -294,7 +296,7 @@ class Uploads:
         parts = [{"PartNumber": number, "ETag": part.etag} for number, part in sorted(upload.parts.items())]
 
         def send(client: Any) -> None:
-            with self._known(upload):
+            with self._known(upload), answered_within(COMPLETE_ANSWER_S):
                 client.complete_multipart_upload(
                     Bucket=self._bucket,
                     Key=upload.full_key,
@@ -303,7 +305,7 @@ class Uploads:
                 )
 
         try:
-            self._request(upload.key, send, allow_s=_COMPLETE_S)
+            self._request(upload.key, send, allow_s=COMPLETE_S)
         except UploadForgotten:
             # It is forgotten too after a completion whose answer was lost.
             if not self._is_there(upload, file):

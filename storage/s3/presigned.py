@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from ..errors import NotFound
+from .deadline import answered_within
 from .errors import FOREIGN, NO_UPLOAD, code_of
 from .file_slice import content_md5
-
-_COMPLETE_S = 180.0
-"""The server puts the parts together meanwhile."""
+from .uplink import COMPLETE_ANSWER_S, COMPLETE_S
 
 T = TypeVar("T")
 
@@ -120,12 +119,12 @@ class Signer:
         parts = [{"PartNumber": number, "ETag": etag} for number, etag in sorted(etags.items())]
 
         def completed(client: Any) -> None:
-            with _known(key):
+            with _known(key), answered_within(COMPLETE_ANSWER_S):
                 client.complete_multipart_upload(
                     UploadId=upload_id, MultipartUpload={"Parts": parts}, **self._where(key)
                 )
 
-        self._request(key, completed, allow_s=_COMPLETE_S)
+        self._request(key, completed, allow_s=COMPLETE_S)
 
     def abort(self, key: str, upload_id: str) -> None:
         """Drop an upload and its parts; one that is not there is dropped already."""

@@ -20,7 +20,7 @@ from .. import layout
 from ..errors import NotFound, StorageError, Unavailable
 from ..object_store import ObjectInfo
 from .client import S3Client
-from .deadline import left_s, within
+from .deadline import answered_within, left_s, within
 from .errors import (
     EXPIRED,
     FOREIGN,
@@ -35,7 +35,7 @@ from .multipart import Uploads
 from .presigned import Signer
 from .ranged_get import Download
 from .retry import TRIES, RetryBudget, pause_s
-from .uplink import allowance_s
+from .uplink import allowance_s, answer_s
 
 REQUEST_S = 60.0
 """A request and its repetitions are done by then; bodies of files get more, by their size."""
@@ -94,11 +94,12 @@ class S3Store:
                 self._uploads.put(key, full, body)
             return
         self._uploads.abandon(key)
-        self._request(
-            key,
-            lambda client: client.put_object(Bucket=self._bucket, Key=full, Body=body, ContentMD5=_md5(body)),
-            allow_s=self._request_s + allowance_s(len(body), None),
-        )
+
+        def send(client: Any) -> None:
+            with answered_within(answer_s(len(body))):
+                client.put_object(Bucket=self._bucket, Key=full, Body=body, ContentMD5=_md5(body))
+
+        self._request(key, send, allow_s=self._request_s + allowance_s(len(body), None))
 
     def create(self, key: str, body: bytes) -> bool:
         if self.check_then_put:

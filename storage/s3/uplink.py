@@ -4,6 +4,8 @@ once, and from when on it is stuck.
 
 import threading
 
+from .deadline import IDLE_S
+
 PART_BYTES = 8 << 20
 PARTS_AT_ONCE = 4
 MOST_PARTS = 10_000
@@ -12,6 +14,12 @@ SINGLE_PUT_S = 2.0
 SINGLE_PUT_BYTES = 256 << 20
 SLOWEST_BYTES_PER_S = 64_000
 """An uplink slower than this is taken for one that is stuck."""
+SLOWEST_SERVER_BYTES_PER_S = 4_000_000
+"""What a server does at least with the bytes that it has got."""
+COMPLETE_S = 180.0
+"""The server puts the parts of an upload together meanwhile."""
+COMPLETE_ANSWER_S = 90.0
+"""It may be silent for so long, twice: some are until they have done it, and stop if nobody waits."""
 _RATE_SAMPLE_BYTES = 1 << 20
 """What is smaller takes as long as the server's answer does, and tells nothing about the uplink."""
 
@@ -31,6 +39,11 @@ def parts_at_once(rate: float | None) -> int:
 def allowance_s(size_bytes: int, rate: float | None) -> float:
     """How long a transfer may take before it counts as stuck, beside what any request may take."""
     return size_bytes / max(SLOWEST_BYTES_PER_S, (rate or 0.0) / 10)
+
+
+def answer_s(size_bytes: int) -> float:
+    """How long a server may say nothing about a body that it has: some hand it on, or hash it, first."""
+    return IDLE_S + size_bytes / SLOWEST_SERVER_BYTES_PER_S
 
 
 def sent_whole(size_bytes: int, rate: float | None) -> bool:

@@ -20,11 +20,13 @@ from ..errors import AccessDenied, NotFound, Unavailable
 from ..s3.deadline import (
     LimitedSocket,
     LimitedTLSSocket,
+    answered_within,
     patience_s,
     within,
 )
 from ..s3.file_slice import FileSlice
 from ..s3.presigned import Presigned
+from ..s3.uplink import answer_s
 
 REQUEST_S = 60.0
 CONNECT_S = 5.0
@@ -51,7 +53,8 @@ class PresignedHttp:
         Raises:
             Unavailable: There was no answer, or the server cannot now.
         """
-        with self._sent(key, "PUT", signed, body, len(body)) as answer:
+        silent = answered_within(answer_s(len(body)))
+        with silent, self._sent(key, "PUT", signed, body, len(body)) as answer:
             answer.drain_conn()
             return _checked(key, answer.status)
 

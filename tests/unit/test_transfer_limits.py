@@ -5,16 +5,21 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 
 from storage.background import each
 from storage.errors import Unavailable
 from storage.s3.deadline import (
+    IDLE_S,
     DeadlineExceeded,
+    LimitedSocket,
+    answer_s,
+    answered_within,
     current,
     left_s,
     patience_s,
@@ -22,6 +27,7 @@ from storage.s3.deadline import (
     within,
 )
 from storage.s3.file_slice import FileSlice
+from storage.s3.multipart import Uploads
 from storage.s3.retry import (
     FIRST_PAUSE_S,
     LONGEST_PAUSE_S,
@@ -30,10 +36,12 @@ from storage.s3.retry import (
 )
 from storage.s3.store import S3Store
 from storage.s3.uplink import (
+    COMPLETE_S,
     MOST_PARTS,
     PART_BYTES,
     PARTS_AT_ONCE,
     SINGLE_PUT_BYTES,
+    SLOWEST_SERVER_BYTES_PER_S,
     Uplink,
     allowance_s,
     part_bytes,
@@ -42,6 +50,8 @@ from storage.s3.uplink import (
 )
 
 MBIT = 1e6 / 8
+
+T = TypeVar("T")
 
 
 def test_the_nearest_limit_holds_and_goes_with_its_block() -> None:
@@ -74,6 +84,52 @@ def test_a_limit_reaches_another_thread_only_when_it_is_handed_over() -> None:
 def test_no_time_left_is_said_so() -> None:
     with within(0), pytest.raises(DeadlineExceeded, match="not done in the time that it was given"):
         patience_s()
+
+
+def test_only_an_answer_may_be_waited_for_for_longer() -> None:
+    ours, theirs = socket.socketpair()
+    limited = LimitedSocket.taking_over(ours)
+    with limited, theirs, within(1000):
+        theirs.sendall(b"answer")
+        with answered_within(90.0):
+            limited.sendall(b"x")
+            assert limited.gettimeout() == IDLE_S
+            limited.recv(1)
+            assert limited.gettimeout() == 90.0
+        limited.recv(1)
+        assert limited.gettimeout() == IDLE_S
+
+
+class Waiting:
+    """Takes any request, and notes how long each would have waited for its answer."""
+
+    def __init__(self) -> None:
+        self.waited_s: dict[str, float] = {}
+
+    def __getattr__(self, operation: str) -> Callable[..., dict[str, str]]:
+        def called(**options: object) -> dict[str, str]:
+            self.waited_s[operation] = answer_s()
+            return {"UploadId": "u", "ETag": ""}
+
+        return called
+
+
+@pytest.mark.parametrize("size_bytes", [1000, PART_BYTES, 4 * PART_BYTES])
+def test_a_server_has_time_for_the_bytes_that_it_got(size_bytes: int, tmp_path: Path) -> None:
+    client = Waiting()
+
+    def request(key: str, send: Callable[[Any], T], *, allow_s: float | None = None) -> T:
+        return send(client)
+
+    (tmp_path / "file").write_bytes(b"x" * size_bytes)
+    Uploads("bucket", request, 60.0).put("k", "k", tmp_path / "file")
+
+    if size_bytes > PART_BYTES:
+        assert client.waited_s["create_multipart_upload"] == IDLE_S
+        assert client.waited_s["upload_part"] > IDLE_S
+        assert 60 < client.waited_s["complete_multipart_upload"] < COMPLETE_S
+    else:
+        assert client.waited_s["put_object"] == IDLE_S + size_bytes / SLOWEST_SERVER_BYTES_PER_S
 
 
 @pytest.fixture
