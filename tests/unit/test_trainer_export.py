@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from support.tiny_world import build_base, build_images, tiny_spec
 from support.training import lay_out, newest
 
+from storage.local import staged_checkpoint
 from trainer.attempt import run_attempt
 from trainer.config import RunSpec
 from trainer.errors import BadCheckpoint, BadInput
 from trainer.export import Dtype, ExportFailed, Form, export_adapter, verify_export
+from trainer.export.verify import rounding_error
 from trainer.sample import sample_images
 from trainer.stop import Stop
 from trainer.tensor_file import read, to_bytes
@@ -114,6 +116,44 @@ def test_exports_verify(form: Form, dtype: Dtype, spec: RunSpec, checkpoint: Pat
     assert exported.read_bytes() == again.read_bytes()
 
 
+def hardly_trained(checkpoint: Path, folder: Path, factor: float) -> Path:
+    """The checkpoint with every ``B`` made smaller."""
+    tensors = load_file(checkpoint / "adapter.safetensors")
+    with staged_checkpoint(folder, 3, metrics={}, final=True) as staged:
+        small = {name: tensor * (factor if "lora_B" in name else 1) for name, tensor in tensors.items()}
+        save_file(small, staged / "adapter.safetensors")
+        (staged / "state.json").write_bytes((checkpoint / "state.json").read_bytes())
+    return folder / "step-000000003"
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e-5, 1e-9, 0.0])
+def test_an_adapter_that_is_hardly_trained_verifies_and_another_in_its_place_does_not(
+    factor: float, spec: RunSpec, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Its numbers lie where fp16 has few digits, or none, which is no reason to refuse it."""
+    small = hardly_trained(checkpoint, tmp_path / "small", factor)
+    exported = export_adapter(small, spec, tmp_path / "cat", "kohya", "fp16")
+    other = export_adapter(checkpoint, spec, tmp_path / "other", "kohya", "fp16")
+
+    assert verify_export(exported, spec, small)["modules"] == 128
+    with pytest.raises(ExportFailed, match="differs from the checkpoint"):
+        verify_export(other, spec, small)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1.0, 1e-4, 1e-6, 1e-8])
+def test_rounding_stays_within_its_bound_and_a_wrong_number_does_not(size: float, dtype: torch.dtype) -> None:
+    numbers = torch.Generator().manual_seed(1)
+    a, b = torch.randn(4, 64, generator=numbers), size * torch.randn(64, 4, generator=numbers)
+    bound = rounding_error(a, b, dtype)
+
+    rounded = b.to(dtype).float() @ a.to(dtype).float()
+    assert ((rounded - b @ a).abs() <= bound).all()
+    scaled = (1.1 * b).to(dtype).float() @ a.to(dtype).float()
+    visible = dtype is not torch.float16 or size > 1e-7
+    assert bool(((scaled - b @ a).abs() <= bound).all()) is not visible
+
+
 def test_kohya_files_say_alpha_and_only_what_may_be_said(
     spec: RunSpec, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -167,8 +207,6 @@ def test_a_spoilt_file_does_not_verify(
 
 
 def test_numbers_too_large_for_fp16_are_refused(spec: RunSpec, checkpoint: Path, tmp_path: Path) -> None:
-    from storage.local import staged_checkpoint
-
     tensors = load_file(checkpoint / "adapter.safetensors")
     name = sorted(tensors)[0]
     tensors[name] = tensors[name] + 1e6
