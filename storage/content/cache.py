@@ -65,21 +65,30 @@ class ContentCache:
             Unavailable: The disk is full or unusable, or waiting was given up.
         """
         layout.content_prefix(digest)  # it becomes a path: refuse anything but a digest
-        with self._translated(), self._locked(digest) as lock:
-            give_up = time.monotonic() + LOCK_PATIENCE_S
-            while True:
-                _wait_for(lock, fcntl.LOCK_SH, wait, f"content {digest[:12]} is being fetched")
-                if self._is_whole(digest):
-                    break
-                if not _try(lock, fcntl.LOCK_EX):  # which has cost us the shared lock
-                    if time.monotonic() > give_up:
-                        raise Unavailable(f"{self._folder / digest} is damaged, and other attempts use it")
-                    _pause(wait, _PAUSE_S * (1 + random.random()), "waiting was given up")
-                elif not self._is_whole(digest):
-                    self._fetch(digest, size_bytes, fetch)
-            meta = self._folder / digest / _META
-            os.utime(meta)
-            yield meta.parent / "files" / json.loads(meta.read_bytes())["root"]
+        with contextlib.ExitStack() as held:
+            with self._translated():  # not what the caller's block raises
+                lock = held.enter_context(self._locked(digest))
+                self._make_whole(lock, digest, size_bytes, fetch, wait)
+                meta = self._folder / digest / _META
+                os.utime(meta)
+                place = meta.parent / "files" / json.loads(meta.read_bytes())["root"]
+            yield place
+
+    def _make_whole(
+        self, lock: int, digest: str, size_bytes: int, fetch: Callable[[Path], Listing], wait: Wait
+    ) -> None:
+        """Have the content, and its lock shared."""
+        give_up = time.monotonic() + LOCK_PATIENCE_S
+        while True:
+            _wait_for(lock, fcntl.LOCK_SH, wait, f"content {digest[:12]} is being fetched")
+            if self._is_whole(digest):
+                return
+            if not _try(lock, fcntl.LOCK_EX):  # which has cost us the shared lock
+                if time.monotonic() > give_up:
+                    raise Unavailable(f"{self._folder / digest} is damaged, and other attempts use it")
+                _pause(wait, _PAUSE_S * (1 + random.random()), "waiting was given up")
+            elif not self._is_whole(digest):
+                self._fetch(digest, size_bytes, fetch)
 
     def _fetch(self, digest: str, size_bytes: int, fetch: Callable[[Path], Listing]) -> None:
         """Fetch under the exclusive lock."""

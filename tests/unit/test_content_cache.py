@@ -95,6 +95,13 @@ def test_many_that_want_it_at_once_share_one_fetch(tmp_path: Path, source: Sourc
     assert source.fetched == ["cat.png"]
 
 
+def test_what_the_user_of_a_content_raises_is_not_the_caches(tmp_path: Path, source: Source) -> None:
+    error = FileNotFoundError(2, "no such config", "config.yaml")
+    with pytest.raises(FileNotFoundError) as raised, hold(ContentCache(tmp_path), source, of("cat")):
+        raise error
+    assert raised.value is error
+
+
 def test_what_was_not_used_for_longest_goes_first(tmp_path: Path, source: Source) -> None:
     cache = ContentCache(tmp_path, limit_bytes=2500)
     for age, name in enumerate(("cat", "dog")):
