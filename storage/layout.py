@@ -18,7 +18,7 @@ disk is refused before it becomes a key: a bucket would take ``../../etc/passwd`
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from .errors import InvalidName
@@ -204,7 +204,26 @@ def checkpoint_file(run: str, attempt: int, incarnation: str, step: int, file: s
 
 def stored_name(file: StoredFile) -> str:
     """What a file of a checkpoint is called in the store: a packed one says how it was packed."""
-    return f"{file.name}.{file.packed.codec}" if file.packed else file.name
+    return packed_name(file.name, file.packed.codec) if file.packed else file.name
+
+
+def packed_name(name: str, codec: str) -> str:
+    return f"{name}.{codec}"
+
+
+def paths_of(names: Iterable[str]) -> frozenset[str]:
+    """The files and the directories that a disk would have of files with these names, case-folded."""
+    split = [name.casefold().split("/") for name in names]
+    return frozenset("/".join(parts[:n]) for parts in split for n in range(1, len(parts) + 1))
+
+
+def is_free(prefix: str, name: str, taken: Collection[str]) -> bool:
+    """Whether a file may be stored under this name too, beside those that ``paths_of`` tells of."""
+    try:
+        check_path(prefix + name)
+    except InvalidName:
+        return False
+    return name.casefold() not in taken
 
 
 def committed_file(run: str, committed: Committed, file: str) -> str:

@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,6 +62,10 @@ class _Work:
     prepared: dict[str, tuple[Identity, StoredFile]] = field(default_factory=dict)
     """Files as they are sent, as they were when this was decided."""
     sent: set[str] = field(default_factory=set)
+    claimed: dict[str, str] = field(default_factory=dict)
+    """Which file may be packed under a name."""
+    tried: set[str] = field(default_factory=set)
+    """Keys that a put was begun of."""
 
 
 class Uploader:
@@ -92,7 +96,8 @@ class Uploader:
             AccessDenied, Unavailable: Not all of them are there: call again.
         """
         work = self._work(prefix)
-        return tuple(self._upload(local.path, file, prefix, work) for file in files)
+        taken = layout.paths_of(file.name for file in local.manifest.files)
+        return tuple(self._upload(local.path, file, prefix, work, taken) for file in files)
 
     def forget(self, prefix: str) -> None:
         """Drop what was kept for a checkpoint: it is committed, or given up."""
@@ -117,14 +122,16 @@ class Uploader:
             _clear(old)
         return work
 
-    def _upload(self, directory: Path, file: StoredFile, prefix: str, work: _Work) -> StoredFile:
+    def _upload(
+        self, directory: Path, file: StoredFile, prefix: str, work: _Work, taken: Collection[str]
+    ) -> StoredFile:
         """Upload one file, making sure that it is the file of the manifest before and during the upload."""
         path = directory / file.name
         try:
             before = _identity(path)
             known, stored = work.prepared.get(file.name, (None, file))
             if known != before:
-                stored = self._prepared(directory, file, work)
+                stored = self._prepared(directory, file, prefix, work, taken)
                 work.prepared[file.name] = before, stored
                 work.sent.discard(file.name)
             if file.name in work.sent:
@@ -132,7 +139,7 @@ class Uploader:
             if not stored.packed:
                 verify(directory, [file])
             body = _packed_path(work, stored) if stored.packed else path
-            self._put(prefix + layout.stored_name(stored), body, stored)
+            self._put(prefix + layout.stored_name(stored), body, stored, work)
             changed = _identity(path) != before
         except OSError as error:
             work.prepared.pop(file.name, None)
@@ -145,20 +152,25 @@ class Uploader:
             body.unlink(missing_ok=True)
         return stored
 
-    def _put(self, key: str, body: Path, stored: StoredFile) -> None:
+    def _put(self, key: str, body: Path, stored: StoredFile, work: _Work) -> None:
         layout.check_path(key)
         size = stored.packed.size_bytes if stored.packed else stored.size_bytes
+        first_try = key not in work.tried
+        work.tried.add(key)
         began = self._monotonic()
         self._store.put(key, body)
         elapsed_s = self._monotonic() - began
         with self._lock:
             self.sent_bytes += size
             self._ratios[stored.name] = size / stored.size_bytes if stored.size_bytes else 1.0
-            if size >= MIN_PACKED_BYTES:
+            # Of one that failed before, the store may have most: how long the rest took says nothing.
+            if first_try and size >= MIN_PACKED_BYTES:
                 self.link = self.link.after(size, elapsed_s)
 
-    def _prepared(self, directory: Path, file: StoredFile, work: _Work) -> StoredFile:
-        """Pack a file if that pays; return it as it is to be sent.
+    def _prepared(
+        self, directory: Path, file: StoredFile, prefix: str, work: _Work, taken: Collection[str]
+    ) -> StoredFile:
+        """Pack a file if that pays and its key is free then; return it as it is to be sent.
 
         Raises:
             Corrupt, InvalidName, OSError: About the file itself. A disk without room to pack is no error.
@@ -167,6 +179,10 @@ class Uploader:
             return file
         with regular_file(directory, file.name) as source:
             width = element_width(source, directory / file.name)
+            packed_name = layout.packed_name(file.name, packing.codec_of(width))
+            free = layout.is_free(prefix, packed_name, taken)
+            if not free or work.claimed.setdefault(packed_name.casefold(), file.name) != file.name:
+                return file
             if not packing.measure(source, width).pays(self.link.bytes_s):
                 return file
             try:

@@ -520,6 +520,54 @@ def test_damage_of_a_packed_file_is_found(tmp_path: Path, harm: Callable[[Memory
     assert world.checkpoints.fetch_newest(world.log.state, world.disk / "in", attempt=1)[0] == older
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        "Adapter.safetensors.shuffle4.ZSTD",
+        "adapter.safetensors.shuffle4.zstd/x",
+        "adapter.safetensors.shuffle4",
+    ],
+)
+def test_a_packed_file_never_takes_another_files_key(tmp_path: Path, other: str) -> None:
+    world, _ = linked(tmp_path)
+    zeros = bytes(200_000)
+    files = {"adapter.safetensors": trained(10)["adapter.safetensors"], other: zeros}
+    local = write_checkpoint(world.disk / "out", 10, files=files)
+
+    committed = world.checkpoints.publish(local, 1, incarnation(1))
+
+    stored = [layout.stored_name(file).casefold() for file in committed.files]
+    assert len(set(stored)) == 2
+    assert any(file.packed for file in committed.files)
+    found = world.checkpoints.fetch(committed, world.disk / "in" / "step-000000010")
+    assert read_files(found) == files
+
+
+def test_a_name_that_would_be_too_long_when_packed_is_sent_as_it_is(tmp_path: Path) -> None:
+    world, _ = linked(tmp_path)
+    files = {"x" * 252: bytes(200_000)}
+    local = write_checkpoint(world.disk / "out", 10, files=files)
+    committed = world.checkpoints.publish(local, 1, incarnation(1))
+    assert [file.packed for file in committed.files] == [None]
+
+
+def test_the_rest_of_a_file_that_was_cut_says_nothing_about_the_link(tmp_path: Path) -> None:
+    world, store = linked(tmp_path)
+    publish(world, 10)
+    took_s = world.checkpoints.upload_s
+    newer = write_checkpoint(world.disk / "out", 20, files=trained(20))
+    expected_s = took_s(newer, 1, incarnation(1))
+    store.fails_at = "optimizer"
+    with pytest.raises(Unavailable):
+        world.checkpoints.publish(newer, 1, incarnation(1))
+    store.fails_at, store.bytes_s = None, 1e9  # most of it has arrived
+
+    world.checkpoints.publish(newer, 1, incarnation(1))
+
+    newest = write_checkpoint(world.disk / "out", 30, files=trained(30))
+    assert took_s(newest, 1, incarnation(1)) == pytest.approx(expected_s, rel=0.05)
+
+
 def test_what_the_store_has_acknowledged_is_not_sent_again(tmp_path: Path) -> None:
     world, store = linked(tmp_path)
     store.fails_at = "optimizer"
