@@ -94,7 +94,12 @@ def load_optimizer_state(
     parameters: Mapping[str, nn.Parameter],
     tensors: Mapping[str, Tensor],
 ) -> str | None:
-    """Give a fresh optimizer saved state. Say what does not fit, or return None."""
+    """Give a fresh optimizer saved state. Say what does not fit, or return None.
+
+    No state at all is what an optimizer has before its first step, of which fp16 may have skipped a few.
+    """
+    if not tensors:
+        return None
     state: dict[str, dict[str, Tensor | int]] = {name: {} for name in parameters}
     for key, tensor in tensors.items():
         name, _, piece = key.rpartition(SEPARATOR)

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from trainer.config import Base
 from trainer.data import crop, draw, split
 from trainer.encode import fit
 from trainer.objective import add_noise, loss, target
-from trainer.optim import learning_rate
+from trainer.optim import learning_rate, load_optimizer_state, optimizer_state
 from trainer.randomness import generator, key
+from trainer.tensor_file import read, write
 from trainer.validate import validation_timesteps
 
 
@@ -172,3 +174,29 @@ def test_images_are_scaled_by_their_shorter_side(
     from PIL import Image
 
     assert fit(Image.new("RGB", size), 32, shape, 8).size == expected
+
+
+def test_an_optimizer_that_has_not_moved_yet_is_resumed_and_one_that_lost_state_is_not(
+    tmp_path: Path,
+) -> None:
+    """The fp16 scaler skips steps until the gradient fits."""
+    parameters = {name: torch.nn.Parameter(torch.ones(3)) for name in ("w", "v")}
+    optimizer = torch.optim.AdamW(list(parameters.values()))
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    scaler.scale(sum((p * 1e39).sum() for p in parameters.values())).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    nothing = optimizer_state(optimizer, parameters)
+    assert nothing == {}, "the step was not skipped, so this proves nothing"
+    scaler.update()
+    for parameter in parameters.values():
+        parameter.grad = torch.ones(3)
+    optimizer.step()
+    whole = optimizer_state(optimizer, parameters)
+
+    fresh = torch.optim.AdamW(list(parameters.values()))
+    write(tmp_path / "optimizer.safetensors", nothing, {})
+    assert load_optimizer_state(fresh, parameters, read(tmp_path / "optimizer.safetensors")[0]) is None
+    half = {name: tensor for name, tensor in whole.items() if name.startswith("w")}
+    assert load_optimizer_state(fresh, parameters, half) == "v has no optimizer state"
+    assert load_optimizer_state(fresh, parameters, whole) is None
