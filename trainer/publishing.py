@@ -91,21 +91,33 @@ class Publisher:
 
         Not before an upload was measured: what is not known to be slow is not slow.
         """
-        names = SALVAGE & {file.name for file in local.manifest.files}
         with self._salvaging:
-            left_s = self._left_s()
-            if left_s is None or local.step <= self._salvaged_step or local.final:
-                return
-            if not names or len(names) == len(local.manifest.files):
-                return
-            whole_s = self._checkpoints.upload_s(local, self._attempt, self._incarnation)
-            if whole_s is None or whole_s + MARGIN_S <= left_s:
-                return
-            logger.warning(
-                "step %d: %.0f s to send, %.0f s left: the adapter goes first", local.step, whole_s, left_s
-            )
-            try:
-                self._checkpoints.publish(local, self._attempt, self._incarnation, only=names)
-                self._salvaged_step = local.step
-            except StorageError as error:
-                logger.warning("step %d: the adapter is not salvaged: %s", local.step, error)
+            self._salvage(local)
+
+    def salvage_beside(self, local: LocalCheckpoint) -> None:
+        """``salvage``, for another thread, unless ``publish`` has come to this checkpoint meanwhile.
+
+        What ``publish`` sends then is the whole, and two threads must not send the same files.
+        """
+        with self._salvaging:
+            if self.is_held_up(local):
+                self._salvage(local)
+
+    def _salvage(self, local: LocalCheckpoint) -> None:
+        names = SALVAGE & {file.name for file in local.manifest.files}
+        left_s = self._left_s()
+        if left_s is None or local.step <= self._salvaged_step or local.final:
+            return
+        if not names or len(names) == len(local.manifest.files):
+            return
+        whole_s = self._checkpoints.upload_s(local, self._attempt, self._incarnation)
+        if whole_s is None or whole_s + MARGIN_S <= left_s:
+            return
+        logger.warning(
+            "step %d: %.0f s to send, %.0f s left: the adapter goes first", local.step, whole_s, left_s
+        )
+        try:
+            self._checkpoints.publish(local, self._attempt, self._incarnation, only=names)
+            self._salvaged_step = local.step
+        except StorageError as error:
+            logger.warning("step %d: the adapter is not salvaged: %s", local.step, error)

@@ -7,6 +7,7 @@ pushed even after it crashed. Knows neither Ray nor torch: an agent actor runs t
 ``python -m trainer run``.
 """
 
+import contextlib
 import logging
 import shutil
 import signal
@@ -21,6 +22,7 @@ from storage.errors import (
     AccessDenied,
     Corrupt,
     Fenced,
+    InvalidName,
     NotFound,
     StorageError,
     Unavailable,
@@ -152,6 +154,7 @@ class Supervisor:
         self._stop_by: float | None = None
         self._fenced = threading.Event()
         self._push_error: Exception | None = None
+        self._unusable_result: Exception | None = None
         self._start_recorded = False
         self._events_offset = 0
 
@@ -216,6 +219,8 @@ class Supervisor:
                 self._push_error or Unavailable("the final checkpoint did not reach the store in time")
             )
             return EXIT_STORE_UNREACHABLE
+        if code == EXIT_COMPLETE and self._unusable_result:
+            self._fail(self._unusable_result)
         if code == EXIT_DISK_FULL and not self.progress.error:  # it had no room to say so
             self._update(error=f"DISK_FULL: no room for a checkpoint under {self._run_dir.root}")
         return code
@@ -225,12 +230,14 @@ class Supervisor:
         give_up = time.monotonic() + PUSH_PATIENCE_S
         salvaging = threading.Thread()
         while not replicator.drain(PUSH_POLL_S):
-            pending = replicator.pending
-            if pending is None:
-                return True  # what there is cannot be published at all: waiting would not help
-            if self._publisher.is_held_up(pending) and not salvaging.is_alive():
-                salvaging = threading.Thread(target=self._publisher.salvage, args=(pending,), daemon=True)
-                salvaging.start()
+            with contextlib.suppress(OSError):  # out of files, for example: what is there is seen next time
+                pending = replicator.pending
+                if pending is None:
+                    return True  # what there is cannot be published at all: waiting would not help
+                if self._publisher.is_held_up(pending) and not salvaging.is_alive():
+                    salvage = self._publisher.salvage_beside
+                    salvaging = threading.Thread(target=salvage, args=(pending,), daemon=True)
+                    salvaging.start()
             late = self._stop_by is not None and time.monotonic() > self._stop_by + PUSH_AFTER_STOP_S
             if self._fenced.wait(POLL_S) or late or time.monotonic() > give_up:
                 return False
@@ -289,7 +296,14 @@ class Supervisor:
         if local.manifest.final:
             # Once this is committed the run is over: if the node dies then, nobody ships the rest.
             self._shipper.ship_results()
-        done = self._publisher.publish(local)
+        try:
+            done = self._publisher.publish(local)
+        except (Corrupt, InvalidName) as error:
+            if local.final:
+                self._unusable_result = error
+            raise
+        if local.final:
+            self._unusable_result = None
         self._pacer.uploaded(done.seconds)
         self._push_error = None
         self._update_storing(

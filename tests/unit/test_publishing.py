@@ -157,7 +157,7 @@ def test_a_checkpoint_that_waits_for_an_older_one_is_salvaged_beside_it(world: W
         assert world.publisher.is_held_up(newer)
         assert not world.publisher.is_held_up(older)
         world.left_s = 120.0
-        world.publisher.salvage(newer)
+        world.publisher.salvage_beside(newer)
         assert world.commits() == [(10, True), (30, False)]
     finally:
         go_on.set()
@@ -166,3 +166,28 @@ def test_a_checkpoint_that_waits_for_an_older_one_is_salvaged_beside_it(world: W
     assert world.commits() == [(10, True), (30, False), (20, True), (30, True)]
     assert world.log.state.salvaged == ()
     assert world.store.sent.count("adapter.safetensors") == 2, "one of each step"
+
+
+def test_a_checkpoint_that_is_being_sent_by_now_is_not_salvaged_beside_it(world: World) -> None:
+    """It was held up when the other thread was started: two must not send the same files."""
+    sending, go_on = threading.Event(), threading.Event()
+
+    def hold(name: str) -> None:
+        if name.startswith("optimizer"):
+            sending.set()
+            assert go_on.wait(20)
+
+    world.store.before_put = hold
+    checkpoint = world.saved(20)
+    sender = threading.Thread(target=world.publisher.publish, args=(checkpoint,))
+    sender.start()
+    try:
+        assert sending.wait(20)
+        world.left_s = 120.0
+        world.publisher.salvage_beside(checkpoint)
+        assert world.commits() == [(10, True)]
+    finally:
+        go_on.set()
+        sender.join()
+    world.publisher.salvage_beside(checkpoint)
+    assert world.commits() == [(10, True), (20, True)]

@@ -366,6 +366,8 @@ def test_a_damaged_final_checkpoint_is_not_pushed_and_not_waited_for(supervise: 
     final = supervise(store, light="damaged").end()
 
     assert final.exit_code == EXIT_COMPLETE
+    assert final.error.startswith("Corrupt: "), "why there is no result"
+    assert "adapter.safetensors" in final.error
     assert state(store).result is None
 
 
