@@ -254,14 +254,13 @@ def test_a_store_that_goes_away_is_exit_6_and_the_next_gc_goes_on(
     def flaky(url: str) -> tuple[ObjectStore, ProbeResult]:
         return FlakyStore(store, 1, Fault.REFUSE), ProbeResult(True, "")
 
-    monkeypatch.setattr("storage.probe.open_probed", flaky)
-    code, _, said = orchestrate("gc", "--apply")
+    with monkeypatch.context() as patch:
+        patch.setattr("storage.probe.open_probed", flaky)
+        code, _, said = orchestrate("gc", "--apply")
     assert code == 6
     assert "what is left, the next gc deletes" in said
 
-    monkeypatch.undo()
-    os.environ["ORCHESTRATE_STORE"] = store.url
-    assert "deleted 1 object, 1.0 kB; retired 2" in orchestrate("gc", "--apply", "--store", store.url)[2]
+    assert "deleted 1 object, 1.0 kB; retired 2" in orchestrate("gc", "--apply")[2]
 
 
 def test_where_only_a_controller_may_write_gc_retires_nothing_and_says_so(

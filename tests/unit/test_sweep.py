@@ -85,6 +85,7 @@ def test_a_file_with_the_least_possible_gets_the_defaults(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ORCHESTRATE_STORE", raising=False)
     text = "parameters: {seed: {value: 3}}\nbase: {model: owner/model}\ndataset: {path: data}\n"
     sweep = load(write(text))
     assert sweep == Sweep(
