@@ -218,8 +218,9 @@ def refusal(state: RunState, record: Record) -> str | None:
                 return fenced
             if incarnation != state.attempts[-1].claimed.incarnation:
                 return f"attempt {attempt} was claimed by another incarnation"
-            # A run that is stopped in its last evaluation saves its last step: the final one is of the same.
-            if (step, final) <= (state.committed_step, bool(state.result)):
+            # A run that is stopped in its last evaluation saves its last step: the final one of the next
+            # attempt is of the same. Within one attempt both would have the same keys, and deleting one takes the other.
+            if (step, final) <= (state.committed_step, bool(state.result)) or state.restorable(record.ref):
                 return f"step {state.committed_step} is already committed"
             if any(c.ref == record.ref for c in state.retired):
                 return f"{record.ref} is retired"  # reaping it would take this one's data too
@@ -254,6 +255,7 @@ def holds(state: RunState, record: Record) -> bool:
             return any(
                 c.ref == record.ref
                 and c.incarnation == record.incarnation
+                and c.final >= record.final
                 and contains(c, record)
                 and (contains(record, c) or not record.resumable)
                 for c in (*state.stored, *state.retired)

@@ -120,6 +120,17 @@ def test_a_final_checkpoint_is_the_result() -> None:
     assert state.outcome is Outcome.SUCCEEDED
 
 
+def test_the_last_step_is_committed_as_final_by_another_attempt_only() -> None:
+    """A checkpoint is named by its step and its attempt, and so is its data."""
+    state = state_after(claimed(), committed(20))
+    assert not holds(state, committed(20, final=True)), "it would be lost that it is the result"
+    assert refusal(state, committed(20, final=True)) == "step 20 is already committed"
+
+    resumed = state_after(claimed(), committed(20), ended(), claimed(2), committed(20, 2, final=True))
+    assert resumed.result == committed(20, 2, final=True)
+    assert holds(resumed, committed(20, 2, final=True))
+
+
 Move = tuple[str, int, int]
 MOVES = st.tuples(
     st.sampled_from(["claim", "start", "commit", "commit", "end", "retire", "reap", "quarantine", "cancel"]),
