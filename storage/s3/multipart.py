@@ -204,7 +204,7 @@ class Uploads:
         if size_bytes > PART_BYTES and self._names_by_md5:
             body = FileSlice(file.fileno(), 0, size_bytes, hashing=True)
             answer = self._timed(key, self._putting(full_key, lambda: body, size_bytes, {}), size_bytes)
-            if answer["ETag"] == f'"{body.sent_md5.hex()}"':
+            if answer.get("ETag") == f'"{body.sent_md5.hex()}"':
                 return
             self._names_by_md5 = False
         digest = content_md5(FileSlice(file.fileno(), 0, size_bytes).md5())
@@ -231,7 +231,9 @@ class Uploads:
         answer = self._request(
             key, lambda client: client.create_multipart_upload(Bucket=self._bucket, Key=full_key)
         )
-        return Upload(key, full_key, answer["UploadId"], path, identity)
+        if not (upload_id := answer.get("UploadId")):
+            raise Unavailable(f"{key}: the server does not name the upload that it began")
+        return Upload(key, full_key, upload_id, path, identity)
 
     def _finish(self, upload: Upload, file: BinaryIO) -> None:
         try:
@@ -290,7 +292,9 @@ class Uploads:
 
         with until(deadline):
             answer = self._timed(upload.key, send, length, at_once)
-        upload.parts[number] = SentPart(answer["ETag"], digest)
+        if not (etag := answer.get("ETag")):
+            raise Unavailable(f"{upload.key}: the server does not name the part that it took: no ETag")
+        upload.parts[number] = SentPart(etag, digest)
 
     def _complete(self, upload: Upload, file: BinaryIO) -> None:
         parts = [{"PartNumber": number, "ETag": part.etag} for number, part in sorted(upload.parts.items())]
@@ -323,9 +327,10 @@ class Uploads:
         if found["ContentLength"] != upload.file.size_bytes:
             return False
         # Some servers name the parts' digests, some the whole's; any other name costs a second upload.
-        if found["ETag"] == upload.etag:
+        etag = found.get("ETag")
+        if etag == upload.etag:
             return True
-        return bool(found["ETag"] == f'"{FileSlice(file.fileno(), 0, upload.file.size_bytes).md5().hex()}"')
+        return bool(etag == f'"{FileSlice(file.fileno(), 0, upload.file.size_bytes).md5().hex()}"')
 
     def _timed(self, key: str, send: Callable[[Any], T], size_bytes: int, at_once: int = 1) -> T:
         """Send a body in the time that it may take on this uplink."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from ..errors import NotFound
+from ..errors import NotFound, Unavailable
 from .deadline import answered_within
 from .errors import FOREIGN, NO_UPLOAD, code_of
 from .file_slice import content_md5
@@ -84,13 +84,15 @@ class Signer:
         """What there is at a key, or None."""
         with contextlib.suppress(NotFound):
             answer = self._request(key, lambda client: client.head_object(**self._where(key)))
-            return Seen(answer["ContentLength"], answer["ETag"].strip('"'))
+            return Seen(answer["ContentLength"], answer.get("ETag", "").strip('"'))
         return None
 
     def begin(self, key: str) -> str:
         """Begin an upload in parts; return its id."""
         answer = self._request(key, lambda client: client.create_multipart_upload(**self._where(key)))
-        return str(answer["UploadId"])
+        if not (upload_id := answer.get("UploadId")):
+            raise Unavailable(f"{key}: the server does not name the upload that it began")
+        return str(upload_id)
 
     def parts(self, key: str, upload_id: str) -> dict[int, Seen]:
         """The parts that have arrived.
@@ -103,7 +105,7 @@ class Signer:
             with _known(key):
                 pages = client.get_paginator("list_parts").paginate(UploadId=upload_id, **self._where(key))
                 return {
-                    part["PartNumber"]: Seen(part["Size"], part["ETag"].strip('"'))
+                    part["PartNumber"]: Seen(part["Size"], part.get("ETag", "").strip('"'))
                     for page in pages
                     for part in page.get("Parts", ())
                 }

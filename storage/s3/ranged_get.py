@@ -97,7 +97,7 @@ class Download:
         """Whether an answer's body belongs at the offset."""
         etag = answer.get("ETag", "")
         if not offset:
-            self._version = _Version(etag, answer["ContentLength"])
+            self._version = _Version(etag, answer.get("ContentLength", 0))
             return True
         # Not by the status: rclone answers ranges with 200.
         partial = str(answer.get("ContentRange", "")).startswith(f"bytes {offset}-")

@@ -8,6 +8,7 @@ new ones. Large files go in parts and are resumed (``multipart``).
 
 import contextlib
 import hashlib
+import io
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -131,17 +132,15 @@ class S3Store:
     def get(self, key: str) -> bytes:
         full = self._key(key)
 
-        def read(client: Any) -> bytes:
-            with contextlib.closing(client.get_object(Bucket=self._bucket, Key=full)["Body"]) as body:
-                content: bytes = body.read()
-                return content
-
-        return self._request(key, read)
+        content = io.BytesIO()
+        with self._translated(key):
+            self._download(key, full).into(content)
+        return content.getvalue()
 
     def download(self, key: str, target: Path) -> None:
         full = self._key(key)
         with self._translated(key), target.open("wb") as file:
-            Download(self._request, self._budget, self._bucket, key, full, self._request_s).into(file)
+            self._download(key, full).into(file)
 
     def head(self, key: str) -> ObjectInfo | None:
         full = self._key(key)
@@ -219,6 +218,9 @@ class S3Store:
     def signer(self) -> Signer:
         """Signs requests on this bucket for whoever holds no credentials."""
         return Signer(self._bucket, self._key, self._request)
+
+    def _download(self, key: str, full_key: str) -> Download:
+        return Download(self._request, self._budget, self._bucket, key, full_key, self._request_s)
 
     def _key(self, key: str) -> str:
         return layout.check_path(self._prefix + layout.check_path(key))
@@ -316,14 +318,21 @@ class S3Store:
 def _pages(
     page: Callable[[dict[str, Any]], dict[str, Any]], markers: dict[str, str]
 ) -> Iterator[dict[str, Any]]:
-    """All pages of a listing, whose answers say by what markers to ask for the next one."""
+    """All pages of a listing, whose answers say by what markers to ask for the next one.
+
+    Raises:
+        Unavailable: They say that there is more, and not how to ask for it.
+    """
     at: dict[str, Any] = {}
     while True:
         answer = page(at)
         yield answer
-        following = {name: answer[field] for name, field in markers.items() if answer.get(field)}
-        if not answer.get("IsTruncated") or not following or following == at:
+        if not answer.get("IsTruncated"):
             return
+        following = {name: answer[field] for name, field in markers.items() if answer.get(field)}
+        if not following or following == at:
+            # What was not listed would count as not there.
+            raise Unavailable("the server has more to list and does not say how to ask for it")
         at = following
 
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +16,9 @@ from storage.errors import (
     StorageError,
     Unavailable,
 )
-from storage.s3.store import S3Store
+from storage.s3.deadline import within
+from storage.s3.store import REQUEST_S, S3Store
+from storage.s3.uplink import PART_BYTES
 from storage.url import open_store
 
 
@@ -64,7 +67,7 @@ def script() -> Iterator[Script]:
                 self.wfile.write(body[: answer.cut])
             self.close_connection = answer.cut is not None
 
-        do_HEAD = do_PUT = do_DELETE = do_GET
+        do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -253,8 +256,53 @@ def test_a_listing_goes_on_where_a_page_failed(store: S3Store, script: Script) -
     assert ["continuation-token=next" in path for _, path, _, _ in script.requests] == [False, True, True]
 
 
-def test_a_server_that_repeats_its_marker_is_not_listed_for_ever(store: S3Store, script: Script) -> None:
-    more = "<IsTruncated>true</IsTruncated><NextContinuationToken>same</NextContinuationToken>"
-    script.answers = [Answer(200, body=f"<ListBucketResult>{more}</ListBucketResult>".encode())]
-    assert list(store.list("")) == []
-    assert len(script.requests) == 2
+@pytest.mark.parametrize(
+    ("marker", "requests"), [("<NextContinuationToken>same</NextContinuationToken>", 2), ("", 1)]
+)
+def test_a_listing_that_cannot_go_on_is_an_error_and_not_the_end(
+    marker: str, requests: int, store: S3Store, script: Script
+) -> None:
+    page = f"<ListBucketResult><IsTruncated>true</IsTruncated>{marker}</ListBucketResult>"
+    script.answers = [Answer(200, body=page.encode())]
+    with pytest.raises(Unavailable, match="has more to list"):
+        list(store.list(""))
+    assert len(script.requests) == requests
+
+
+def test_a_server_that_does_not_name_what_it_took_is_an_error_of_ours(
+    store: S3Store, script: Script, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(b"x" * (PART_BYTES + 1))
+    begun = b"<InitiateMultipartUploadResult><UploadId>u</UploadId></InitiateMultipartUploadResult>"
+    script.answers = [Answer(200, body=begun), Answer(200)]
+    with pytest.raises(Unavailable, match="does not name the part"):
+        store.put("k", tmp_path / "file")
+    script.answers = [Answer(200)]
+    with pytest.raises(Unavailable, match="does not name the upload"):
+        open_store(store.url).put("k", tmp_path / "file")
+
+
+def test_what_is_read_into_memory_may_take_as_long_as_it_arrives(
+    script: Script, monkeypatch: pytest.MonkeyPatch, store: S3Store
+) -> None:
+    """However large it is: each piece has a time of its own."""
+    given: list[float] = []
+
+    def noted(limit_s: float) -> AbstractContextManager[None]:
+        given.append(limit_s)
+        return within(limit_s)
+
+    monkeypatch.setattr("storage.s3.ranged_get.within", noted)
+    body = b"x" * (3 << 20)
+    script.answers = [Answer(200, body=body)]
+    assert store.get("k") == body
+    assert len(given) == 4, "three pieces and the end"
+    assert min(given) > REQUEST_S
+
+
+def test_a_read_into_memory_that_is_cut_goes_on_where_it_was(store: S3Store, script: Script) -> None:
+    script.answers = [
+        Answer(200, body=b"0123456789", cut=4, headers={"ETag": '"v1"'}),
+        Answer(206, body=b"456789", headers={"ETag": '"v1"', "Content-Range": "bytes 4-9/10"}),
+    ]
+    assert store.get("k") == b"0123456789"
