@@ -219,7 +219,7 @@ def refusal(state: RunState, record: Record) -> str | None:
             if incarnation != state.attempts[-1].claimed.incarnation:
                 return f"attempt {attempt} was claimed by another incarnation"
             # A run that is stopped in its last evaluation saves its last step: the final one of the next
-            # attempt is of the same. Within one attempt both would have the same keys, and deleting one takes the other.
+            # attempt is of the same. Within one attempt both would have the same keys.
             if (step, final) <= (state.committed_step, bool(state.result)) or state.restorable(record.ref):
                 return f"step {state.committed_step} is already committed"
             if any(c.ref == record.ref for c in state.retired):
