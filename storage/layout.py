@@ -32,11 +32,13 @@ MAX_PART_BYTES = 255
 _UNPRINTABLE = re.compile(r"[\\\x00-\x1f\x7f-\x9f]")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _INCARNATION = re.compile(r"[0-9a-f]{8}")
-_DATA_KEY = re.compile(r"runs/([^/]+)/data/(\d{6})-([0-9a-f]{8})/(\d{9})/(.+)", re.DOTALL)
-_BATCH_KEY = re.compile(r"runs/([^/]+)/(events|logs)/(\d{6})/(\d{6})\.(jsonl|txt)")
-_SAMPLE_KEY = re.compile(r"runs/([^/]+)/samples/(\d{9})/(.+)", re.DOTALL)
+# In each the digits are those that we write: those of other scripts would make a second key for a number.
+_LOG_ENTRY = re.compile(r"(\d{12})\.json", re.ASCII)
+_DATA_KEY = re.compile(r"runs/([^/]+)/data/(\d{6})-([0-9a-f]{8})/(\d{9})/(.+)", re.DOTALL | re.ASCII)
+_BATCH_KEY = re.compile(r"runs/([^/]+)/(events|logs)/(\d{6})/(\d{6})\.(jsonl|txt)", re.ASCII)
+_SAMPLE_KEY = re.compile(r"runs/([^/]+)/samples/(\d{9})/(.+)", re.DOTALL | re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_CONTENT_KEY = re.compile(r"content/([0-9a-f]{64})/(?:log/\d{12}\.json|data/([0-9a-f]{8})/(.+))")
+_CONTENT_KEY = re.compile(r"content/([0-9a-f]{64})/(?:log/\d{12}\.json|data/([0-9a-f]{8})/(.+))", re.ASCII)
 _SPEC_KEY = re.compile(r"(runs|sweeps)/([^/]+)/spec\.json")
 
 
@@ -181,7 +183,7 @@ def log_entry(prefix: str, n: int) -> str:
 
 def parse_log_entry(prefix: str, key: str) -> int | None:
     """Return n if the key is that of an entry of the log under ``prefix``."""
-    found = re.fullmatch(r"(\d{12})\.json", key.removeprefix(prefix)) if key.startswith(prefix) else None
+    found = _LOG_ENTRY.fullmatch(key.removeprefix(prefix)) if key.startswith(prefix) else None
     return int(found[1]) if found else None
 
 

@@ -69,6 +69,15 @@ def test_a_stray_object_is_no_checkpoint_file(key: str) -> None:
     assert layout.parse_data(key) is None
 
 
+def test_digits_of_other_scripts_are_no_second_name_for_a_number() -> None:
+    assert layout.parse_data("runs/cat/data/٠٠٠٠٠١-0a1b2c3d/000000001/f") is None
+    assert layout.parse_data("runs/cat/data/000001-0a1b2c3d/٠٠٠٠٠٠٠٠١/f") is None
+    assert layout.parse_batch("runs/cat/events/000001/٠٠٠٠٠١.jsonl") is None
+    assert layout.parse_sample("runs/cat/samples/٠٠٠٠٠٠٠٠١/a.png") is None
+    assert layout.parse_log_entry("runs/cat/log/", "runs/cat/log/٠٠٠٠٠٠٠٠٠٠٠١.json") is None
+    assert layout.parse_content(f"content/{'d' * 64}/log/٠٠٠٠٠٠٠٠٠٠٠١.json") is None
+
+
 @given(st.lists(st.integers(0, 10**9), min_size=2, unique=True))
 def test_key_order_is_number_order(numbers: list[int]) -> None:
     in_key_order = sorted(numbers, key=lambda n: layout.log_entry("log/", n))
