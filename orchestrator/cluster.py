@@ -3,10 +3,15 @@
 ``RayCluster`` is the real one. Everything here is a hint; only the logs are true.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
+
+
+MAX_STEP = 10**9 - 1
+MAX_ERROR_CHARACTERS = 2000
 
 
 class Health(StrEnum):
@@ -35,6 +40,19 @@ class Work:
     """The agent stopped it because the log has moved on to a newer attempt."""
 
 
+def recordable(work: Work) -> Work:
+    """What an agent reported, made such that a record can hold it: a trainer's numbers may be anything."""
+    first_step_at = work.first_step_at
+    return replace(
+        work,
+        step=min(max(work.step, 0), MAX_STEP),
+        resumed_from=min(max(work.resumed_from, 0), MAX_STEP),
+        first_step_at=first_step_at if first_step_at is not None and math.isfinite(first_step_at) else None,
+        step_s=work.step_s if 0 <= work.step_s < math.inf else 0.0,
+        error=work.error[:MAX_ERROR_CHARACTERS].encode(errors="replace").decode(),
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
     """A place for one training process, and the last report from it."""
@@ -48,6 +66,10 @@ class Slot:
     node_lost: bool = False
     """GONE together with its node, not alone."""
     work: Work | None = None
+
+    def __post_init__(self) -> None:
+        if self.work is not None:
+            object.__setattr__(self, "work", recordable(self.work))
 
     @property
     def free(self) -> bool:

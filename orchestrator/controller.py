@@ -42,7 +42,7 @@ from .readers import PATIENCE_S, THREADS, Readers
 from .scheduler import FreeSlot, Placement, QueuedRun, assign
 from .sweep import Sweep
 from .sweep_snapshot import SweepSnapshot
-from .term import Term
+from .term import SteppedDown, Term
 from .tracked_run import TrackedRun
 
 REFRESH_S = 5.0
@@ -434,7 +434,7 @@ class Controller:
 
     @contextlib.contextmanager
     def _guarded(self, run: TrackedRun) -> Iterator[None]:
-        """A store that fails, a lost race or a damaged log costs this run alone."""
+        """A store that fails, a lost race, a damaged log or a bug costs this run alone."""
         try:
             yield
         except Fenced as error:
@@ -446,13 +446,16 @@ class Controller:
                 logger.error("%s has failed, its log is damaged: %s", run.plan.run_id, error)
             run.damage = str(error) if run.corrupt >= DAMAGED else None
             self._leave_alone(run, error)
-        except StorageError as error:
+        except SteppedDown:
+            raise
+        except Exception as error:  # a bug, or a report that no record can hold: the others must go on
             self._leave_alone(run, error)
 
-    def _leave_alone(self, run: TrackedRun, error: StorageError) -> None:
+    def _leave_alone(self, run: TrackedRun, error: Exception) -> None:
         problem = f"{type(error).__name__}: {error}"
         if problem != run.problem:  # told once: the store may be away for hours
-            logger.warning("%s: %s; trying again", run.plan.run_id, problem)
+            foreign = None if isinstance(error, StorageError) else error
+            logger.warning("%s: %s; trying again", run.plan.run_id, problem, exc_info=foreign)
         run.problem = problem
         run.retry_at = self._clock() + (IDLE_REFRESH_S if run.damage else RETRY_S)
 

@@ -52,6 +52,8 @@ PAUSES_S = (0.1, 0.3, 1.0, 3.0)
 """How long an append waits before it asks a store that did not answer again."""
 READERS = 8
 """How many entries of a log that is far behind are read at once."""
+READ_AT_ONCE = 256
+"""How many are asked for before the first of them is looked at."""
 
 logger = logging.getLogger(__name__)
 
@@ -314,8 +316,10 @@ class Log(Generic[S, R]):
             yield from map(self._body, positions)
             return
         # Over a network reading a long log is waiting, not work.
+        # Not all at once: the last position is what a listing claims, and an entry before it may be missing.
         with ThreadPoolExecutor(self._readers) as pool:
-            yield from pool.map(self._body, positions)
+            for start in range(0, len(positions), READ_AT_ONCE):
+                yield from pool.map(self._body, positions[start : start + READ_AT_ONCE])
 
     def _body(self, seq: int) -> bytes:
         key = layout.log_entry(self._prefix, seq)

@@ -1,17 +1,19 @@
 """The controller on a cluster in virtual time: whatever befalls the cluster, every run ends once and well."""
 
 import logging
+import math
 import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.fake_cluster import FILE, FakeCluster, run_to_end, small_sweep, weights_at
 
-from orchestrator.cluster import Health, Listening, Order
+from orchestrator.cluster import Health, Listening, Order, Slot
 from orchestrator.controller import REFRESH_S, Controller
 from orchestrator.grid_schema import Checkpoint, Metric, Recovery
 from orchestrator.sweep import Sweep
@@ -701,6 +703,65 @@ def test_a_flipped_byte_in_the_newest_checkpoint_costs_one_checkpoint() -> None:
     assert store.get(layout.committed_file(R0, over.result, FILE)) == weights_at(R0, 12)
     assert [r.checkpoint.step for r in records(store, R0) if isinstance(r, Quarantined)] == [newest.step]
     assert key not in stored_data(store, R0)
+
+
+class Reporting:
+    """A cluster one of whose runs is reported on by an agent that says anything."""
+
+    def __init__(self, cluster: FakeCluster, run_id: str, **said: Any) -> None:
+        self._cluster, self._run_id, self._said = cluster, run_id, said
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cluster, name)
+
+    def observe(self) -> tuple[Slot, ...]:
+        return tuple(
+            replace(slot, work=replace(slot.work, exit_code=1, **self._said))
+            if slot.work and slot.work.run_id == self._run_id
+            else slot
+            for slot in self._cluster.observe()
+        )
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"step_s": math.nan}, {"step_s": -1.0}, {"step": -1}, {"error": "x\ud800"}, {"error": "x" * 2_000_000}],
+    ids=["not a number", "negative time", "negative step", "half a character", "long"],
+)
+def test_a_report_that_no_record_could_hold_ends_its_attempt_as_another_would(said: dict[str, Any]) -> None:
+    store, sweep = MemoryStore(), small_sweep()
+    cluster = FakeCluster(store, sweep)
+    controller = Controller(sweep, store, Reporting(cluster, R0, **said), cluster.clock)
+    finish(controller, cluster)
+    assert controller.states[R0].outcome is Outcome.FAILED, told(store, R0)
+    assert controller.states[R1].outcome is Outcome.SUCCEEDED, told(store, R1)
+
+
+class Buggy(MemoryStore):
+    """Raises, for one run, what no store should."""
+
+    broken = ""
+
+    def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
+        if self.broken and prefix.startswith(self.broken):
+            raise ZeroDivisionError("a bug")
+        return super().list(prefix, after)
+
+
+def test_a_bug_that_one_run_meets_leaves_the_others_alone_and_is_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store, sweep = Buggy(), small_sweep(runs=3)
+    store.broken = layout.run_prefix(R0)
+    cluster = FakeCluster(store, sweep)
+    controller = Controller(sweep, store, cluster, cluster.clock)
+    ticks(controller, cluster, 40)
+    assert [s.outcome for s in controller.states.values()] == [None, *[Outcome.SUCCEEDED] * 2]
+    (line,) = [line for line in caplog.records if "a bug" in line.getMessage()]
+    assert line.exc_info, "where it happened is told too"
+    store.broken = ""
+    finish(controller, cluster)
+    assert_well_ended(store, sweep, cluster)
 
 
 def test_time_in_which_nobody_listened_is_no_silence() -> None:

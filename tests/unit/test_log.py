@@ -8,7 +8,7 @@ from support.runs import RUN, claimed, committed, ended, finished, ref, retired
 
 from storage import layout
 from storage.errors import Corrupt, Fenced, InvalidName, Unavailable
-from storage.log import PAUSES_S, RunLog, run_log
+from storage.log import PAUSES_S, READ_AT_ONCE, RunLog, run_log
 from storage.memory import MemoryStore
 from storage.object_store import ObjectStore
 from storage.records import MAX_RECORD_BYTES, Record, Started
@@ -199,6 +199,15 @@ def test_an_entry_of_another_position_is_noticed() -> None:
     store.put(key(1), store.get(key(0)))
     with pytest.raises(Corrupt, match="says it is entry 0"):
         log_of(store).refresh()
+
+
+def test_an_entry_far_away_is_not_believed_to_have_all_the_others_before_it() -> None:
+    store = store_with(claimed())
+    store.put(key(1_000_000), b"{}")
+    counting = FlakyStore(store, at=0, fault=Fault.REFUSE)
+    with pytest.raises(Corrupt, match=r"log/000000000001.json .*: the entry is missing"):
+        log_of(counting).refresh()
+    assert counting.calls < 2 * READ_AT_ONCE
 
 
 def test_a_missing_entry_is_noticed_and_named() -> None:
