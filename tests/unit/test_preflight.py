@@ -262,7 +262,7 @@ def test_what_may_be_meant_is_a_warning(old: str, new: str, warning: str, proble
     [
         ("[python, ./score.py, '{samples}']", []),
         ("[pyhton, score.py, '{samples}']", ["E2321 'pyhton' is not a program on this machine"]),
-        ("[score.py, '{samples}']", ["score.py' is not executable"]),
+        ("[score.py, '{samples}']", [" is not executable — e.g. [python, score.py, '{samples}']"]),
         ("[python, scor.py, '{samples}']", ["E2322 there is no file 'scor.py'"]),
         ("[python, score.py]", ["W2323 the command is not told where the samples are"]),
     ],
