@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
-
 MAX_STEP = 10**9 - 1
 MAX_ERROR_CHARACTERS = 2000
 

@@ -370,7 +370,8 @@ class Controller:
         try:
             self._retire(run)
             if run.state.retired:
-                run.checkpoints.reap(run.state, grace_s=0.0 if over else self._sweep.checkpoint.grace_s)
+                state = run.log.confirmed()
+                run.checkpoints.reap(state, grace_s=0.0 if over else self._sweep.checkpoint.grace_s)
         except AccessDenied as error:
             self._not_deleted(run, error, now)
 
@@ -410,8 +411,9 @@ class Controller:
     def _sweep_one(self, run: TrackedRun, now: float) -> None:
         with run.lock, self._guarded(run):
             try:
-                run.checkpoints.sweep_orphans(run.state)
-                run.tidy = True
+                state = run.log.confirmed()
+                run.checkpoints.sweep_orphans(state)
+                run.tidy = state.finished is not None
             except AccessDenied as error:
                 self._not_deleted(run, error, now)
 

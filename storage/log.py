@@ -184,6 +184,18 @@ class Log(Generic[S, R]):
             self._read_once = True
             return self.state
 
+    def confirmed(self) -> S:
+        """As ``refresh``, and of a log that began at a snapshot make sure that its last entry is what that
+        says. Whoever deletes goes by this: what a snapshot says, and the log does not, may not cost data.
+
+        Raises:
+            StorageError: See ``refresh``.
+        """
+        with self._lock:
+            self.refresh()
+            self._prove()
+            return self.state
+
     def append(self, record: R) -> S:
         """Append a record, unless the log already holds it, and return the state after it.
 

@@ -21,7 +21,7 @@ from orchestrator.sweep_snapshot import EVERY_S
 from orchestrator.view import Status, read_rows
 from storage import layout
 from storage.errors import AccessDenied, Fenced, Unavailable
-from storage.log import run_log
+from storage.log import Snapshot, run_log
 from storage.memory import MemoryStore
 from storage.object_store import ObjectInfo, ObjectStore
 from storage.records import (
@@ -41,7 +41,7 @@ from storage.records import (
     StoredFile,
 )
 from storage.run_state import RunState
-from storage.snapshots import LONG, hinted_log, read_run
+from storage.snapshots import LONG, Known, hinted_log, read_run, write_sweep
 
 R0, R1 = "cat-0-00000000", "cat-1-00000001"
 
@@ -916,6 +916,30 @@ def test_a_start_over_a_snapshot_that_is_no_good_knows_as_much(damage: bytes) ->
     assert controller.done
     assert controller.states == first.states
     assert store.get(SNAPSHOT) != damage, "it is written anew"
+
+
+@pytest.mark.parametrize(
+    "false",
+    [
+        pytest.param(lambda s: replace(s, checkpoints=()), id="it knows of no checkpoint"),
+        pytest.param(lambda s: replace(s, checkpoints=(), retired=s.checkpoints), id="all are retired"),
+    ],
+)
+def test_nothing_is_deleted_on_the_word_of_a_snapshot_that_its_log_does_not_follow_from(
+    false: Callable[[RunState], RunState],
+) -> None:
+    store, sweep = MemoryStore(), small_sweep(runs=1)
+    cluster = FakeCluster(store, sweep)
+    finish(Controller(sweep, store, cluster, cluster.clock), cluster)
+    log = run_log(store, R0)
+    forged = Snapshot(next_seq=len(records(store, R0)), digest="0" * 64, state=false(log.refresh()))
+    write_sweep(store, sweep.name, {R0: Known(snapshot=forged)})
+    before = stored_data(store, R0)
+
+    controller = Controller(sweep, store, cluster, cluster.clock)
+    finish(controller, cluster)
+    assert stored_data(store, R0) == before != []
+    assert controller.states[R0] == state(store, R0)
 
 
 class WithoutSnapshots(MemoryStore):
