@@ -42,6 +42,7 @@ from .grants import (
     REPLY,
     REQUEST,
     Append,
+    Asked,
     Caller,
     Complete,
     Done,
@@ -148,18 +149,17 @@ class GrantDesk:
     def _answer(self, request: Request) -> Reply:
         caller, asked = request.caller, request.asked
         run_id = layout.check_name("run", caller.run_id)
-        state = self._runs.state(run_id)
         try:
-            check_caller(state, caller)
+            check_caller(self._runs.state(run_id), caller)
         except StorageError:
             # What is known here may be old news: only the log's present end can refuse.
-            state = self._runs.refreshed(run_id)
-            check_caller(state, caller)
+            check_caller(self._runs.refreshed(run_id), caller)
         desk = self._desk(caller)
         with desk.lock:
+            state = self._present(caller, asked)
             match asked:
                 case Look():
-                    return Told(state=self._runs.refreshed(run_id))
+                    return Told(state=state)
                 case Read(key=key):
                     check_read(state, caller, key, self._runs.limits(run_id))
                     return _granted(self._signer.get(key, self._expires_s))
@@ -176,14 +176,36 @@ class GrantDesk:
                 case Complete(key=key):
                     return self._complete(caller, key, desk)
                 case Append(record=record):
-                    return self._append(caller, record, desk)
+                    return self._append(caller, record, state, desk)
+
+    def _present(self, caller: Caller, asked: Asked) -> RunState:
+        """The run's state to answer by, once nobody else is answered at this desk.
+
+        What may become of a checkpoint's file is told by the log's present end alone: the record that names
+        it may just have been written, by a request before this one or by one whose reply was lost. Nothing
+        else depends on the log, and of it there are thousands of files.
+
+        Raises:
+            Fenced: The attempt is over by now.
+        """
+        others = isinstance(asked, Read | Head | Write | Complete) and layout.parse_data(asked.key) is None
+        known = self._runs.state if others else self._runs.refreshed
+        state = known(caller.run_id)
+        check_caller(state, caller)
+        return state
 
     def _desk(self, caller: Caller) -> _Desk:
-        """The desk of the attempt. What an older one was granted is forgotten, what it had begun is ended."""
+        """The desk of the attempt. What an older one was granted is forgotten, what it had begun is ended.
+
+        Raises:
+            Fenced: A newer attempt has asked already.
+        """
         with self._lock:
             desk = self._desks.setdefault(caller.run_id, _Desk(attempt=caller.attempt))
             if desk.attempt == caller.attempt:
                 return desk
+            if desk.attempt > caller.attempt:
+                raise Fenced(f"{caller.run_id}: attempt {caller.attempt} is not running any more")
             new = self._desks[caller.run_id] = _Desk(attempt=caller.attempt)
         for key, upload in desk.uploads.items():
             with contextlib.suppress(StorageError):
@@ -267,8 +289,7 @@ class GrantDesk:
             raise Unavailable(str(error)) from error
         return Done()
 
-    def _append(self, caller: Caller, record: Record, desk: _Desk) -> Reply:
-        state = self._runs.refreshed(caller.run_id)
+    def _append(self, caller: Caller, record: Record, state: RunState, desk: _Desk) -> Reply:
         check_record(state, caller, record, self._runs.limits(caller.run_id))
         if isinstance(record, Committed) and not holds(state, record):
             if why := refusal(state, record):

@@ -2,9 +2,11 @@
 
 import hashlib
 import itertools
+import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from storage.errors import (
     Fenced,
     Unavailable,
 )
+from storage.log import run_log
 from storage.records import (
     Committed,
     Quarantined,
@@ -29,6 +32,7 @@ from storage.records import (
     StoredFile,
 )
 from storage.redaction import looks_secret, redacted
+from storage.run_state import RunState
 from storage.s3.presigned import Presigned
 from storage.s3.store import S3Store
 from storage.scoped.desk import unenforced
@@ -333,6 +337,65 @@ def test_a_committed_file_is_never_replaced(office: Office) -> None:
     with pytest.raises(Fenced):
         ledger.append(commit(9))
     assert office.store.get(data_key(10)) == BODY
+
+
+def test_a_file_whose_commit_the_controller_has_not_heard_of_is_never_replaced(office: Office) -> None:
+    store, _ = office.node()
+    store.put(data_key(10), BODY)
+    run_log(office.store, RUN).append(commit(10))  # it was written, and its reply lost
+    with pytest.raises(AccessDenied, match="committed"):
+        store.put(data_key(10), b"something else")
+    assert office.store.get(data_key(10)) == BODY
+
+
+def test_a_file_is_never_replaced_by_one_that_waited_while_it_was_committed(office: Office) -> None:
+    store, ledger = office.node()
+    store.put(data_key(10), BODY)
+    verify, verifying, looked = office.desk._verify, threading.Event(), threading.Event()
+
+    def slow(*args: object) -> None:
+        verifying.set()
+        assert looked.wait(30)
+        verify(*args)  # type: ignore[arg-type]
+
+    office.desk._verify = slow  # type: ignore[method-assign]
+    with ThreadPoolExecutor(2) as pool:
+        committing = pool.submit(ledger.append, commit(10))
+        assert verifying.wait(30)
+        known = office.runs.state
+
+        def looking(run_id: str) -> RunState:
+            state = known(run_id)
+            looked.set()
+            return state
+
+        office.runs.state = looking  # type: ignore[method-assign]
+        replacing = pool.submit(store.put, data_key(10), b"something else")
+        assert committing.result(30).committed_step == 10
+        with pytest.raises(AccessDenied, match="committed"):
+            replacing.result(30)
+    assert office.store.get(data_key(10)) == BODY
+
+
+def test_a_ghosts_late_request_takes_nothing_from_the_attempt_after_it(office: Office) -> None:
+    as_it_was = office.runs.refreshed(RUN)
+    office.runs.append(RUN, ended(1))
+    office.runs.append(RUN, claimed(2))
+    body = b"a" * (5 << 20)
+    part = Write(
+        key=data_key(10, attempt=2),
+        size_bytes=len(body),
+        md5=md5(body),
+        part_bytes=5 << 20,
+        parts=(md5(body),),
+    )
+    assert isinstance(office.ask(part, caller_of(2)), GrantedParts)
+    office.runs.state = lambda run_id: as_it_was  # type: ignore[method-assign]
+    refusal = office.ask(write(data_key(10)))  # it was found to be running just before the second was claimed
+    assert isinstance(refusal, Refused)
+    assert refusal.error == "Fenced"
+    assert len(list(office.store.unfinished("runs/"))) == 1
+    office.store.abort_uploads("runs/")
 
 
 def test_a_file_not_yet_committed_may_be_sent_with_other_bytes(office: Office) -> None:
