@@ -37,7 +37,7 @@ from storage.retention import plan_prune, plan_salvaged
 from storage.run_state import FREE_ENDS, RunState
 
 from .cluster import Cluster, Health, Order, Slot
-from .lifecycle import CancelAsked, Event, Exited, Lost, Phase, Policy, advance, not_before, phase, settle
+from .lifecycle import CancelAsked, Event, Exited, Lost, Phase, Policy, advance, phase, settle, wait_s
 from .readers import PATIENCE_S, THREADS, Readers
 from .scheduler import FreeSlot, Placement, QueuedRun, assign
 from .sweep import Sweep
@@ -81,15 +81,24 @@ class Controller:
         sweep: Sweep,
         store: ObjectStore,
         cluster: Cluster,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
         term: Term | None = None,
+        *,
+        monotonic: Callable[[], float] | None = None,
     ) -> None:
-        """``term``: None where no other controller can be."""
+        """Clocks are this machine's; a ``clock`` that is given without the other is taken for both.
+
+        Args:
+            clock: Unix seconds for the records. It may be set at any time: nothing waits by it.
+            term: None where no other controller can be.
+            monotonic: Seconds, for every wait.
+        """
         self._sweep = sweep
         self._cluster = cluster
-        self._clock = clock
+        self._clock = clock or time.time
+        self._monotonic = monotonic or clock or time.monotonic
         self._term = term
-        self._term_checked_at = clock()
+        self._term_checked_at = self._monotonic()
         self._policy = Policy(
             max_failures=sweep.recovery.max_failures,
             backoff_s=sweep.recovery.backoff_s,
@@ -98,7 +107,8 @@ class Controller:
         many = len(sweep.runs) >= THREADS
         self._runs = {plan.run_id: TrackedRun.of(plan, store, many=many) for plan in sweep.runs}
         self._readers = Readers()
-        self._snapshot = SweepSnapshot(store, sweep.name, tuple(self._runs.values()), self._readers, clock)
+        runs = tuple(self._runs.values())
+        self._snapshot = SweepSnapshot(store, sweep.name, runs, self._readers, self._monotonic)
         self._begun = False
 
     @property
@@ -160,13 +170,13 @@ class Controller:
         Raises:
             SteppedDown: Another controller has taken over.
         """
-        if self._clock() - self._term_checked_at >= REFRESH_S:
+        if self._monotonic() - self._term_checked_at >= REFRESH_S:
             with contextlib.suppress(StorageError):
                 self._check_term()
         if not self._begun and not self._begin():
             return
         slots = {slot.slot: slot for slot in self._cluster.observe()}
-        now = self._clock()
+        now = self._monotonic()
         due = self._due(slots, now)
         read = self._read(due)
         for run_id, run in self._runs.items():
@@ -214,7 +224,7 @@ class Controller:
 
     def _read_one(self, run: TrackedRun) -> None:
         with run.lock, self._guarded(run):
-            now = self._clock()
+            now = self._monotonic()
             run.log.refresh()
             run.read_at, run.problem, run.corrupt, run.damage = now, None, 0, None
             run.quiet = False
@@ -222,7 +232,7 @@ class Controller:
     def _check_term(self) -> None:
         if self._term:
             self._term.check()
-        self._term_checked_at = self._clock()
+        self._term_checked_at = self._monotonic()
 
     def _follow(self, run: TrackedRun, slots: dict[str, Slot], now: float) -> None:
         """Do what follows from a run's log and its slot."""
@@ -230,7 +240,7 @@ class Controller:
             if run.state.running and run.state.running.claimed.slot not in slots:
                 self._check_term()  # a slot that we never knew may be the newer controller's
             self._advance(run, event)
-        self._append_all(run, settle(run.state, now))
+        self._append_all(run, settle(run.state, self._clock()))
         if running := run.state.running:
             self._steer(run, slots.get(running.claimed.slot))
         if now >= run.clean_at:
@@ -327,7 +337,7 @@ class Controller:
                 run_id=run.plan.run_id,
                 index=run.plan.index,
                 committed_step=run.state.committed_step,
-                not_before=not_before(run.state, self._policy),
+                not_before=self._not_before(run),
                 avoid_node=_stalled_on(run.state),
             )
             for run in self._runs.values()
@@ -337,11 +347,22 @@ class Controller:
             and run.problem is None  # its state may be anything, and another run can use the slot
             and not self._readers.busy(run.plan.run_id)
         ]
-        placements = {placed.run_id: placed for placed in assign(queued, free, self._clock())}
+        placements = {placed.run_id: placed for placed in assign(queued, free, self._monotonic())}
         read = self._read(placements)
         for run_id, placement in placements.items():
             if run_id in read:
                 self._try(self._runs[run_id], partial(self._claim, self._runs[run_id], placement))
+
+    def _not_before(self, run: TrackedRun) -> float:
+        """When the run may be launched again. Of its last attempt's end only the age is believed, and only
+        when that is first seen: whoever wrote it, and this machine later, may have a clock that is wrong."""
+        last = run.state.attempts[-1] if run.state.attempts else None
+        if last is None or last.ended is None:
+            return float("-inf")
+        if run.end_seen != last.number:
+            run.end_seen = last.number
+            run.ended_at = self._monotonic() - max(0.0, self._clock() - last.ended.at)
+        return run.ended_at + wait_s(run.state, self._policy)
 
     def _claim(self, run: TrackedRun, placement: Placement) -> None:
         state = run.state
@@ -459,7 +480,7 @@ class Controller:
             foreign = None if isinstance(error, StorageError) else error
             logger.warning("%s: %s; trying again", run.plan.run_id, problem, exc_info=foreign)
         run.problem = problem
-        run.retry_at = self._clock() + (IDLE_REFRESH_S if run.damage else RETRY_S)
+        run.retry_at = self._monotonic() + (IDLE_REFRESH_S if run.damage else RETRY_S)
 
 
 def _pinned(state: RunState) -> tuple[CheckpointRef, ...]:

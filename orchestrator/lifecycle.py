@@ -147,8 +147,8 @@ def settle(state: RunState, now: float) -> tuple[Record, ...]:
     return ()
 
 
-def not_before(state: RunState, policy: Policy) -> float:
-    """Return the earliest time, in Unix seconds, at which the queued run may be launched again.
+def wait_s(state: RunState, policy: Policy) -> float:
+    """Return how long after its last attempt's end the queued run may be launched again.
 
     A lost machine is replaced at once, and again; if nothing comes of that either, replacing it faster than
     the store, or whatever it is, recovers helps nobody.
@@ -162,7 +162,7 @@ def not_before(state: RunState, policy: Policy) -> float:
     if waits <= 0:
         return 0.0
     doublings = min(waits - 1, 64)  # the limit is long reached; 2.0 ** 1024 is no number
-    return last.at + min(policy.backoff_s * 2.0**doublings, policy.max_backoff_s)
+    return min(policy.backoff_s * 2.0**doublings, policy.max_backoff_s)
 
 
 def _settled(state: RunState, records: tuple[Record, ...], now: float) -> tuple[Record, ...]:

@@ -13,7 +13,7 @@ class QueuedRun:
     """Position in the sweep."""
     committed_step: int = 0
     not_before: float = 0.0
-    """Unix seconds."""
+    """By the clock of ``assign``."""
     avoid_node: str | None = None
     """Where its last attempt stalled."""
 

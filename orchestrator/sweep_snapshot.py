@@ -40,13 +40,13 @@ class SweepSnapshot:
         sweep: str,
         runs: Sequence[TrackedRun],
         readers: Readers,
-        clock: Callable[[], float],
+        monotonic: Callable[[], float],
     ) -> None:
         self._store = store
         self._sweep = sweep
         self._runs = runs
         self._readers = readers
-        self._clock = clock
+        self._monotonic = monotonic
         self._tries = 0
         self._not_before = float("-inf")
         self._kept: list[tuple[int, bool]] = []
@@ -54,7 +54,7 @@ class SweepSnapshot:
 
     def restore(self) -> bool:
         """Let the logs start from the last snapshot, if there is one; False: ask again in a later tick."""
-        now = self._clock()
+        now = self._monotonic()
         if now < self._not_before:
             return False
         try:

@@ -23,6 +23,7 @@ class TrackedRun:
     checkpoints: CheckpointStore
     lock: threading.RLock = field(default_factory=threading.RLock)
     read_at: float = float("-inf")
+    """This and the other times here are by the controller's monotonic clock."""
     problem: str | None = None
     """Why the store could not be used for this run, until it can."""
     retry_at: float = float("-inf")
@@ -39,6 +40,9 @@ class TrackedRun:
     """Finished, and what it left behind is deleted, as far as the store allows."""
     was_over: bool = False
     """The run was over when this controller began."""
+    end_seen: int = 0
+    """The attempt whose end was seen last, and at ``ended_at`` it was."""
+    ended_at: float = float("-inf")
     own_snapshot_at: int = 0
     """How long its log was when its own snapshot was last written."""
 

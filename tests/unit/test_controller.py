@@ -521,6 +521,36 @@ def test_a_store_that_is_away_delays_the_controller_and_changes_nothing_else(
     assert [order.attempt for order in cluster.begun] == [1, 1]
 
 
+@pytest.mark.parametrize("jump_s", [-86_400.0, 86_400.0])
+def test_a_clock_that_is_set_delays_nothing(jump_s: float) -> None:
+    inner, sweep = MemoryStore(), small_sweep(max_steps=20)
+    store, cluster = Outage(inner), FakeCluster(inner, sweep)
+    jumped_s = 0.0
+    controller = Controller(
+        sweep, store, cluster, lambda: cluster.clock() + jumped_s, monotonic=cluster.clock
+    )
+    ticks(controller, cluster, 4)
+    store.away = True
+    ticks(controller, cluster, 7)
+    assert [s.outcome for s in controller.states.values()] == [None, None]
+    store.away, jumped_s = False, jump_s
+    ticks(controller, cluster, 60)
+    assert_well_ended(inner, sweep, cluster)
+
+
+def test_an_end_that_was_written_by_a_clock_that_is_ahead_is_waited_for_as_any_other() -> None:
+    store, sweep = MemoryStore(), small_sweep(runs=1)
+    cluster = FakeCluster(store, sweep)
+    log = run_log(store, R0)
+    log.append(Claimed(attempt=1, incarnation="0badcafe", node="n1", slot="n1/0", at=0.0))
+    log.append(Ended(attempt=1, reason=EndReason.APP_ERROR, at=cluster.clock() + 86_400.0))
+    controller = Controller(sweep, store, cluster, cluster.clock)
+    ticks(controller, cluster, 1)
+    assert state(store, R0).attempt == 1, "there is a wait"
+    ticks(controller, cluster, 60)
+    assert_well_ended(store, sweep, cluster)
+
+
 def test_a_store_that_is_away_is_told_once_and_not_every_tick(caplog: pytest.LogCaptureFixture) -> None:
     inner, sweep = MemoryStore(), small_sweep(runs=1)
     store, cluster = Outage(inner), FakeCluster(inner, sweep)

@@ -17,9 +17,9 @@ from orchestrator.lifecycle import (
     Phase,
     Policy,
     advance,
-    not_before,
     phase,
     settle,
+    wait_s,
 )
 from storage.records import (
     CancelRequested,
@@ -167,7 +167,7 @@ def test_a_lost_node_queues_the_run_at_once_and_says_what_was_known() -> None:
         ),
     )
     after = reduce(apply, records, TRAINING)
-    assert (phase(after), after.stalls, not_before(after, POLICY)) == (Phase.QUEUED, 0, 0.0)
+    assert (phase(after), after.stalls, wait_s(after, POLICY)) == (Phase.QUEUED, 0, 0.0)
 
 
 def test_exit_65_sets_aside_what_was_resumed_from() -> None:
@@ -326,22 +326,22 @@ def test_progress_forgives_the_stalls_before_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stalls", "wait_s"), [(0, None), (1, 5.0), (2, 10.0), (3, 20.0), (4, 40.0), (5, 60.0), (3000, 60.0)]
+    ("stalls", "expected_s"), [(0, 0.0), (1, 5.0), (2, 10.0), (3, 20.0), (4, 40.0), (5, 60.0), (3000, 60.0)]
 )
-def test_the_wait_after_a_stall_doubles_up_to_its_limit(stalls: int, wait_s: float | None) -> None:
+def test_the_wait_after_a_stall_doubles_up_to_its_limit(stalls: int, expected_s: float) -> None:
     history = [r for n in range(1, min(stalls, 9) + 1) for r in (claimed(n), end(n, detail=str(n)))]
     state = state_after(*history)
     if stalls > 9:
         state = RunState(attempts=state.attempts, stalls=stalls, fruitless=stalls)
 
-    assert not_before(state, POLICY) == (0.0 if wait_s is None else 50.0 + wait_s)
+    assert wait_s(state, POLICY) == expected_s
 
 
 def test_a_preemption_after_a_stall_is_followed_at_once() -> None:
     """The wait for the stall was over before the attempt that was preempted."""
     state = state_after(claimed(), end(1), claimed(2), end(2, EndReason.NODE_LOST))
 
-    assert (state.stalls, not_before(state, POLICY)) == (1, 0.0)
+    assert (state.stalls, wait_s(state, POLICY)) == (1, 0.0)
 
 
 @pytest.mark.parametrize("reason", [EndReason.NODE_LOST, EndReason.STORAGE_DOWN, EndReason.DRAINED])
@@ -350,12 +350,12 @@ def test_preemptions_without_any_progress_wait_from_the_third_on(reason: EndReas
     state, waits = RunState(), []
     for attempt in range(1, 9):
         state = reduce(apply, (claimed(attempt), end(attempt, reason)), state)
-        waits.append(max(0.0, not_before(state, POLICY) - 50.0))
+        waits.append(wait_s(state, POLICY))
     assert waits == [0.0, 0.0, 5.0, 10.0, 20.0, 40.0, 60.0, 60.0]
     assert state.stalls == 0
 
     state = reduce(apply, (claimed(9), committed(10, 9), end(9, reason)), state)
-    assert not_before(state, POLICY) == 0.0
+    assert wait_s(state, POLICY) == 0.0
 
 
 def test_a_run_that_takes_its_agent_down_again_and_again_fails() -> None:
@@ -365,7 +365,7 @@ def test_a_run_that_takes_its_agent_down_again_and_again_fails() -> None:
         state = apply(state, claimed(attempts))
         lost = Lost(at=NOW, attempt=attempts, reason=EndReason.AGENT_LOST, detail="the agent on n1 died")
         state = reduce(apply, advance(state, lost, POLICY), state)
-        assert attempts > 2 or not_before(state, POLICY) == 0.0, "it may have been the node"
+        assert attempts > 2 or wait_s(state, POLICY) == 0.0, "it may have been the node"
 
     assert attempts == POLICY.max_failures
     assert state.finished.detail == "the agent on n1 died; no new checkpoint in 3 attempts (step 0)"
@@ -571,4 +571,4 @@ def test_preemptions_alone_never_fail_a_run_and_make_it_wait_only_without_progre
 
         assert state.finished is None
         assert state.stalls == 0
-        assert (not_before(state, POLICY) == 0.0) == (state.running is not None or state.fruitless <= 2)
+        assert (wait_s(state, POLICY) == 0.0) == (state.running is not None or state.fruitless <= 2)
