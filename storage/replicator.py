@@ -39,6 +39,8 @@ NICENESS = 10
 """Packing and sending wait for the training step, never the other way round."""
 
 logger = logging.getLogger(__name__)
+# Events are hints, and we see for ourselves when they end: what it complains of, its own end too, is no trouble.
+logging.getLogger("watchdog").setLevel(logging.CRITICAL)
 
 
 def superfluous(sizes: Sequence[int], *, keep: int, limit_bytes: int) -> int:
