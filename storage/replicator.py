@@ -39,7 +39,7 @@ NICENESS = 10
 """Packing and sending wait for the training step, never the other way round."""
 
 logger = logging.getLogger(__name__)
-# Events are hints, and we see for ourselves when they end: what it complains of, its own end too, is no trouble.
+# Events are hints, and we see for ourselves when they end: what it says of its own end is no trouble.
 logging.getLogger("watchdog").setLevel(logging.CRITICAL)
 
 
