@@ -188,7 +188,7 @@ def test_a_small_answer_that_is_cut_short_is_asked_for_again(faulty: Faulty) -> 
     faulty.direct.put("k", b"0123456789")
     faulty.proxy.inject(TruncateDown(4))
     assert faulty.store.get("k") == b"0123456789"
-    faulty.proxy.inject(TruncateDown(4), times=FOREVER)
+    faulty.proxy.inject(TruncateDown(1), times=FOREVER)
     with pytest.raises(Unavailable):
         faulty.store.get("k")
 
