@@ -174,7 +174,7 @@ class GrantDesk:
                 case Write():
                     return self._write(caller, asked, state, desk)
                 case Complete(key=key):
-                    return self._complete(caller, key, desk)
+                    return self._complete(caller, key, state, desk)
                 case Append(record=record):
                     return self._append(caller, record, state, desk)
 
@@ -221,6 +221,7 @@ class GrantDesk:
         there = self._signer.seen(write.key)
         if there and self._is(write, there):
             # A file of a salvage is named already, and granted for the whole checkpoint.
+            self._end_upload(write.key, desk)
             self._give(write, desk)
             return Done()
         if there and not replaceable(state, caller, write.key):
@@ -231,6 +232,7 @@ class GrantDesk:
             self._store.delete([write.key])
         if write.parts:
             return self._write_parts(write, desk)
+        self._end_upload(write.key, desk)
         signed = self._signer.put(write.key, write.size_bytes, write.md5, self._expires_s)
         self._give(write, desk)
         return _granted(signed)
@@ -265,7 +267,9 @@ class GrantDesk:
             )
         )
 
-    def _complete(self, caller: Caller, key: str, desk: _Desk) -> Reply:
+    def _complete(self, caller: Caller, key: str, state: RunState, desk: _Desk) -> Reply:
+        if key in named_keys(caller.run_id, state):
+            raise AccessDenied(f"{key}: it is committed")  # completing would replace it: no server refuses that
         given, upload = desk.given.get(key), desk.uploads.get(key)
         if given is None or upload is None:
             raise Unavailable(f"{key}: no upload in parts is known here; ask for the write again")
@@ -278,15 +282,15 @@ class GrantDesk:
         wrong = [n for n in range(1, len(write.parts) + 1) if not _is_part(write, n, arrived.get(n))]
         if wrong or len(arrived) != len(write.parts):
             if len(arrived) > len(write.parts):
-                self._signer.abort(key, upload)
-                del desk.uploads[key]
+                self._end_upload(key, desk)
             raise Unavailable(f"{key}: parts are missing or not what was granted: {wrong[:10]}")
-        del desk.uploads[key]
         try:
             self._signer.complete(key, upload, {number: part.etag for number, part in arrived.items()})
         except NotFound as error:
+            del desk.uploads[key]
             # It may be complete, only the answer was lost: whoever asks for the write again learns it.
             raise Unavailable(str(error)) from error
+        del desk.uploads[key]
         return Done()
 
     def _append(self, caller: Caller, record: Record, state: RunState, desk: _Desk) -> Reply:
@@ -332,6 +336,7 @@ class GrantDesk:
         named = named_keys(caller.run_id, state)
         beside = [key for key in desk.given if key.startswith(prefix) and key not in named]
         for key in committed_sizes(caller.run_id, record):
+            self._end_upload(key, desk)
             desk.given.pop(key, None)
         if record.resumable and beside:
             try:
@@ -345,11 +350,18 @@ class GrantDesk:
         old = abandoned(desk.given, data.step, self._monotonic()) if data else []
         gone = [key for key in old if key not in named]
         for key in gone:
-            if upload := desk.uploads.pop(key, None):
-                self._signer.abort(key, upload)
+            self._end_upload(key, desk)
         self._store.delete(gone)
         for key in old:
             del desk.given[key]
+
+    def _end_upload(self, key: str, desk: _Desk) -> None:
+        """Forget an upload in parts, so that nothing is ever made of it, and drop what has arrived."""
+        if upload := desk.uploads.pop(key, None):
+            try:
+                self._signer.abort(key, upload)
+            except StorageError as error:
+                logger.warning("%s: its upload is not aborted: %s", key, error)
 
     def _give(self, write: Write, desk: _Desk) -> None:
         desk.given[write.key] = Given(write=write, until=self._monotonic() + self._expires_s)

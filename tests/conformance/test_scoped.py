@@ -39,6 +39,7 @@ from storage.scoped.desk import unenforced
 from storage.scoped.grants import (
     Complete,
     Done,
+    Given,
     Granted,
     GrantedParts,
     Limits,
@@ -233,6 +234,73 @@ def test_parts_that_are_not_what_was_granted_are_never_completed(office: Office)
     assert office.ask(Complete(key=key)) == Done()
     assert office.ask(asked) == Done()
     assert office.store.head(key) is not None
+
+
+def in_parts(key: str, body: bytes, *parts: bytes) -> Write:
+    return Write(
+        key=key, size_bytes=len(body), md5=md5(body), part_bytes=5 << 20, parts=tuple(map(md5, parts))
+    )
+
+
+def send_parts(reply: object, *parts: bytes) -> int:
+    """Send the parts that are granted; return how many those are."""
+    assert isinstance(reply, GrantedParts), reply
+    todo = [(part, body) for part, body in zip(reply.parts, parts, strict=True) if part]
+    assert all(send(Presigned(part.url, part.headers), body) == 200 for part, body in todo)
+    return len(todo)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["its upload", "an upload named as it"])
+def test_no_upload_becomes_of_a_committed_file(office: Office, again: bool) -> None:
+    """Parts that were sent before the file was sent whole, other bytes than were committed."""
+    other, key = BODY[::-1], data_key(10)
+    send_parts(office.ask(in_parts(key, other, other)), other)
+    store, ledger = office.node()
+    store.put(key, BODY)
+    ledger.append(commit(10))
+    if again:
+        assert office.ask(in_parts(key, BODY, other)) == Done()
+    assert isinstance(office.ask(Complete(key=key)), Refused)
+    assert office.store.get(key) == BODY
+
+
+def test_an_upload_that_another_request_left_is_not_completed_over_a_committed_file(office: Office) -> None:
+    other, key = BODY[::-1], data_key(10)
+    office.store.put(key, BODY)
+    office.ask(write(key))
+    upload = office.store.signer().begin(key)
+    signed = office.store.signer().part(key, upload, 1, len(other), md5(other), 900)
+    assert send(signed, other) == 200
+    _, ledger = office.node()
+    ledger.append(commit(10))
+    desk = office.desk._desks[RUN]
+    desk.uploads[key] = upload
+    desk.given[key] = Given(write=in_parts(key, other, other), until=900.0)
+    refusal = office.ask(Complete(key=key))
+    assert isinstance(refusal, Refused)
+    assert refusal.error == "AccessDenied"
+    assert office.store.get(key) == BODY
+    office.store.abort_uploads("runs/")
+
+
+def test_no_part_is_sent_again_because_the_store_could_not_complete_once(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = (b"a" * (5 << 20), b"end")
+    asked = in_parts(data_key(10), b"".join(parts), *parts)
+    assert send_parts(office.ask(asked), *parts) == 2
+
+    def unavailable(*_: object) -> None:
+        raise Unavailable("503")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(office.desk._signer, "complete", unavailable)
+        refusal = office.ask(Complete(key=asked.key))
+        assert isinstance(refusal, Refused)
+        assert refusal.error == "Unavailable"
+    assert send_parts(office.ask(asked), *parts) == 0
+    assert office.ask(Complete(key=asked.key)) == Done()
+    assert office.store.get(asked.key) == b"".join(parts)
 
 
 def test_a_changed_large_file_begins_anew(office: Office) -> None:
