@@ -3,7 +3,8 @@
 import time
 from collections.abc import Sequence
 
-from storage.log import run_log
+from storage.errors import StorageError
+from storage.log import RunLog, run_log
 from storage.object_store import ObjectStore
 
 from .cluster import RemoteController
@@ -18,27 +19,35 @@ def ask_to_cancel(
 
     Raises:
         OrchestrateError: Only the controller may write to this store (not ``atomic``), and none is here.
+        StorageError: One run could not be asked; all others were.
     """
-    states = {run_id: run_log(store, run_id).refresh() for run_id in run_ids}
-    if controller is None and not atomic and any(state.finished is None for state in states.values()):
+    if controller is not None:
+        controller.cancel(run_ids)
+    elif not atomic and any(run_log(store, run_id).refresh().finished is None for run_id in run_ids):
         raise OrchestrateError(
             f"{store.url}: two writers could both win here, so only the controller may cancel — "
             "give its cluster's --address, or start one with: orchestrate resume"
         )
-    if controller is not None:
-        controller.cancel(run_ids)
-    told = {}
+    told, failed = {}, None
     for run_id in run_ids:
-        log = run_log(store, run_id)
-        state = log.refresh()
-        for record in () if controller else advance(state, CancelAsked(at=time.time()), Policy()):
-            state = log.append(record)
-        if state.finished:
-            told[run_id] = state.finished.outcome.value
-        else:
-            told[run_id] = (
-                "CANCELLING: its trainer saves itself and stops"
-                if controller
-                else "CANCELLING: no controller was found, the next one that works on it stops it"
-            )
+        try:
+            told[run_id] = _asked(run_log(store, run_id), here=controller is not None)
+        except StorageError as error:
+            failed = failed or error
+    if failed:
+        raise failed
     return told
+
+
+def _asked(log: RunLog, *, here: bool) -> str:
+    """Ask a run, unless its controller is ``here`` and did; what became of it."""
+    state = log.refresh()
+    for record in () if here else advance(state, CancelAsked(at=time.time()), Policy()):
+        state = log.append(record)
+    if state.finished:
+        return state.finished.outcome.value
+    return (
+        "CANCELLING: its trainer saves itself and stops"
+        if here
+        else "CANCELLING: no controller was found, the next one that works on it stops it"
+    )

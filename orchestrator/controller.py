@@ -155,14 +155,26 @@ class Controller:
             run.log.append(record)
 
     def cancel(self, run_ids: Iterable[str]) -> None:
-        """Ask runs to stop. Those that are over stay as they are."""
+        """Ask runs to stop. Those that are over stay as they are.
+
+        Raises:
+            StorageError: One of them could not be asked; all others were.
+        """
         runs = [run for run_id in run_ids if not (run := self._runs[run_id]).tidy and not run.damage]
         with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(lambda run: run.log.refresh(), runs))
-        for run in runs:
+            failed = [error for error in pool.map(self._cancel, runs) if error]
+        if failed:
+            raise failed[0]
+
+    def _cancel(self, run: TrackedRun) -> StorageError | None:
+        try:
             with run.lock:
                 run.quiet = False
+                run.log.refresh()
                 self._advance(run, CancelAsked(at=self._clock()))
+        except StorageError as error:
+            return error
+        return None
 
     def tick(self) -> None:
         """Look at everything once and do what is due. A store that fails delays a run, never ends it.

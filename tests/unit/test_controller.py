@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.fake_cluster import FILE, FakeCluster, run_to_end, small_sweep, weights_at
 
+from orchestrator.cancelling import ask_to_cancel
 from orchestrator.cluster import Health, Listening, Order, Slot
 from orchestrator.controller import REFRESH_S, Controller
 from orchestrator.grid_schema import Checkpoint, Metric, Recovery
@@ -462,6 +464,24 @@ def test_cancelling_a_run_whose_node_is_lost_ends_it_and_brings_it_back_never() 
     assert len(cluster.begun) == 1
 
 
+@pytest.mark.parametrize("through_controller", [True, False])
+def test_one_run_that_cannot_be_asked_to_stop_keeps_no_other_from_it(through_controller: bool) -> None:
+    inner, sweep = MemoryStore(), small_sweep(runs=3, max_steps=60)
+    store, cluster = Outage(inner), FakeCluster(inner, sweep, nodes=3)
+    controller = Controller(sweep, store, cluster, cluster.clock)
+    ticks(controller, cluster, 4)
+    store.away, store.where = True, layout.run_prefix(R0)
+    run_ids = [run.run_id for run in sweep.runs]
+    alone = partial(ask_to_cancel, store, controller=None, atomic=True)
+    with pytest.raises(Unavailable):
+        (controller.cancel if through_controller else alone)(run_ids)
+    assert [state(inner, run_id).cancel_requested for run_id in run_ids] == [False, True, True]
+    store.away = False
+    controller.cancel([R0])
+    finish(controller, cluster)
+    assert {s.outcome for s in controller.states.values()} == {Outcome.CANCELLED}
+
+
 def test_cancelling_what_is_over_changes_nothing() -> None:
     store, sweep = MemoryStore(), small_sweep(runs=1)
     cluster = FakeCluster(store, sweep)
@@ -488,19 +508,20 @@ def test_a_cancel_that_somebody_else_wrote_into_the_log_is_obeyed() -> None:
 
 
 class Outage:
-    """A store that is away for as long as ``away`` says."""
+    """A store that is away for as long as ``away`` says, or only what lies at ``where``."""
 
     def __init__(self, inner: ObjectStore) -> None:
         self._inner = inner
         self.away = False
+        self.where = ""
 
     def __getattr__(self, name: str) -> Any:
-        if self.away and name != "url":
+        if self.away and not self.where and name != "url":
             raise Unavailable("503 SlowDown")
         return getattr(self._inner, name)
 
     def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
-        if self.away:
+        if self.away and prefix.startswith(self.where):
             raise Unavailable("503 SlowDown")
         return self._inner.list(prefix, after)
 
