@@ -24,7 +24,7 @@ from .agent import AgentSetup
 from .cluster import Work
 from .controller import Controller
 from .errors import OrchestrateError
-from .granting import check_store, desk_for
+from .granting import Unenforced, check_store, desk_for
 from .ray_cluster import RayCluster
 from .submission import load_submitted
 from .term import SteppedDown, Term
@@ -131,11 +131,17 @@ class ControllerActor:
         except (OrchestrateError, StorageError) as error:
             logger.error("%s", error)
             self._failure = str(error)
-            self._ready.set()
+        except Exception as error:  # whoever waits for this actor would wait for ever
+            logger.exception("the controller cannot start")
+            self._failure = f"{type(error).__name__}: {error}"
         else:
             self._ready.set()
-            self._work(controller)
-            cluster.close()
+            try:
+                self._work(controller)
+                cluster.close()
+            except Exception:
+                logger.exception("the controller ends")
+        self._ready.set()
         time.sleep(LINGER_S)
         ray.kill(self._handle)
 
@@ -146,16 +152,18 @@ class ControllerActor:
         while True:
             try:
                 sweep = load_submitted(store, setup.sweep)
-                term = Term(store, setup.sweep)
                 if setup.scoped:
                     check_store(store)
+                term = Term(store, setup.sweep)
                 break
             except Unavailable as error:
                 logger.warning("%s; trying again", error)
-            except AccessDenied as error:
+            except (AccessDenied, Unenforced) as error:
                 if not self._restarted:
                     raise
-                logger.warning("%s; trying again", error)  # agents train on: a person may renew credentials
+                # Agents train on, and nothing is granted: a person may renew credentials, and a store that
+                # passed when the sweep began may have given one strange answer.
+                logger.warning("%s; trying again", error)
             time.sleep(RETRY_S)
         options = Options(checkpoint=sweep.checkpoint.policy, threads=int(sweep.resources.cpus))
 

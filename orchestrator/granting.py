@@ -20,6 +20,10 @@ def _send(signed: Presigned, body: bytes) -> int:
     return PresignedHttp().put("probe", signed, body)
 
 
+class Unenforced(OrchestrateError):
+    """Nodes without credentials would be nodes without limits in this store."""
+
+
 class SweepRuns:
     """Implements ``grant_desk.Runs`` over a controller."""
 
@@ -53,8 +57,8 @@ def check_store(store: ObjectStore) -> None:
     """Check, by trying, that the store's server enforces what is signed.
 
     Raises:
-        OrchestrateError: It does not, or it is not an S3 server at all: nodes without credentials would be
-            nodes without limits.
+        Unenforced: It does not.
+        OrchestrateError: It is not an S3 server at all.
         AccessDenied, Unavailable: It could not be tried.
     """
     from storage.s3.store import S3Store
@@ -62,7 +66,7 @@ def check_store(store: ObjectStore) -> None:
     if not isinstance(store, S3Store):
         raise OrchestrateError(f"{NEEDED}; {store.url} is no bucket — use s3://… or credentials: env")
     if missing := unenforced(store, store.signer(), _send):
-        raise OrchestrateError(f"{NEEDED}; {store.url}: {missing} — use another server or credentials: env")
+        raise Unenforced(f"{NEEDED}; {store.url}: {missing} — use another server or credentials: env")
 
 
 def desk_for(sweep: Sweep, controller: Controller, store: ObjectStore) -> GrantDesk:

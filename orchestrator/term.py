@@ -12,7 +12,7 @@ import socket
 import time
 
 from storage import layout
-from storage.errors import StorageError, Unavailable
+from storage.errors import NotFound, Unavailable
 from storage.object_store import ObjectStore
 
 
@@ -59,8 +59,8 @@ class Term:
     def _took(self, key: str, body: bytes) -> bool:
         try:
             return self._store.create(key, body)
-        except Unavailable:  # perhaps written, with the reply lost
+        except Unavailable as error:  # perhaps written, with the reply lost
             try:
                 return self._store.get(key) == body
-            except StorageError:
-                return False
+            except (NotFound, Unavailable):
+                raise error from None  # the next number would fare no better: who asks again waits first

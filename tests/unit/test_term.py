@@ -7,6 +7,7 @@ from support.flaky_store import Fault, FlakyStore
 from orchestrator.controller import Controller
 from orchestrator.term import SteppedDown, Term
 from storage import layout
+from storage.errors import Unavailable
 from storage.memory import MemoryStore
 from storage.records import Outcome
 
@@ -29,6 +30,28 @@ def test_taking_office_with_a_lost_reply_takes_it_once() -> None:
     Term(store, "cat")
     Term(FlakyStore(store, 2, Fault.LOSE_REPLY), "cat").check()  # its create
     assert len(list(store.list(layout.terms_prefix("cat")))) == 2
+
+
+class Silent(MemoryStore):
+    """Lists, and answers nothing else."""
+
+    asked = 0
+
+    def create(self, key: str, body: bytes) -> bool:
+        return self._unanswered()
+
+    def get(self, key: str) -> bytes:
+        return bytes(self._unanswered())
+
+    def _unanswered(self) -> bool:
+        self.asked += 1
+        assert self.asked < 10, "it is asked again and again without a pause"
+        raise Unavailable("503")
+
+
+def test_a_store_that_does_not_answer_is_not_asked_for_number_after_number() -> None:
+    with pytest.raises(Unavailable):
+        Term(Silent(), "cat")
 
 
 def test_a_sweep_resumed_on_a_second_cluster_ends_there_and_the_first_steps_down() -> None:
