@@ -109,7 +109,7 @@ class Waiting:
     def __getattr__(self, operation: str) -> Callable[..., dict[str, str]]:
         def called(**options: object) -> dict[str, str]:
             self.waited_s[operation] = answer_s()
-            return {"UploadId": "u", "ETag": ""}
+            return {"UploadId": "u", "ETag": "some name"}
 
         return called
 
