@@ -8,12 +8,13 @@ that it names, and sends none of them twice.
 import contextlib
 import hashlib
 import logging
+import re
 import secrets
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -76,6 +77,13 @@ REREAD_BYTES = 16 << 20
 """A committed file up to this size is read back and compared with its sha256; of a larger one the size and
 the MD5 that was signed are compared."""
 
+PLACES = 6
+"""So many requests of one attempt that change something are worked on or wait. Its own threads are fewer; of
+what is meant to hold up the controller's threads, the rest goes away at once."""
+TURN_S = 30.0
+"""So long one waits for those before it."""
+_MD5_NAME = re.compile(r"[0-9a-f]{32}(-[0-9]+)?")
+
 logger = logging.getLogger(__name__)
 
 
@@ -107,6 +115,7 @@ class _Desk:
     given: dict[str, Given] = field(default_factory=dict)
     uploads: dict[str, str] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    places: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(PLACES))
 
 
 class GrantDesk:
@@ -154,23 +163,25 @@ class GrantDesk:
         except StorageError:
             # What is known here may be old news: only the log's present end can refuse.
             check_caller(self._runs.refreshed(run_id), caller)
+        limits = self._runs.limits(run_id)
+        match asked:
+            case Look():
+                return Told(state=self._present(caller, asked))
+            case Read(key=key):
+                check_read(self._present(caller, asked), caller, key, limits)
+                return _granted(self._signer.get(key, self._expires_s))
+            case Head(key=key):
+                check_read(self._present(caller, asked), caller, key, limits)
+                there = self._signer.seen(key)
+                return Measured(size_bytes=there.size_bytes if there else None)
+            case Find(digest=digest):
+                if digest not in limits.inputs:
+                    raise AccessDenied(f"content {digest[:12]}: this run is not trained from it")
+                return Found(stored=content_log(self._store, digest).refresh().readable)
         desk = self._desk(caller)
-        with desk.lock:
+        with _turn(caller, desk):
             state = self._present(caller, asked)
             match asked:
-                case Look():
-                    return Told(state=state)
-                case Read(key=key):
-                    check_read(state, caller, key, self._runs.limits(run_id))
-                    return _granted(self._signer.get(key, self._expires_s))
-                case Head(key=key):
-                    check_read(state, caller, key, self._runs.limits(run_id))
-                    there = self._signer.seen(key)
-                    return Measured(size_bytes=there.size_bytes if there else None)
-                case Find(digest=digest):
-                    if digest not in self._runs.limits(run_id).inputs:
-                        raise AccessDenied(f"content {digest[:12]}: this run is not trained from it")
-                    return Found(stored=content_log(self._store, digest).refresh().readable)
                 case Write():
                     return self._write(caller, asked, state, desk)
                 case Complete(key=key):
@@ -179,7 +190,7 @@ class GrantDesk:
                     return self._append(caller, record, state, desk)
 
     def _present(self, caller: Caller, asked: Asked) -> RunState:
-        """The run's state to answer by, once nobody else is answered at this desk.
+        """The run's state to answer by: to change something, once it is this one's turn at the desk.
 
         What may become of a checkpoint's file is told by the log's present end alone: the record that names
         it may just have been written, by a request before this one or by one whose reply was lost. Nothing
@@ -269,7 +280,9 @@ class GrantDesk:
 
     def _complete(self, caller: Caller, key: str, state: RunState, desk: _Desk) -> Reply:
         if key in named_keys(caller.run_id, state):
-            raise AccessDenied(f"{key}: it is committed")  # completing would replace it: no server refuses that
+            raise AccessDenied(
+                f"{key}: it is committed"
+            )  # completing would replace it: no server refuses that
         given, upload = desk.given.get(key), desk.uploads.get(key)
         if given is None or upload is None:
             raise Unavailable(f"{key}: no upload in parts is known here; ask for the write again")
@@ -367,11 +380,17 @@ class GrantDesk:
         desk.given[write.key] = Given(write=write, until=self._monotonic() + self._expires_s)
 
     def _is(self, write: Write, there: Seen) -> bool:
-        """Whether an object is the one that was named. Some servers' ETag says nothing: then it is read."""
+        """Whether an object is the one that was named. Some servers' ETag says nothing: then it is read.
+
+        Not a large one whose ETag is that of other bytes, or of other parts: sending it again costs the node
+        that asks, reading it would cost the controller.
+        """
         if there.size_bytes != write.size_bytes:
             return False
         if there.etag == write.etag:
             return True
+        if there.size_bytes > REREAD_BYTES and _MD5_NAME.fullmatch(there.etag):
+            return False
         return self._digest(write.key, "md5") == write.md5
 
     def _digest(self, key: str, algorithm: str) -> str:
@@ -381,6 +400,26 @@ class GrantDesk:
             self._store.download(key, path)
             with path.open("rb") as file:
                 return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+@contextlib.contextmanager
+def _turn(caller: Caller, desk: _Desk) -> Iterator[None]:
+    """Be the only one who is answered at a desk.
+
+    Raises:
+        Unavailable: Others are before this one, for too long or too many of them.
+    """
+    if not desk.places.acquire(blocking=False):
+        raise Unavailable(f"{caller.run_id}: {PLACES} requests of this attempt are being answered; try again")
+    try:
+        if not desk.lock.acquire(timeout=TURN_S):
+            raise Unavailable(f"{caller.run_id}: another request takes more than {TURN_S:.0f} s; try again")
+        try:
+            yield
+        finally:
+            desk.lock.release()
+    finally:
+        desk.places.release()
 
 
 def unenforced(store: ObjectStore, signer: Signer, send: Callable[[Presigned, bytes], int]) -> str | None:

@@ -35,7 +35,7 @@ from storage.redaction import looks_secret, redacted
 from storage.run_state import RunState
 from storage.s3.presigned import Presigned
 from storage.s3.store import S3Store
-from storage.scoped.desk import unenforced
+from storage.scoped.desk import PLACES, REREAD_BYTES, unenforced
 from storage.scoped.grants import (
     Complete,
     Done,
@@ -43,7 +43,10 @@ from storage.scoped.grants import (
     Granted,
     GrantedParts,
     Limits,
+    Look,
+    Read,
     Refused,
+    Told,
     Write,
 )
 from storage.url import open_store
@@ -508,6 +511,42 @@ def test_a_controller_that_starts_again_takes_the_commit_after_the_files_were_na
     store.put(data_key(10), BODY)
     assert sent == [], "it is there already"
     ledger.append(commit(10))
+
+
+def test_a_large_file_is_not_read_back_to_learn_that_other_bytes_are_asked_for(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = b"a" * (REREAD_BYTES + 1)
+    office.store.put(data_key(10), body)
+    monkeypatch.setattr(office.store, "download", lambda *_: pytest.fail("it is read"))
+    first, others, last = (b"b" * (REREAD_BYTES // 2),) * 2 + (b"b",)
+    parts = in_parts(data_key(10), body, first, others, last).model_copy(update={"part_bytes": len(first)})
+    assert isinstance(office.ask(parts), GrantedParts)
+    office.store.put(data_key(10), body)
+    assert isinstance(office.ask(write(data_key(10), b"b" * len(body))), Granted)
+    office.store.put(data_key(10), body)
+    assert office.ask(write(data_key(10), body)) == Done()
+
+
+def test_who_waits_at_a_desk_holds_up_nobody_else(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    granted(office, write(data_key(10)))
+    desk = office.desk._desks[RUN]
+    monkeypatch.setattr("storage.scoped.desk.TURN_S", 0.01)
+    with desk.lock:
+        late = office.ask(write(data_key(10)))
+        assert isinstance(late, Refused)
+        assert late.error == "Unavailable"
+        assert isinstance(office.ask(Look()), Told)
+        assert isinstance(office.ask(Read(key=layout.run_spec(RUN))), Granted)
+    monkeypatch.setattr("storage.scoped.desk.TURN_S", 30.0)
+    for _ in range(PLACES):
+        desk.places.acquire()
+    with desk.lock:
+        many = office.ask(write(data_key(10)))
+    assert isinstance(many, Refused)
+    assert "are being answered" in many.reason
+    desk.places.release(PLACES)
+    granted(office, write(data_key(10)))
 
 
 def test_what_a_dead_node_left_is_swept(office: Office) -> None:
