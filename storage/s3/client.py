@@ -12,6 +12,7 @@ signed and that rclone, Ceph and Swift verify. A signed sha256 would cost less, 
 import os
 import ssl
 from typing import Any
+from urllib.parse import urlsplit
 
 import botocore.awsrequest
 import botocore.exceptions as boto_errors
@@ -46,6 +47,8 @@ class S3Client:
             proxies_config=self.requests.meta.config.proxies_config,
         )
         self.requests.meta.events.register("before-send.s3", lambda request, **_: carrier.send(request))
+        if (urlsplit(url).hostname or "").endswith(_TIGRIS):
+            self.requests.meta.events.register("before-sign.s3", _ask_for_consistency)
 
     def same_credentials(self, other: "S3Client") -> bool:
         """Whether both would sign alike."""
@@ -53,6 +56,18 @@ class S3Client:
             return bool(_frozen(self._session) == _frozen(other._session))
         except boto_errors.BotoCoreError:
             return True  # whatever that means, a new client does not mend it
+
+
+_TIGRIS = (".tigris.dev", ".storage.dev")
+
+
+def _ask_for_consistency(request: Any, signature_version: str, **_: Any) -> None:
+    """Tigris serves nearby copies, which may be old, unless asked (tigrisdata.com/docs/objects/consistency).
+
+    Presigned requests stay as they are: who sends one would have to send this signed header too.
+    """
+    if not signature_version.endswith("-query"):
+        request.headers["X-Tigris-Consistent"] = "true"
 
 
 _CONFIG = Config(

@@ -9,6 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from botocore.awsrequest import AWSPreparedRequest, AWSResponse
+from urllib3 import HTTPResponse
 
 from storage.errors import (
     AccessDenied,
@@ -16,6 +18,7 @@ from storage.errors import (
     StorageError,
     Unavailable,
 )
+from storage.s3.client import S3Client
 from storage.s3.deadline import within
 from storage.s3.store import REQUEST_S, S3Store
 from storage.s3.uplink import PART_BYTES
@@ -306,3 +309,30 @@ def test_a_read_into_memory_that_is_cut_goes_on_where_it_was(store: S3Store, scr
         Answer(206, body=b"456789", headers={"ETag": '"v1"', "Content-Range": "bytes 4-9/10"}),
     ]
     assert store.get("k") == b"0123456789"
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "asked"),
+    [
+        ("https://fly.storage.tigris.dev", True),
+        ("https://t3.storage.dev", True),
+        ("https://nottigris.dev.example.org", False),
+    ],
+)
+def test_tigris_is_asked_for_what_was_written_last(
+    endpoint: str, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "an id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a secret")
+    client = S3Client(endpoint, "auto").requests
+    sent: list[AWSPreparedRequest] = []
+
+    def answer(request: AWSPreparedRequest, **_: object) -> AWSResponse:
+        sent.append(request)
+        return AWSResponse(request.url, 200, {}, HTTPResponse(b"", preload_content=False))
+
+    client.meta.events.register_first("before-send.s3", answer)
+    client.put_object(Bucket="loras", Key="key", Body=b"")
+    assert ("X-Tigris-Consistent" in sent[0].headers) == asked
+    presigned = client.generate_presigned_url("get_object", Params={"Bucket": "loras", "Key": "key"})
+    assert "tigris-consistent" not in presigned  # who uses it would have to send the header
