@@ -180,11 +180,12 @@ def orphans(run: str, state: RunState, data: Iterable[ObjectInfo]) -> tuple[Obje
     """Return the data that no record names and none ever can.
 
     That is of attempts older than the newest claim and, once the run is over, of that one too, and of
-    quarantined checkpoints, which until then stay for inspection. Data of an attempt that the log does not
-    know yet is left alone.
+    quarantined checkpoints, which until then stay for inspection, and for as long as they are pinned: a
+    person's wish outweighs a node's word. Data of an attempt that the log does not know yet is left alone.
     """
     named = _named(run, (*state.stored, *state.retired))
-    inspected = frozenset() if state.finished else frozenset(ref for ref, _ in state.quarantined)
+    inspected = () if state.finished else (ref for ref, _ in state.quarantined)
+    spared = frozenset((*state.pinned, *inspected))
     below = state.attempt + bool(state.finished)
     return tuple(
         info
@@ -193,7 +194,7 @@ def orphans(run: str, state: RunState, data: Iterable[ObjectInfo]) -> tuple[Obje
         and key.run == run
         and key.attempt < below
         and info.key not in named
-        and key.ref not in inspected
+        and key.ref not in spared
     )
 
 
