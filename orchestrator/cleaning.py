@@ -181,7 +181,7 @@ def carry_out(
         yield collect_loose(store, plan.probes)
     if plan.terms:
         yield collect_loose(store, plan.terms)
-    yield from collect_uploads(store, [info.key for info in plan.uploads])
+    yield from collect_uploads(store, plan.uploads)
     if atomic:  # each content has a log of its own, and no controller
         for content in plan.contents:
             yield from collect_content(store, content)

@@ -162,10 +162,11 @@ def collect_loose(store: ObjectStore, infos: Iterable[ObjectInfo]) -> Collected:
     return _delete(store, [(info.key, info.size_bytes) for info in infos])
 
 
-def collect_uploads(store: ObjectStore, keys: Iterable[str]) -> Iterator[Collected]:
+def collect_uploads(store: ObjectStore, uploads: Iterable[ObjectInfo]) -> Iterator[Collected]:
     """End unfinished uploads that belong to no run."""
-    for key in sorted(set(keys)):
-        yield _attempted(lambda key=key: _abort(store, key))  # type: ignore[misc]
+    planned = {(info.key, info.modified_s) for info in uploads}
+    for key in sorted({key for key, _ in planned}):
+        yield _attempted(lambda key=key: _abort_planned(store, key, planned))  # type: ignore[misc]
 
 
 def plan_contents(
@@ -267,6 +268,14 @@ def _delete(store: ObjectStore, sized: list[tuple[str, int]]) -> Collected:
             done.objects += len(part)
             done.size_bytes += sum(size for _, size in part)
     return done
+
+
+def _abort_planned(store: ObjectStore, key: str, planned: set[tuple[str, float | None]]) -> Collected:
+    """End the uploads of a key, unless one that was not planned to end would end with them: another of the
+    same key, or of a longer one."""
+    if any((info.key, info.modified_s) not in planned for info in store.unfinished(key)):
+        return Collected()
+    return _abort(store, key)
 
 
 def _abort(store: ObjectStore, prefix: str) -> Collected:

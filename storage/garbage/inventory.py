@@ -3,6 +3,7 @@
 What no key of ``layout`` explains is counted and never touched: somebody else may have put it there.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -10,7 +11,11 @@ from .. import layout
 from ..errors import AccessDenied
 from ..object_store import ObjectInfo, ObjectStore
 
-PROBE_PREFIX = "probe/"
+_PROBE_KEY = re.compile(
+    r"probe/(?:(?:doctor-)?[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}/.+|[0-9a-f]{16}/granted)",
+    re.ASCII | re.DOTALL,
+)
+"""What ``probe``, ``doctor`` and the grant desk's check write, and no key that a person would choose."""
 CONTENT_PREFIX = "content/"
 SWEEPS_PREFIX = "sweeps/"
 
@@ -52,7 +57,7 @@ class Inventory:
     probes: list[ObjectInfo] = field(default_factory=list)
     unknown: list[ObjectInfo] = field(default_factory=list)
     stray_uploads: list[ObjectInfo] = field(default_factory=list)
-    """Unfinished uploads of no run."""
+    """Unfinished uploads of no run. Those under keys of somebody else's are not among them."""
     uploads_hidden: str = ""
     """Why the unfinished uploads could not be listed."""
 
@@ -90,7 +95,7 @@ def sort_out(listing: Iterable[ObjectInfo], unfinished: Iterable[ObjectInfo] = (
         data = layout.parse_data(upload.key)
         if data:
             inventory.runs.setdefault(data.run, RunObjects()).unfinished.append(upload)
-        else:
+        elif _is_ours(upload.key):
             inventory.stray_uploads.append(upload)
     return inventory
 
@@ -105,10 +110,15 @@ def size_of(infos: Iterable[ObjectInfo]) -> int:
     return sum(info.size_bytes for info in infos)
 
 
+def _is_ours(key: str) -> bool:
+    """Whether one of the few things that are sent in parts, beside checkpoints, has this key."""
+    return bool(_PROBE_KEY.fullmatch(key) or layout.parse_content(key) or layout.parse_sample(key))
+
+
 def _place(inventory: Inventory, info: ObjectInfo) -> None:
     top, _, rest = info.key.partition("/")
     name = rest.partition("/")[0]
-    if top == "probe":
+    if _PROBE_KEY.fullmatch(info.key):
         inventory.probes.append(info)
     elif top == "runs" and layout.is_name(name):
         _place_of_run(inventory.runs.setdefault(name, RunObjects()), name, info)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -104,7 +105,7 @@ def test_gc_leaves_what_is_kept_and_nothing_else(url: str, tmp_path: Path) -> No
 
 def test_a_listing_tells_the_stores_own_time(url: str) -> None:
     store = open_store(url)
-    store.put("probe/x/0", b"now")
+    store.put(f"probe/{uuid.UUID(int=1)}/0", b"now")
 
     now = store_time(store, take(store))
 
@@ -144,15 +145,16 @@ def test_unfinished_uploads_of_fenced_attempts_end_and_a_live_attempts_go_on(
     lived(store, tmp_path, over=False)
     fenced = layout.checkpoint_file(R0, 1, incarnation(1), 40, "big")
     live = layout.checkpoint_file(R0, 2, incarnation(2), 60, "big")
-    for key in (fenced, live, "content/young"):
+    young = layout.content_file("0" * 64, "0badcafe", "f" * 64)
+    for key in (fenced, live, young):
         started_upload(store, key)
 
     collected(store)
-    assert sorted(info.key for info in store.unfinished("")) == ["content/young", live]
+    assert sorted(info.key for info in store.unfinished("")) == [young, live]
 
     run_log(store, R0).append(finished())
     collected(store)
-    assert [info.key for info in store.unfinished("")] == ["content/young"]
+    assert [info.key for info in store.unfinished("")] == [young]
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ from storage.garbage.collecting import (
     collect_content,
     collect_loose,
     collect_run,
+    collect_uploads,
     plan_contents,
     read_logs,
 )
@@ -233,7 +234,27 @@ def test_only_uploads_of_fenced_attempts_are_ended() -> None:
     assert (plan.uploads, plan.unfinished) == ((f"runs/{RUN}/data/",), 3)
 
 
+def test_what_is_pinned_stays_whatever_a_node_says_of_it() -> None:
+    state, _ = history(
+        claimed(),
+        committed(10),
+        committed(20),
+        Pinned(checkpoint=ref(10), at=1.0),
+        ended(),
+        claimed(2),
+        Quarantined(checkpoint=ref(10), attempt=2, reason="I say so", at=1.0),
+        finished(),
+    )
+    assert [c.step for c in state.stored] == [20]
+    assert orphans(RUN, state, data(committed(10), committed(20))) == ()
+
+
 # what belongs to no run
+
+UUID = "0badcafe-0000-4000-8000-00000badcafe"
+PROBES = [f"probe/{UUID}/0", f"probe/doctor-{UUID}/speed/1", "probe/0badcafe0badcafe/granted"]
+FOREIGN = ["probe/mars-2020/image.tif", "probe/granted"]
+CONTENT = f"content/{'0' * 64}/data/0badcafe/{'f' * 64}"
 
 
 def test_probes_terms_and_uploads_go_when_old_by_the_stores_clock_and_the_newest_term_stays() -> None:
@@ -241,21 +262,53 @@ def test_probes_terms_and_uploads_go_when_old_by_the_stores_clock_and_the_newest
     aged = {"old": now - ABANDONED_S, "new": now - GRACE_S + 1}
     inventory = sort_out(
         [
-            ObjectInfo("probe/a/0", 64, aged["old"]),
-            ObjectInfo("probe/b/0", 64, aged["new"]),
+            *(ObjectInfo(key, 64, aged["old"]) for key in PROBES),
+            ObjectInfo(f"probe/{UUID}/1", 64, aged["new"]),
+            *(ObjectInfo(key, 9, aged["old"]) for key in FOREIGN),
             *(ObjectInfo(layout.term("cat", n), 9, aged["old"]) for n in (2, 3, 4)),
             ObjectInfo(layout.term("dog", 0), 9, aged["old"]),
             ObjectInfo(layout.sweep_spec("cat"), 9, aged["old"]),
             ObjectInfo("holiday.jpg", 9, aged["old"]),
         ],
-        [ObjectInfo("content/x", 0, aged["old"]), ObjectInfo("content/y", 0, aged["new"])],
+        [
+            ObjectInfo(CONTENT, 0, aged["old"]),
+            ObjectInfo(f"{CONTENT}0", 0, aged["new"]),
+            *(ObjectInfo(key, 0, aged["old"]) for key in (*FOREIGN, "r", "backups/db")),
+        ],
     )
 
     gone = [[info.key for info in infos] for infos in leftovers(inventory, now)]
 
-    assert gone == [["probe/a/0"], [layout.term("cat", 2), layout.term("cat", 3)], ["content/x"]]
+    assert gone == [PROBES, [layout.term("cat", 2), layout.term("cat", 3)], [CONTENT]]
     assert leftovers(inventory, None) == ((), (), ())
-    assert [info.key for info in inventory.unknown] == ["holiday.jpg"]
+    assert [info.key for info in inventory.unknown] == [*FOREIGN, "holiday.jpg"]
+
+
+class Uploads(MemoryStore):
+    """A store with unfinished uploads, as a bucket has them."""
+
+    def __init__(self, *uploads: ObjectInfo) -> None:
+        super().__init__()
+        self.uploads = list(uploads)
+
+    def unfinished(self, prefix: str) -> Iterator[ObjectInfo]:
+        return (info for info in list(self.uploads) if info.key.startswith(prefix))
+
+    def abort_uploads(self, prefix: str) -> int:
+        before, self.uploads = self.uploads, [i for i in self.uploads if not i.key.startswith(prefix)]
+        return len(before) - len(self.uploads)
+
+
+@pytest.mark.parametrize("fresh", ["the same key", "a longer key"])
+def test_a_fresh_upload_never_ends_with_an_old_one(fresh: str) -> None:
+    old = [ObjectInfo(CONTENT, 0, 1.0), ObjectInfo(PROBES[0], 0, 1.0)]
+    begun = ObjectInfo(CONTENT if fresh == "the same key" else f"{CONTENT}0", 0, 2.0)
+    store = Uploads(*old, begun)
+    assert [part.objects for part in collect_uploads(store, old)] == [0, 1]
+    assert [(info.key, info.modified_s) for info in store.uploads] == [(CONTENT, 1.0), (begun.key, 2.0)]
+    store.uploads = [info for info in store.uploads if info.modified_s != begun.modified_s]
+    assert [part.objects for part in collect_uploads(store, old)] == [1, 0]
+    assert store.uploads == []
 
 
 # any history

@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +77,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DirectoryStore:
     for step in (30, 40, 50):
         checkpoints.publish(write_checkpoint(tmp_path / "out", step), 2, incarnation(2))
     store.put(layout.log_text_key(R0, 1, 0), b"epoch 1\n")
-    store.put("probe/some/0", b"left by a probe that died")
+    store.put(f"probe/{uuid.UUID(int=1)}/0", b"left by a probe that died")
     return store
 
 
@@ -236,7 +237,7 @@ def test_a_store_that_refuses_to_delete_is_told_once(
 
     def refuse(self: DirectoryStore, keys: object) -> None:
         for key in keys:  # type: ignore[attr-defined]
-            if not key.startswith("probe/") or key == "probe/some/0":
+            if not key.startswith("probe/") or key == f"probe/{uuid.UUID(int=1)}/0":
                 raise AccessDenied(f"{key}: no right to delete")
 
     monkeypatch.setattr(DirectoryStore, "delete", refuse)
