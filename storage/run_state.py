@@ -222,6 +222,8 @@ def refusal(state: RunState, record: Record) -> str | None:
             # attempt is of the same. Within one attempt both would have the same keys.
             if (step, final) <= (state.committed_step, bool(state.result)) or state.restorable(record.ref):
                 return f"step {state.committed_step} is already committed"
+            if any(ref == record.ref for ref, _ in state.quarantined):
+                return f"{record.ref} is quarantined"  # and could not be given up once more
             if any(c.ref == record.ref for c in state.retired):
                 return f"{record.ref} is retired"  # reaping it would take this one's data too
             salvage = next((c for c in state.salvaged if c.ref == record.ref), None)

@@ -102,6 +102,13 @@ def test_a_quarantined_checkpoint_is_never_resumed_from_and_its_step_can_be_reac
     assert again.newest == committed(20, attempt=2)
 
 
+def test_a_quarantined_checkpoint_is_not_committed_again_under_its_name() -> None:
+    """Every later quarantine of it would be taken for the one that there was."""
+    state = state_after(claimed(), committed(10), committed(20), quarantined(20))
+    assert refusal(state, committed(20)) == "step 20 (attempt 1) is quarantined"
+    assert refusal(state, committed(30)) is None
+
+
 def test_the_only_checkpoint_stays_until_a_second_node_could_not_use_it_either() -> None:
     first = state_after(claimed(), committed(10), ended(), claimed(2), refused(10, by=2))
     assert (first.newest, first.quarantined) == (committed(10), ())
