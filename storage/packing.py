@@ -63,6 +63,11 @@ def codec_of(width: int) -> str:
     return f"shuffle{width}.zstd" if width > 1 else "zstd"
 
 
+def is_known(codec: str) -> bool:
+    """Whether ``unpack`` can undo it."""
+    return _CODEC.fullmatch(codec) is not None
+
+
 def measure(file: BinaryIO, width: int) -> Packing:
     """Pack a few blocks of a file and forget them."""
     began, size = time.perf_counter(), file.seek(0, os.SEEK_END)

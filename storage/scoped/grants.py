@@ -25,9 +25,10 @@ from ..errors import (
     Unavailable,
 )
 from ..etag import of_parts
+from ..packing import is_known
 from ..records import (
-    MAX_RECORD_BYTES,
     AttemptNumber,
+    CheckpointRef,
     Committed,
     Incarnation,
     Quarantined,
@@ -35,7 +36,7 @@ from ..records import (
     Sha256,
     Started,
 )
-from ..run_state import RunState
+from ..run_state import RunState, holds
 
 EXPIRES_S = 900
 """How long a signature holds. A request that has begun by then may last longer."""
@@ -45,10 +46,19 @@ MAX_BATCH_BYTES = 8 << 20
 MAX_SAMPLE_BYTES = 64 << 20
 MAX_FILES = 1000
 """In one checkpoint."""
+MIN_PART_BYTES = 5 << 20
+"""S3 takes no smaller one but the last, and each is signed on its own."""
 MAX_REASON_CHARACTERS = 2000
-MAX_REQUEST_BYTES = 2_000_000
-ENTRY_BYTES = 1000
-"""More than a log's entry says besides its record."""
+MAX_APPENDED_BYTES = 512_000
+"""One record. A commit of ``MAX_FILES`` packed files says less, while their names have 200 characters."""
+MAX_REQUEST_BYTES = 600_000
+MAX_METRICS = 1000
+MAX_METRIC_CHARACTERS = 200
+"""In the name of a metric."""
+MAX_LISTED = 250_000
+"""Files and metrics of all checkpoints of a run that are not deleted: the controller remembers each."""
+SALVAGES = 4
+"""So many an attempt may have: it makes one when it is about to go, and one never retires while it runs."""
 UNCOMMITTED_CHECKPOINTS = 3
 """As many whole checkpoints an attempt may have in the store without having committed them."""
 
@@ -275,6 +285,8 @@ def check_write(state: RunState, caller: Caller, write: Write, limits: Limits) -
     if data := layout.parse_data(key):
         if (data.run, data.attempt, data.incarnation) != (caller.run_id, caller.attempt, caller.incarnation):
             raise AccessDenied(f"{key}: not this attempt's prefix")
+        if any(ref == data.ref for ref, _ in state.quarantined):
+            raise AccessDenied(f"{key}: {data.ref} is quarantined, its files stay as they are")
         if data.step < state.committed_step:
             raise AccessDenied(f"{key}: step {state.committed_step} is committed already")
         if limits.last_step is not None and data.step > limits.last_step:
@@ -338,12 +350,13 @@ def check_record(state: RunState, caller: Caller, record: Record, limits: Limits
 
     Raises:
         AccessDenied: It is the controller's to append, or about somebody else.
-        InvalidName: It is larger than a log's reader would take.
+        InvalidName: It says more, or of more, than a record of its kind may.
         Fenced: It does not follow from what the run has done.
+        Unavailable: So much is known of the run that some of it has to be deleted first.
     """
-    if (size := len(record.model_dump_json().encode())) > MAX_RECORD_BYTES - ENTRY_BYTES:
+    if (size := len(record.model_dump_json().encode())) > MAX_APPENDED_BYTES:
         raise InvalidName(
-            f"{caller.run_id}: {record.kind!r} takes {size} bytes, at most {MAX_RECORD_BYTES - ENTRY_BYTES}"
+            f"{caller.run_id}: {record.kind!r} takes {size} bytes, at most {MAX_APPENDED_BYTES}"
         )
     match record:
         case Started(attempt=attempt):
@@ -352,11 +365,14 @@ def check_record(state: RunState, caller: Caller, record: Record, limits: Limits
         case Committed(attempt=attempt, incarnation=incarnation):
             if incarnation != caller.incarnation:
                 raise AccessDenied(f"{caller.run_id}: the checkpoint of another incarnation")
+            _check_extent(state, caller, record, limits)
             layout.check_files(file.name for file in record.files)
             distinct = len(committed_sizes(caller.run_id, record)) == len(record.files) > 0
             plausible = distinct and (limits.last_step is None or record.step <= limits.last_step)
         case Quarantined(attempt=int(attempt)):
-            plausible = len(record.reason) <= MAX_REASON_CHARACTERS
+            plausible = len(record.reason) <= MAX_REASON_CHARACTERS and (
+                holds(state, record) or _resumes_from(state, record.checkpoint)
+            )
         case _:
             raise AccessDenied(f"{caller.run_id}: an agent may not append {record.kind!r}")
     if attempt != caller.attempt:
@@ -401,12 +417,51 @@ def abandoned(given: dict[str, Given], step: int, now: float) -> list[str]:
     ]
 
 
+def _check_extent(state: RunState, caller: Caller, record: Committed, limits: Limits) -> None:
+    """Check that a commit takes no more memory here, and of those who fetch it no more disk, than it may."""
+    if len(record.metrics) > MAX_METRICS or any(len(name) > MAX_METRIC_CHARACTERS for name in record.metrics):
+        raise InvalidName(
+            f"{caller.run_id}: {len(record.metrics)} metrics in a checkpoint; at most {MAX_METRICS} may have "
+            f"names of at most {MAX_METRIC_CHARACTERS} characters: log fewer"
+        )
+    size_bytes = sum(file.size_bytes for file in record.files)
+    if len(record.files) > MAX_FILES or size_bytes > limits.max_checkpoint_bytes:
+        raise InvalidName(
+            f"{caller.run_id}: {len(record.files)} files of {size_bytes} bytes, unpacked; "
+            f"a checkpoint may have {limits.max_checkpoint_bytes} bytes in {MAX_FILES} files. "
+            "Raise storage.max_checkpoint_bytes."
+        )
+    for file in record.files:
+        if file.packed and not is_known(file.packed.codec):
+            raise InvalidName(
+                f"{file.name}: {file.packed.codec!r} is a codec that this version cannot unpack"
+            )
+    others = [c for c in (*state.stored, *state.retired) if c.ref != record.ref]
+    if sum(len(c.files) + len(c.metrics) for c in (*others, record)) > MAX_LISTED:
+        raise Unavailable(
+            f"{caller.run_id}: its checkpoints have more than {MAX_LISTED} files and metrics; keep fewer"
+        )
+    salvages = sum(c.attempt == caller.attempt and not c.resumable for c in others)
+    if not record.resumable and salvages >= SALVAGES:
+        raise AccessDenied(f"{caller.run_id}: attempt {caller.attempt} has made {salvages} salvages already")
+
+
+def _resumes_from(state: RunState, ref: CheckpointRef) -> bool:
+    """Whether the running attempt may be finding out that it cannot resume from this checkpoint.
+
+    That is the newest one, until the attempt has committed one itself. A pin does not change it: the data of
+    a pinned checkpoint stays all the same, and a run must not be stuck at one that is damaged.
+    """
+    beginning = state.running is not None and state.running.committed_step is None
+    return beginning and state.newest is not None and state.newest.ref == ref
+
+
 def _check_parts(write: Write) -> None:
     if not write.parts and not write.part_bytes:
         return
-    fits = write.part_bytes > 0 and len(write.parts) == -(-write.size_bytes // write.part_bytes)
+    fits = write.part_bytes >= MIN_PART_BYTES and len(write.parts) == -(-write.size_bytes // write.part_bytes)
     if not fits or not write.parts:
         raise InvalidName(
-            f"{write.key}: {len(write.parts)} parts of {write.part_bytes} bytes "
-            f"are not {write.size_bytes} bytes"
+            f"{write.key}: {len(write.parts)} parts of {write.part_bytes} bytes are not {write.size_bytes} "
+            f"bytes in parts of at least {MIN_PART_BYTES}"
         )
