@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from storage import layout
-from storage.errors import Corrupt, Unavailable
+from storage.errors import Corrupt, InvalidName, Unavailable
 from storage.garbage.collecting import (
     Collected,
     ContentPlan,
@@ -141,13 +141,10 @@ def survey(
         keep = _keep(sweep, keep_last)
         if older_than_s is not None and _over_since(sweep, found, older_than_s):
             keep = Keep(last=1, best=keep.best, metric=keep.metric, maximize=keep.maximize)
-        plan.runs[name] = [
-            _plan(found, run.run_id, keep, sweep.checkpoint.grace_s)
-            for run in sweep.runs
-            if run.run_id in found.logs
-        ]
+        mine = [run.run_id for run in sweep.runs if run.run_id in found.logs]
+        plan.runs[name] = _plans(found, mine, keep, sweep.checkpoint.grace_s)
     sweep_of = found.sweep_of
-    plan.runs[""] = [_plan(found, run, None, GRACE_S) for run in sorted(found.logs) if run not in sweep_of]
+    plan.runs[""] = _plans(found, [run for run in sorted(found.logs) if run not in sweep_of], None, GRACE_S)
     plan.probes, plan.terms, plan.uploads = leftovers(found.inventory, found.now_s)
     plan.contents = plan_contents(store, found.inventory.contents, found.now_s)
     return plan
@@ -168,7 +165,7 @@ def carry_out(
                 continue
             try:
                 sure = _confirmed(store, plan.found, run)
-            except Corrupt as error:
+            except (Corrupt, InvalidName) as error:
                 yield Collected(damaged=str(error))
                 continue
             except Unavailable as error:
@@ -199,6 +196,17 @@ def _sweeps(store: ObjectStore, inventory: Inventory) -> tuple[dict[str, Sweep],
     return sweeps, damaged
 
 
+def _plans(found: Store, runs: Iterable[str], keep: Keep | None, grace_s: float) -> list[RunPlan]:
+    """Plan for these runs. One that turns out damaged, before what its snapshot spared us, is left alone."""
+    plans = []
+    for run in runs:
+        try:
+            plans.append(_plan(found, run, keep, grace_s))
+        except (Corrupt, InvalidName) as error:
+            found.damaged[run] = str(error)
+    return plans
+
+
 def _plan(found: Store, run: str, keep: Keep | None, grace_s: float) -> RunPlan:
     log = found.logs[run]
     entries = log.entries() if log.state.retired else ()
@@ -211,7 +219,7 @@ def _confirmed(store: ObjectStore, found: Store, planned: RunPlan) -> RunPlan:
     """Plan again from the whole log: a snapshot is a cache, and nothing is deleted on its word.
 
     Raises:
-        Corrupt, Unavailable, AccessDenied
+        Corrupt, InvalidName, Unavailable, AccessDenied
     """
     log = run_log(store, planned.run)
     state = log.refresh()
@@ -255,7 +263,10 @@ def _over_since(sweep: Sweep, found: Store, older_than_s: float) -> bool:
     """Whether every run of a sweep ended at least so long ago, by the store's clock."""
     for run in sweep.runs:
         log = found.logs.get(run.run_id)
-        ends = [e.seq for e in log.entries() if isinstance(e.record, Finished)] if log else []
+        try:
+            ends = [e.seq for e in log.entries() if isinstance(e.record, Finished)] if log else []
+        except Corrupt:
+            return False
         if not ends:
             return False
         written = written_s(found.inventory.runs[run.run_id].log, ends[0])

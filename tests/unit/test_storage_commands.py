@@ -30,11 +30,15 @@ from storage.object_store import ObjectStore
 from storage.probe import ProbeResult
 from storage.records import (
     RECORD,
+    Claimed,
+    Committed,
     Finished,
     Outcome,
     Pinned,
     Quarantined,
     Record,
+    Retired,
+    StoredFile,
 )
 from storage.run_state import RunState
 from storage.snapshots import Known, write_sweep
@@ -44,6 +48,7 @@ CAT = small_sweep(
 )
 R0, R1 = (run.run_id for run in CAT.runs)
 DAY_S = 86_400.0
+FILE = StoredFile(name="adapter.safetensors", size_bytes=1, sha256="0" * 64)
 
 Orchestrate = Callable[..., tuple[int, str, str]]
 
@@ -212,6 +217,27 @@ def test_a_run_whose_log_is_damaged_is_left_alone(store: DirectoryStore, orchest
     assert code == 0
     assert f"{R0} is left alone" in said
     assert keys(store) == before
+
+
+def test_a_run_damaged_before_its_snapshot_or_beyond_any_key_is_left_alone_and_others_are_not(
+    store: DirectoryStore, orchestrate: Orchestrate
+) -> None:
+    log = run_log(store, R0)
+    log.refresh()
+    log.append(Retired(checkpoints=(log.state.checkpoints[0].ref,), at=1.0))
+    write_sweep(store, "cat", {R0: Known(snapshot=log.snapshot())})
+    store.put(layout.log_entry(layout.run_log_prefix(R0), 1), b"rot")
+    other = run_log(store, R1)
+    other.append(Claimed(attempt=1, incarnation="0badcafe", node="n", slot="n/0", at=1.0))
+    other.append(Committed(attempt=1, incarnation="0badcafe", step=10**9, files=(FILE,), at=1.0))
+    before = keys(store)
+
+    for command in (["gc", "--apply"], ["gc", "--apply", "--older-than", "1h"]):
+        code, _, said = orchestrate(*command)
+        assert code == 0
+        assert f"{R0} is left alone" in said
+        assert f"{R1} is left alone" in said
+        assert [key for key in before if key not in keys(store)] == []
 
 
 def test_a_snapshot_saves_reading_and_nothing_is_deleted_on_its_word(
