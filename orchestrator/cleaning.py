@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from storage import layout
-from storage.errors import Corrupt, InvalidName, Unavailable
+from storage.errors import Corrupt, InvalidName, StorageError, Unavailable
 from storage.garbage.collecting import (
     Collected,
     ContentPlan,
@@ -57,6 +57,11 @@ class Store:
     """By run or sweep: why it cannot be read, so nothing of it is touched."""
     requests: int
     now_s: float | None
+
+    def give_up(self, run: str, error: StorageError) -> None:
+        """Its log is not to be planned by: after an error it tells only what comes before the damage."""
+        self.damaged[run] = str(error)
+        del self.logs[run]
 
     @property
     def sweep_of(self) -> dict[str, str]:
@@ -203,7 +208,7 @@ def _plans(found: Store, runs: Iterable[str], keep: Keep | None, grace_s: float)
         try:
             plans.append(_plan(found, run, keep, grace_s))
         except (Corrupt, InvalidName) as error:
-            found.damaged[run] = str(error)
+            found.give_up(run, error)
     return plans
 
 
@@ -265,7 +270,8 @@ def _over_since(sweep: Sweep, found: Store, older_than_s: float) -> bool:
         log = found.logs.get(run.run_id)
         try:
             ends = [e.seq for e in log.entries() if isinstance(e.record, Finished)] if log else []
-        except Corrupt:
+        except Corrupt as error:
+            found.give_up(run.run_id, error)
             return False
         if not ends:
             return False
