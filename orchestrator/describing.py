@@ -5,7 +5,6 @@ is made safe to print.
 """
 
 import json
-from datetime import datetime
 from typing import Any
 
 from storage.content.store import content_log
@@ -21,6 +20,7 @@ from .grid_schema import AUTO, Checkpoint
 from .sweep import Sweep
 from .trainer_logs import read_lines
 from .view import described, status
+from .why import NO_TIME, moment_of
 
 Described = dict[str, Any]
 
@@ -166,7 +166,8 @@ def _in_store(one: Described) -> str:
 
 
 def _at(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds).astimezone().isoformat(sep=" ", timespec="seconds")
+    moment = moment_of(seconds)
+    return moment.isoformat(sep=" ", timespec="seconds") if moment else NO_TIME
 
 
 def _said(text: str) -> str:

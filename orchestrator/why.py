@@ -30,6 +30,7 @@ _CAUSES = {
     EndReason.USER_CANCEL: "cancelled",
 }
 _TRAINER = "the trainer "
+NO_TIME = "(no time)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +89,7 @@ def why(
         price_per_hour: USD; adds what the lost steps cost.
         at: Formats a time; by default the local time of day.
     """
-    clock = at or (lambda t: datetime.fromtimestamp(t).strftime("%H:%M:%S"))
+    clock = at or _time_of_day
     sentences = [_summary(state, max_steps)]
     for interruption in interruptions(state):
         sentences.append(_sentence(interruption, price_per_hour, clock))
@@ -99,8 +100,21 @@ def why(
 
 def timeline(entries: Sequence[RunEntry], at: Callable[[float], str] | None = None) -> list[str]:
     """Return the log as lines for a person."""
-    clock = at or (lambda t: datetime.fromtimestamp(t).strftime("%H:%M:%S"))
+    clock = at or _time_of_day
     return [_shown(f"{clock(entry.record.at)}  {_told(entry)}") for entry in entries]
+
+
+def moment_of(seconds: float) -> datetime | None:
+    """A record's time, by whatever clock its writer had; None: no calendar has it."""
+    try:
+        return datetime.fromtimestamp(seconds).astimezone()
+    except (OverflowError, ValueError, OSError):
+        return None
+
+
+def _time_of_day(seconds: float) -> str:
+    moment = moment_of(seconds)
+    return moment.strftime("%H:%M:%S") if moment else NO_TIME
 
 
 def _shown(line: str) -> str:

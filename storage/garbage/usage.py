@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import layout
+from ..errors import InvalidName
 from ..object_store import ObjectInfo, ObjectStore
 from ..run_state import RunState
 from .inventory import Inventory, RunObjects
@@ -114,13 +115,16 @@ def _checkpoints(run: str, objects: RunObjects, state: RunState | None) -> dict[
     if state is None:
         return {"unreadable": objects.data}
     kinds: dict[str, list[ObjectInfo]] = {}
-    of = {
-        layout.committed_file(run, c, file.name): kind
-        for kind, checkpoints in (("retired", state.retired), ("checkpoints", state.stored))
-        for c in checkpoints
-        for file in c.files
-    }
-    lost = {info.key for info in orphans(run, state, objects.data)}
+    try:
+        of = {
+            layout.committed_file(run, c, file.name): kind
+            for kind, checkpoints in (("retired", state.retired), ("checkpoints", state.stored))
+            for c in checkpoints
+            for file in c.files
+        }
+        lost = {info.key for info in orphans(run, state, objects.data)}
+    except InvalidName:  # a record says what no key can
+        return {"unreadable": objects.data}
     quarantined = {ref for ref, _ in state.quarantined}
     for info in objects.data:
         data = layout.parse_data(info.key)

@@ -238,6 +238,7 @@ def test_a_run_damaged_before_its_snapshot_or_beyond_any_key_is_left_alone_and_o
         assert f"{R0} is left alone" in said
         assert f"{R1} is left alone" in said
         assert [key for key in before if key not in keys(store)] == []
+    assert orchestrate("du")[0] == 0
 
 
 def test_a_snapshot_saves_reading_and_nothing_is_deleted_on_its_word(

@@ -2,8 +2,10 @@
 
 from datetime import UTC, datetime
 
+import pytest
 from support.runs import incarnation
 
+from orchestrator.describing import _attempt, _attempt_text
 from orchestrator.why import Interruption, interruptions, timeline, why
 from storage.log import run_log
 from storage.memory import MemoryStore
@@ -251,6 +253,20 @@ def test_clocks_that_disagree_never_give_a_negative_time() -> None:
             again_s=0.0,
         ),
     )
+
+
+@pytest.mark.parametrize("at", [1e300, -1e300, 1e12])
+def test_a_time_that_no_calendar_has_is_told_as_none(at: float) -> None:
+    log = run_log(MemoryStore(), "cat")
+    for record in (
+        claimed(1, "n1"),
+        Started(attempt=1, step=0, at=at),
+        ended(1, EndReason.NODE_LOST, step=0, at=at),
+    ):
+        log.append(record.model_copy(update={"at": at}))
+    assert timeline(log.entries())[1] == "(no time)  attempt 1 training, from step 0"
+    assert "(no time) node n1 was lost" in why(log.state, 10)
+    assert _attempt_text(_attempt(log.state.attempts[0])).startswith("on n1 from (no time)")
 
 
 def test_the_timeline_tells_every_record() -> None:
