@@ -1,9 +1,10 @@
 """Datasets and base models in the store: each uploaded once, named by its digest, shared by every sweep.
 
-``store_for`` uploads what is not there, file by file, and then says so in the content's log; an upload that
-was cut off is continued, files that arrived are not sent again. ``fetch`` trusts nothing but the digest: the
-listing must have it, and each file must be what the listing says. Deleting takes two records, see
-``state``: a process may die at any point, and whoever comes next finishes or begins anew.
+``store_for`` uploads what is not there, file by file, and then says so in the content's log. An upload that
+was cut off is continued once all its large files have arrived; else a new one begins beside it. ``fetch``
+trusts nothing but the digest: the listing must have it, and each file must be what the listing says. Deleting
+takes two records, see ``state``: a process may die at any point, and whoever comes next finishes or begins
+anew.
 """
 
 import contextlib
@@ -269,9 +270,9 @@ def _upload(
 ) -> None:
     """Upload an incarnation, or the rest of one, and record it. One that was given up meanwhile stays so."""
     unfinished = sorted(incarnations(store, digest).keys() - log.state.condemned)
-    incarnation = unfinished[0] if unfinished else secrets.token_hex(4)
+    incarnation, missing = _continued(store, digest, unfinished, local)
     try:
-        _send_files(store, digest, incarnation, local, on_sent)
+        _send_files(store, digest, incarnation, local, missing, on_sent)
     except Corrupt:
         with contextlib.suppress(Fenced):  # an object may hold other bytes than its name says
             log.append(Retired(incarnation=incarnation, at=clock()))
@@ -291,26 +292,53 @@ def _upload(
         log.append(stored)
 
 
+def _continued(
+    store: ObjectStore, digest: str, unfinished: Iterable[str], local: LocalContent
+) -> tuple[str, frozenset[str]]:
+    """Return the incarnation to upload to, and the digests of the files that it lacks.
+
+    Another submission may be at work on an unfinished one, and record it at any moment. So only what was
+    hashed as it is sent goes there: a large file that changes on its way would damage what is live by then.
+    """
+    files = _distinct(local)
+
+    def lacks(incarnation: str) -> frozenset[str]:
+        there = {info.key: info for info in store.list(layout.content_data_prefix(digest, incarnation))}
+
+        def is_there(file: StoredFile) -> bool:
+            info = there.get(layout.content_file(digest, incarnation, file.sha256))
+            return _is_there(info, file, local.paths[file.name], local.identities[file.name])
+
+        found = zip(files.values(), _side_by_side(is_there, files.values()), strict=True)
+        return frozenset(file.sha256 for file, arrived in found if not arrived)
+
+    for incarnation in unfinished:
+        missing = lacks(incarnation)
+        if all(files[sha256].size_bytes <= _IN_MEMORY_BYTES for sha256 in missing):
+            return incarnation, missing
+    return secrets.token_hex(4), frozenset(files)
+
+
 def _send_files(
     store: ObjectStore,
     digest: str,
     incarnation: str,
     local: LocalContent,
+    missing: Collection[str],
     on_sent: Callable[[int], None],
 ) -> None:
-    prefix = layout.content_data_prefix(digest, incarnation)
-    there = {info.key: info for info in store.list(prefix)}
-    distinct = {file.sha256: file for file in local.listing.files}
-
     def send(file: StoredFile) -> int:
-        key = layout.content_file(digest, incarnation, file.sha256)
-        path, identity = local.paths[file.name], local.identities[file.name]
-        if not _is_there(there.get(key), file, path, identity):
-            _send(store, key, file, path, identity)
+        if file.sha256 in missing:
+            key = layout.content_file(digest, incarnation, file.sha256)
+            _send(store, key, file, local.paths[file.name], local.identities[file.name])
         return file.size_bytes
 
-    for size_bytes in _side_by_side(send, distinct.values()):
+    for size_bytes in _side_by_side(send, _distinct(local).values()):
         on_sent(size_bytes)
+
+
+def _distinct(local: LocalContent) -> dict[str, StoredFile]:
+    return {file.sha256: file for file in local.listing.files}
 
 
 def _side_by_side(call: Callable[[StoredFile], T], files: Iterable[StoredFile]) -> Iterator[T]:

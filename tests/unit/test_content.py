@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -361,6 +362,41 @@ def test_a_large_object_is_not_taken_for_the_file_by_its_size(error: BaseExcepti
     stored = content_log(store, local.digest).refresh().readable
     assert stored is not None
     fetch(store, local.digest, stored, tmp_path / "node")
+
+
+class Held(MemoryStore):
+    """The upload of the file of one name waits until it may go on."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.inside, self.goes_on = name, threading.Event(), threading.Event()
+
+    def put(self, key: str, body: bytes | Path) -> None:
+        if isinstance(body, Path) and body.parent.name == self.name:
+            self.inside.set()
+            assert self.goes_on.wait(30)
+        super().put(key, body)
+
+
+def test_a_file_that_changes_while_it_is_sent_damages_no_other_submissions_content(tmp_path: Path) -> None:
+    body = b"x" * (content._IN_MEMORY_BYTES + 1)
+    mine, theirs = (written(tmp_path / who, {"model.bin": body}) for who in ("mine", "theirs"))
+    store = Held("theirs")
+    store.put(layout.content_file(mine.digest, "00000001", "f" * 64), b"half an upload of one that died")
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(store_for, store, "dog", theirs, submitted=False)
+        assert store.inside.wait(30)
+        submit(store, mine)
+        theirs.paths["model.bin"].write_bytes(b"y" * len(body))
+        store.goes_on.set()
+        with pytest.raises(Corrupt, match="changed while it was being uploaded"):
+            other.result()
+
+    live = content_log(store, mine.digest).refresh().live
+    assert live is not None
+    assert live.stored is not None
+    fetch(store, mine.digest, live.stored, tmp_path / "node")
 
 
 def test_a_file_that_changed_during_an_upload_that_failed_is_said_to_have(tmp_path: Path) -> None:
