@@ -199,7 +199,8 @@ class Agent:
                 incarnation=order.incarnation,
                 slot=self._setup.name,
             )
-            return ScopedStore(self._setup.store_url, ask, caller), ScopedLedger(ask, caller)
+            scoped = ScopedStore(self._setup.store_url, ask, caller)
+            return scoped, ScopedLedger(ask, caller, scoped)
         if arbiter is None:
             return self._store, hinted_log(self._store, run_id)
         return self._store, ArbitratedLedger(self._store, run_id, arbiter)

@@ -15,17 +15,19 @@ from typing import BinaryIO
 
 from pydantic import ValidationError
 
+from .. import layout
 from ..background import each
 from ..content.state import Stored
 from ..content.store import MAX_LISTING_BYTES
 from ..errors import AccessDenied, StorageError, Unavailable
 from ..object_store import ObjectInfo
-from ..records import Record
+from ..records import Committed, Record
 from ..run_state import RunState
 from ..s3.file_slice import FileSlice
 from ..s3.presigned import Presigned
 from .grants import (
     MAX_CHECKPOINT_BYTES,
+    MAX_FILES,
     REPLY,
     Append,
     Asked,
@@ -45,6 +47,7 @@ from .grants import (
     Request,
     Told,
     Write,
+    committed_sizes,
 )
 from .http import Expired, PresignedHttp
 
@@ -105,6 +108,8 @@ class ScopedStore:
         self._http = http or PresignedHttp()
         self._multipart_bytes = multipart_bytes
         self._part_bytes = part_bytes
+        self._sent: dict[str, Write] = {}
+        """What lies in the store of the newest checkpoints, as it was asked for."""
 
     @property
     def url(self) -> str:
@@ -144,6 +149,17 @@ class ScopedStore:
             raise Unavailable("the controller answers something else than was asked")
         return reply.stored
 
+    def name_again(self, keys: Iterable[str]) -> bool:
+        """Ask once more for the writes that put these objects there; nothing is sent. False if none did.
+
+        Whoever verifies a commit goes by what was asked for: a controller that started again knows of
+        nothing, and one that has committed a part of a checkpoint has forgotten that part.
+        """
+        writes = [write for key in keys if (write := self._sent.get(key))]
+        for write in writes:
+            self._ask(write)
+        return bool(writes)
+
     def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
         raise _not_allowed(prefix, "list")
 
@@ -178,17 +194,20 @@ class ScopedStore:
         for _ in range(2):  # a second grant: the first may have expired, or its answer been lost
             granted = self._ask(write)
             if isinstance(granted, Done):
+                self._note(write)
                 return
             if isinstance(body, FileSlice):
                 body.seek(0)
             status = self._http.put(key, _presigned(key, granted), body)
             if status < 300:
+                self._note(write)
                 return
         raise _unexpected(key, status)
 
     def _put_parts(self, key: str, slices: Sequence[FileSlice], write: Write) -> None:
         reply = self._ask(write)
         if isinstance(reply, Done):
+            self._note(write)
             return
         if not isinstance(reply, GrantedParts) or len(reply.parts) != len(slices):
             raise Unavailable(f"{key}: the controller grants something else than was asked for")
@@ -199,6 +218,13 @@ class ScopedStore:
         if failed:
             raise failed[0]
         self._ask(Complete(key=key))
+        self._note(write)
+
+    def _note(self, write: Write) -> None:
+        if layout.parse_data(write.key):
+            self._sent[write.key] = write
+            for old in list(self._sent)[: -2 * MAX_FILES]:
+                self._sent.pop(old, None)
 
     def _put_part(self, key: str, part: FileSlice, granted: Granted) -> StorageError | None:
         try:
@@ -221,16 +247,29 @@ class ScopedStore:
 
 
 class ScopedLedger:
-    """A run's log through the controller; implements ``Ledger``."""
+    """A run's log through the controller; implements ``Ledger``.
 
-    def __init__(self, ask: Ask, caller: Caller) -> None:
+    Args:
+        store: The attempt's, by which its checkpoints are sent.
+    """
+
+    def __init__(self, ask: Ask, caller: Caller, store: ScopedStore | None = None) -> None:
         self._ask = _Asking(ask, caller)
+        self._run_id = caller.run_id
+        self._store = store
 
     def refresh(self) -> RunState:
         return self._told(self._ask(Look()))
 
     def append(self, record: Record) -> RunState:
-        return self._told(self._ask(Append(record=record)))
+        try:
+            return self._told(self._ask(Append(record=record)))
+        except Unavailable:
+            if self._store is None or not isinstance(record, Committed):
+                raise
+            if not self._store.name_again(committed_sizes(self._run_id, record)):
+                raise
+            return self._told(self._ask(Append(record=record)))
 
     def _told(self, reply: Reply) -> RunState:
         if not isinstance(reply, Told):

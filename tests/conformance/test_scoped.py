@@ -27,6 +27,7 @@ from storage.log import run_log
 from storage.records import (
     Committed,
     Quarantined,
+    Record,
     Retired,
     Started,
     StoredFile,
@@ -501,16 +502,42 @@ def test_old_uncommitted_files_make_room_and_committed_ones_stay(office: Office)
 def test_a_controller_that_starts_again_takes_the_commit_after_the_files_were_named_again(
     office: Office, tmp_path: Path
 ) -> None:
+    """The node does so itself: it remembers what it has sent, and never sends it again."""
     store, ledger = office.node()
-    store.put(data_key(10), BODY)
+    checkpoints = CheckpointStore(store, RUN, ledger)
+    local = write_checkpoint(tmp_path, 10)
+    append = ledger.append
+
+    def away(record: Record) -> RunState:
+        raise Unavailable("the controller is away")
+
+    ledger.append = away  # type: ignore[method-assign]
+    with pytest.raises(Unavailable, match="is away"):
+        checkpoints.publish(local, 1, incarnation(1))
+    office.restart()
+    ledger.append = append  # type: ignore[method-assign]
+    store._http.put = lambda key, *_: pytest.fail(f"{key}: it is there already")  # type: ignore[method-assign]
+    checkpoints.publish(local, 1, incarnation(1))
+    assert office.runs.refreshed(RUN).committed_step == 10
+
+
+def test_a_controller_that_starts_again_refuses_a_commit_of_what_it_was_never_asked_for(
+    office: Office,
+) -> None:
+    office.node()[0].put(data_key(10), BODY)
     office.restart()
     with pytest.raises(Unavailable, match="send it again"):
-        ledger.append(commit(10))
-    sent: list[str] = []
-    store._http.put = lambda key, *_: sent.append(key) or 200  # type: ignore[method-assign,assignment,func-returns-value]
-    store.put(data_key(10), BODY)
-    assert sent == [], "it is there already"
-    ledger.append(commit(10))
+        office.node()[1].append(commit(10))
+
+
+def test_the_whole_of_a_salvaged_checkpoint_is_committed(office: Office, tmp_path: Path) -> None:
+    store, ledger = office.node()
+    checkpoints = CheckpointStore(store, RUN, ledger)
+    local = write_checkpoint(tmp_path, 10)
+    checkpoints.publish(local, 1, incarnation(1), only={"adapter.safetensors"})
+    checkpoints.publish(local, 1, incarnation(1))
+    state = office.runs.refreshed(RUN)
+    assert (state.committed_step, state.salvaged) == (10, ())
 
 
 def test_a_large_file_is_not_read_back_to_learn_that_other_bytes_are_asked_for(

@@ -76,10 +76,8 @@ class Office:
     def node(self, caller: Caller | None = None, **options: int) -> tuple[ScopedStore, ScopedLedger]:
         who = caller or caller_of(1)
         # Through the attribute: after a restart nodes ask the new desk.
-        return (
-            ScopedStore(self.store.url, lambda body: self.desk.answer(body), who, **options),
-            ScopedLedger(lambda body: self.desk.answer(body), who),
-        )
+        store = ScopedStore(self.store.url, lambda body: self.desk.answer(body), who, **options)
+        return store, ScopedLedger(lambda body: self.desk.answer(body), who, store)
 
 
 def caller_of(attempt: int, *, slot: str = "n1/0", run_id: str = RUN) -> Caller:
