@@ -21,23 +21,21 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from storage.errors import (
-    AccessDenied,
     Corrupt,
     Fenced,
     StorageError,
 )
 from storage.object_store import ObjectStore
 from storage.records import (
-    CheckpointRef,
     Claimed,
     EndReason,
     Record,
 )
-from storage.retention import plan_prune, plan_salvaged
 from storage.run_state import FREE_ENDS, RunState
 
 from .cluster import Cluster, Health, Order, Slot
 from .lifecycle import CancelAsked, Event, Exited, Lost, Phase, Policy, advance, phase, settle, wait_s
+from .pruning import delete_orphans, prune
 from .readers import PATIENCE_S, THREADS, Readers
 from .scheduler import FreeSlot, Placement, QueuedRun, assign
 from .sweep import Sweep
@@ -256,7 +254,7 @@ class Controller:
         if running := run.state.running:
             self._steer(run, slots.get(running.claimed.slot))
         if now >= run.clean_at:
-            self._prune(run, now)
+            prune(run, self._sweep, now)
         self._snapshot.keep_own(run)
         run.quiet = not (run.state.running or run.state.retired or run.state.finished)
 
@@ -394,43 +392,6 @@ class Controller:
             Order(run_id=run.plan.run_id, attempt=claimed.attempt, incarnation=claimed.incarnation),
         )
 
-    def _prune(self, run: TrackedRun, now: float) -> None:
-        """Retire what policy does not keep, and delete what was retired long enough ago.
-
-        What may not be deleted stays, and costs nothing but space.
-        """
-        over = run.state.finished is not None
-        try:
-            self._retire(run)
-            if run.state.retired:
-                state = run.log.confirmed()
-                run.checkpoints.reap(state, grace_s=0.0 if over else self._sweep.checkpoint.grace_s)
-        except AccessDenied as error:
-            self._not_deleted(run, error, now)
-
-    def _not_deleted(self, run: TrackedRun, error: AccessDenied, now: float) -> None:
-        if not run.undeletable:
-            logger.warning("%s: nothing can be deleted: %s", run.plan.run_id, error)
-        run.undeletable, run.clean_at = True, now + IDLE_REFRESH_S
-        run.tidy = run.state.finished is not None
-
-    def _retire(self, run: TrackedRun) -> None:
-        state, policy = run.state, self._sweep.checkpoint
-        if len(state.checkpoints) <= policy.keep_last and not state.salvaged:
-            return
-        superfluous = plan_prune(
-            state.checkpoints,
-            keep_last=policy.keep_last,
-            keep_every=policy.keep_every,
-            keep_best=policy.keep_best,
-            metric=self._sweep.metric.name if self._sweep.metric else None,
-            goal=self._sweep.metric.goal if self._sweep.metric else "minimize",
-            pinned=(*_pinned(state), *state.pinned),
-        )
-        superfluous += plan_salvaged(state)
-        if superfluous:
-            run.checkpoints.retire(superfluous)
-
     def _sweep_orphans(self, now: float) -> None:
         """Delete what runs that are over have left behind; nothing is appended, so all at once."""
         self._readers.do(
@@ -443,12 +404,7 @@ class Controller:
 
     def _sweep_one(self, run: TrackedRun, now: float) -> None:
         with run.lock, self._guarded(run):
-            try:
-                state = run.log.confirmed()
-                run.checkpoints.sweep_orphans(state)
-                run.tidy = state.finished is not None
-            except AccessDenied as error:
-                self._not_deleted(run, error, now)
+            delete_orphans(run, now)
 
     def _advance(self, run: TrackedRun, event: Event) -> None:
         self._append_all(run, advance(run.state, event, self._policy))
@@ -493,14 +449,6 @@ class Controller:
             logger.warning("%s: %s; trying again", run.plan.run_id, problem, exc_info=foreign)
         run.problem = problem
         run.retry_at = self._monotonic() + (IDLE_REFRESH_S if run.damage else RETRY_S)
-
-
-def _pinned(state: RunState) -> tuple[CheckpointRef, ...]:
-    """What the live attempt resumes from may still be read until it has made its first step."""
-    running = state.running
-    if running is None or running.started:
-        return ()
-    return tuple(c.ref for c in state.checkpoints if c.step == running.resumed_from)
 
 
 def _stalled_on(state: RunState) -> str | None:

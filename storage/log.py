@@ -184,15 +184,14 @@ class Log(Generic[S, R]):
             self._read_once = True
             return self.state
 
-    def confirmed(self) -> S:
-        """As ``refresh``, and of a log that began at a snapshot make sure that its last entry is what that
-        says. Whoever deletes goes by this: what a snapshot says, and the log does not, may not cost data.
+    def proven(self) -> S:
+        """The state as last read; of a log that is known from a snapshot alone, after a look at whether its
+        last entry is what that says. Whoever deletes goes by this: no snapshot's word may cost data.
 
         Raises:
             StorageError: See ``refresh``.
         """
         with self._lock:
-            self.refresh()
             self._prove()
             return self.state
 

@@ -936,6 +936,19 @@ def test_a_steady_tick_asks_the_store_for_nothing() -> None:
     assert store.take() == sorted(f"list {layout.run_log_prefix(run_id)}" for run_id in running)
 
 
+def test_checkpoints_that_wait_for_their_grace_cost_no_request() -> None:
+    store, sweep = Counting(), small_sweep(runs=1, max_steps=200, checkpoint=Checkpoint(grace_s=300.0))
+    cluster = FakeCluster(store, sweep)
+    controller = Controller(sweep, store, cluster, cluster.clock)
+    ticks(controller, cluster, 30)
+    assert controller.states[R0].retired
+    cluster.now += REFRESH_S
+    controller.tick()
+    store.take()
+    controller.tick()
+    assert store.take() == []
+
+
 def test_very_many_runs_are_looked_at_less_often() -> None:
     runs = 150
     store, sweep = Counting(), small_sweep(runs=runs)
