@@ -40,6 +40,8 @@ from .uplink import allowance_s, answer_s
 
 REQUEST_S = 60.0
 """A request and its repetitions are done by then; bodies of files get more, by their size."""
+PAGE_KEYS = 1000
+"""Of so many keys an answer to a listing tells; servers tell of no more."""
 _NO_UPLOADS = {"NoSuchUpload", "NotImplemented"}
 """There is none, any more or at all; some servers say the first of a bucket that never had any."""
 
@@ -157,7 +159,11 @@ class S3Store:
             return self._request(
                 prefix,
                 lambda client: client.list_objects_v2(
-                    Bucket=self._bucket, Prefix=self._prefix + prefix, **options, **marker
+                    Bucket=self._bucket,
+                    Prefix=self._prefix + prefix,
+                    MaxKeys=PAGE_KEYS,
+                    **options,
+                    **marker,
                 ),
             )
 

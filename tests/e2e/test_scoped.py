@@ -35,7 +35,7 @@ def test_a_killed_run_of_nodes_without_credentials_ends_in_the_same_bytes(
     mine = tmp_path / "world"
     shutil.copytree(world, mine)
     gate = Gate(tmp_path)
-    plan(mine, tmp_path, bucket.url_of("scoped"), gate, steps=60)
+    plan(mine, tmp_path, bucket.url_of("scoped"), gate, steps=30)
     sweep = load(tmp_path / "grid.yaml", overrides=["storage.credentials=scoped"])
     run_id = sweep.runs[0].run_id
     store, probed = open_probed(sweep.storage.url)
@@ -56,7 +56,8 @@ def test_a_killed_run_of_nodes_without_credentials_ends_in_the_same_bytes(
     assert len(state.attempts) == 3
     assert [attempt.started is not None for attempt in state.attempts] == [True] * 3
     (mine / "elsewhere").rename(mine / "images")
-    assert adapter(store, run_id, tmp_path / "killed") == undisturbed(sweep, tmp_path)
+    with undisturbed(sweep, tmp_path) as calm:
+        assert adapter(store, run_id, tmp_path / "killed") == calm()
     assert litter(store, run_id, state) == []
     assert list(store.unfinished("")) == []
     assert environments

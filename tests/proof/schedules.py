@@ -176,7 +176,7 @@ def control(world: World, store: Seat) -> None:
     ledger = world.ledger(store)
     checkpoints = world.checkpoints(store, ledger)
     state = RunState()
-    for _ in range(world.chance.randint(3, 5)):
+    for _ in range(world.chance.randint(2, 5)):
         try:
             if not world.odds(0.15):  # else it acts on what it knew before
                 state = ledger.refresh()
