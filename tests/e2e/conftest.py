@@ -30,8 +30,19 @@ def figures() -> dict[str, Any]:
     return FIGURES
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In a process of several: leave the figures for the one that prints them."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["figures"] = FIGURES
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    FIGURES.update(getattr(node, "workeroutput", {}).get("figures", {}))
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if FIGURES:
+    if FIGURES and not hasattr(config, "workeroutput"):
         print(json.dumps(FIGURES))
 
 

@@ -35,13 +35,13 @@ from storage.url import open_store
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 STEPS = 120
-KILLS = ("trainer", "node", "agent", "sigterm") * 3
+KILLS = (*("trainer", "node", "agent", "sigterm") * 2, "trainer", "node")
 
 
 @pytest.mark.parametrize(
     ("optimizer", "bucket"), [("adamw", "radosgw"), ("adamw8bit", "rclone")], indirect=["bucket"]
 )
-def test_a_run_killed_twelve_times_ends_in_the_same_bytes(
+def test_a_run_killed_ten_times_ends_in_the_same_bytes(
     optimizer: str, bucket: S3Server, world: Path, tmp_path: Path, figures: dict[str, Any]
 ) -> None:
     gate = Gate(tmp_path)
