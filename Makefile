@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 BENCH  := $(VENV)/ready-bench
 ARGS   ?=
-JOBS   ?= 2
+JOBS   ?= 3
 N      ?= 100000
 SEED   ?= 1
 SECONDS ?= 60
@@ -58,7 +58,7 @@ format: $(READY) ## format the tree and fix what can be fixed safely
 	$(BIN)/ruff format .
 
 e2e: $(READY) ## minutes on real Ray with real kills; the last line is one JSON object
-	$(BIN)/python -m pytest tests/e2e -m e2e -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest tests/e2e -m e2e -n 2 --dist loadfile $(ARGS)
 
 schedules: $(READY) ## N random histories of a run from SEED on; the last line is one JSON object
 	@PYTHONPATH=tests $(BIN)/python -m proof.schedules -n $(N) --seed $(SEED) $(ARGS)
