@@ -12,15 +12,8 @@ from typing import Any, NoReturn
 import click
 
 from . import storage_commands
+from .options import output_option, store_option
 
-store_option = click.option(
-    "--store",
-    "store_url",
-    envvar="ORCHESTRATE_STORE",
-    default="file://./orchestrate-store",
-    show_default=True,
-    help="Where sweeps are kept: s3://bucket/prefix?endpoint=… or file:///folder. [env: ORCHESTRATE_STORE]",
-)
 address_option = click.option(
     "--address",
     envvar="RAY_ADDRESS",
@@ -30,7 +23,6 @@ address_option = click.option(
 insecure_option = click.option(
     "--insecure", is_flag=True, help="Use a cluster elsewhere although RAY_AUTH_MODE=token is not set."
 )
-output_option = click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table")
 
 
 class Commands(click.Group):

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .options import output_option, store_option
+
 if TYPE_CHECKING:
     from storage.garbage.collecting import Collected
     from storage.ledger import Ledger
@@ -20,21 +22,12 @@ if TYPE_CHECKING:
 
 _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
-store_option = click.option(
-    "--store",
-    "store_url",
-    envvar="ORCHESTRATE_STORE",
-    default="file://./orchestrate-store",
-    show_default=True,
-    help="Where sweeps are kept: s3://bucket/prefix?endpoint=… or file:///folder. [env: ORCHESTRATE_STORE]",
-)
 address_option = click.option(
     "--address",
     envvar="RAY_ADDRESS",
     default=None,
     help="The sweep's Ray cluster, for stores where only its controller may write to the logs.",
 )
-output_option = click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table")
 
 
 def _age(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:

@@ -1,5 +1,6 @@
 """Runs one attempt of a tiny run in a folder, and reads what it left."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,9 @@ from storage.local import complete_checkpoints
 from trainer.config import RunSpec
 from trainer.rundir import CheckpointPolicy, Options, RunDir, StartOrder, read_events
 from trainer.stop import Stop
+
+Lay = Callable[..., RunDir]
+"""``lay_out`` within a test's own folder, by name."""
 
 
 class StopAtStep(Stop):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.runs import RUN, claimed, incarnation
 from support.single_file import write_single_file
-from support.tiny_world import build_base, build_images, tiny_spec
+from support.tiny_world import tiny_spec
 from support.training import contents, events, lay_out, newest
 
 from storage import layout
@@ -26,14 +26,6 @@ from trainer.stop import Stop
 from trainer.supervisor import Assignment, Supervisor
 
 STOPPING = threading.Event()
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    build_base(root / "base")
-    build_images(root / "images")
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from support import light_trainer
 from support.runs import claimed, committed, ended, incarnation
-from support.tiny_world import build_base, build_images, tiny_spec
+from support.tiny_world import tiny_spec
 from support.training import contents, lay_out, newest
 
 from storage import layout
@@ -155,14 +155,6 @@ def supervise(tmp_path: Path) -> Iterator[Supervise]:
 
 
 LIGHT_SPEC = RunSpec(base=Base(model="owner/model"), dataset=Dataset(path="/data"))
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    build_base(root / "base")
-    build_images(root / "images")
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from support.tiny_world import build_base, build_images, tiny_spec
+from support.tiny_world import tiny_spec
 from support.training import lay_out, newest
 
 from storage.local import staged_checkpoint
@@ -26,14 +26,6 @@ from trainer.tensor_file import read, to_bytes
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 PROMPT, SEEDS = "a photo of a rufus", (1, 2, 3)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    build_base(root / "base")
-    build_images(root / "images")
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.tiny_world import build_base, build_images, tiny_spec
+from support.tiny_world import tiny_spec
 from support.training import contents, events, lay_out, newest
 
 from trainer.attempt import run_attempt
@@ -69,14 +69,6 @@ def start() -> Iterator[Callable[[], Process]]:
             os.killpg(process.popen.pid, signal.SIGKILL)
         with process.popen:
             assert process.stdout.read() == b"", "what it prints belongs into the run's log"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    build_base(root / "base")
-    build_images(root / "images")
-    return root
 
 
 @pytest.fixture(scope="module")

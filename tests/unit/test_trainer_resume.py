@@ -1,42 +1,23 @@
 """An interrupted run ends in the same bytes as one that was never interrupted."""
 
 import resource
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny_world import build_base, build_images, tiny_spec
-from support.training import StopAtStep, contents, events, lay_out, newest
+from support.tiny_world import tiny_spec
+from support.training import Lay, StopAtStep, contents, events, newest
 
 from trainer.attempt import run_attempt
 from trainer.config import RunSpec
 from trainer.errors import BadCheckpoint
 from trainer.process import serve
-from trainer.rundir import EXIT_BAD_CHECKPOINT, EXIT_COMPLETE, EXIT_PREEMPTED, RunDir
+from trainer.rundir import EXIT_BAD_CHECKPOINT, EXIT_COMPLETE, EXIT_PREEMPTED
 from trainer.snapshot import read_adapter, read_progress
 from trainer.stop import Stop
 
-Lay = Callable[..., RunDir]
-
 EIGHT_BIT = {"optimizer": "adamw8bit", "adam8bit_min_size": 64}
 """The tiny adapter's matrices have 32 to 512 elements: most get 8-bit state, some do not."""
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    build_base(root / "base")
-    build_images(root / "images")
-    return root
-
-
-@pytest.fixture
-def lay(world: Path, tmp_path: Path) -> Lay:
-    def make(name: str, spec: RunSpec, **options: Any) -> RunDir:
-        return lay_out(tmp_path / name, spec, cache=world / "cache", **options)
-
-    return make
 
 
 def spec_of(world: Path, **base: Any) -> RunSpec:

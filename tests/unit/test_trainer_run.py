@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.single_file import write_single_file
 from support.tiny_world import build_base, build_images, tiny_spec
-from support.training import StopAtStep, contents, events, lay_out, newest
+from support.training import Lay, StopAtStep, contents, events, newest
 
 from storage.local import Manifest
 from trainer.attempt import prepare, run_attempt
@@ -21,34 +21,17 @@ from trainer.errors import BadInput, Diverged, EvaluationFailed
 from trainer.evaluate import evaluate, scores
 from trainer.families import load_family
 from trainer.model_files import model_digest
-from trainer.rundir import EXIT_COMPLETE, EXIT_PREEMPTED, RunDir
+from trainer.rundir import EXIT_COMPLETE, EXIT_PREEMPTED
 from trainer.snapshot import Progress
 from trainer.stop import Stop
 
 # diffusers' schedulers hand torch tensors to numpy in the old way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-Lay = Callable[..., RunDir]
 
 SAMPLES = {"prompts": ["a dog", "a [trigger]"], "seeds": [1, 2], "steps": 2}
 COUNT = "import json,pathlib,sys; n=len(list(pathlib.Path(sys.argv[1]).glob('*.png'))); "
 """Counts the samples; what follows prints the scores."""
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    build_base(root / "base")
-    build_images(root / "images")
-    return root
-
-
-@pytest.fixture
-def lay(world: Path, tmp_path: Path) -> Lay:
-    def make(name: str, spec: RunSpec, **options: Any) -> RunDir:
-        return lay_out(tmp_path / name, spec, cache=world / "cache", **options)
-
-    return make
 
 
 @pytest.fixture

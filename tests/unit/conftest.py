@@ -1,0 +1,34 @@
+"""What tests of the trainer share: a tiny base model, images, and directories of runs to train there."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from support.training import Lay
+
+    from trainer.config import RunSpec
+    from trainer.rundir import RunDir
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``base`` and ``images``."""
+    from support.tiny_world import build_base, build_images  # here: most tests need no torch
+
+    root = tmp_path_factory.mktemp("world")
+    build_base(root / "base")
+    build_images(root / "images")
+    return root
+
+
+@pytest.fixture
+def lay(world: Path, tmp_path: Path) -> "Lay":
+    """Lays out the directory of a run of this name and spec, ready to be trained."""
+    from support.training import lay_out
+
+    def make(name: str, spec: "RunSpec", **options: Any) -> "RunDir":
+        return lay_out(tmp_path / name, spec, cache=world / "cache", **options)
+
+    return make
