@@ -59,6 +59,12 @@ class Run:
         self.log: RunLog = run_log(store, self.run_id)
         self.state: RunState = self.log.refresh()
 
+    @property
+    def sweep_over(self) -> bool:
+        """Whether all runs of the sweep are over: then it has no controller, and none can be started."""
+        runs = (self.run_id, *(run.run_id for run in self.sweep.runs))
+        return all(run_log(self.store, run).refresh().finished for run in runs)
+
     def at(self, step: int | None) -> Committed:
         """Return the checkpoint of a step, or the newest there is; a whole one before a salvage.
 
@@ -159,6 +165,12 @@ def pin(
         Unknown: There is no such checkpoint.
         OrchestrateError: Only a controller may write to this store, and none is here.
     """
+    if ledger is None and run.sweep_over:
+        raise OrchestrateError(
+            f"not possible on this store any more: {run.sweep.name} is over, and only a sweep's controller may "
+            f"write to {run.store.url}. Without it nothing of {run.sweep.name} is retired either — for a copy of "
+            f"your own: orchestrate checkpoints pull {run.run_id}@{step}"
+        )
     if ledger is None:
         raise OrchestrateError(
             f"{run.store.url}: two writers could both win here, so only the sweep's controller may write — "

@@ -209,7 +209,8 @@ def _pin(name: str, store_url: str, address: str | None, *, unpin: bool) -> None
         raise click.UsageError(f"say which step: {run}@STEP (see: orchestrate checkpoints ls {run})")
     found = command.Run(_open(store_url, None), run)
     store, probed = open_probed(store_url)
-    controller = None if probed.atomic else _controller(found.sweep.name, address)
+    needs = not probed.atomic and not found.sweep_over
+    controller = _controller(found.sweep.name, address) if needs else None
     ledger = ledger_of(store, found.run_id, controller, atomic=probed.atomic)
     click.echo(command.pin(found, step, ledger, unpin=unpin))
 

@@ -308,6 +308,21 @@ def test_where_only_a_controller_may_write_gc_retires_nothing_and_says_so(
     assert state(store).pinned == ()
 
 
+def test_where_only_a_controller_may_write_nothing_of_a_sweep_that_is_over_is_pinned(
+    store: DirectoryStore, orchestrate: Orchestrate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.probe.open_probed", lambda url: (store, ProbeResult(False, "2 of 16 won")))
+    run_log(store, R0).append(Finished(outcome=Outcome.SUCCEEDED, at=1.0))
+    assert "orchestrate resume" in orchestrate("checkpoints", "pin", "cat/0@10")[2], "the other run goes on"
+
+    run_log(store, R1).append(Finished(outcome=Outcome.CANCELLED, at=1.0))
+    code, _, said = orchestrate("checkpoints", "pin", "cat/0@10")
+    assert code == 1
+    assert said.startswith("not possible on this store any more: cat is over")
+    assert "resume" not in said
+    assert f"orchestrate checkpoints pull {R0}@10" in said
+
+
 class Controller:
     """A controller within reach."""
 
