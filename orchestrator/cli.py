@@ -88,8 +88,8 @@ def sweep(
 
     from . import preflight
     from .inputs import shown_upload
-    from .session import show_plan, work_on
-    from .submission import submit
+    from .session import refuse_unrunnable, show_plan, work_on
+    from .submission import is_new, submit
     from .sweep import load
 
     named = (*overrides, f"name={name}") if name else overrides
@@ -105,9 +105,11 @@ def sweep(
     if not yes and sys.stdin.isatty():
         click.confirm("Proceed?", default=True, abort=True, err=True)
     store, probed = open_probed(planned.storage.url)
+    if is_new(planned, store):
+        refuse_unrunnable(planned, store, probed, address=address, insecure=insecure)
     with shown_upload(planned, store) as on_sent:
-        is_new = submit(planned, store, on_sent)
-    if not is_new:
+        created = submit(planned, store, on_sent)
+    if not created:
         click.echo(f"{planned.name} was submitted before, unchanged: going on with it.", err=True)
     work_on(planned, store, probed, address=address, detach=detach, insecure=insecure)
 

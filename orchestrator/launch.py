@@ -65,6 +65,18 @@ def check_resources(sweep: Sweep) -> None:
     raise PreflightFailed([Problem(code="E2602", message=message, hint=hint)])
 
 
+def refuse_scoped(sweep: Sweep, store_url: str, *, arbitrated: bool) -> None:
+    """Refuse a sweep whose nodes are to hold no credentials, on a store that cannot do without.
+
+    Raises:
+        PreflightFailed: With what the store lacks.
+    """
+    if arbitrated and sweep.storage.credentials == "scoped":
+        message = f"credentials: scoped needs a store with create-only, which {store_url} does not keep"
+        hint = "use another store, or credentials: env"
+        raise PreflightFailed([Problem(code="E2605", message=message, hint=hint)])
+
+
 def start(sweep: Sweep, store_url: str, *, arbitrated: bool) -> "ControllerClient":
     """Start the sweep's controller on the connected cluster, or find the one there.
 
@@ -72,11 +84,8 @@ def start(sweep: Sweep, store_url: str, *, arbitrated: bool) -> "ControllerClien
         PreflightFailed: Nodes are to hold no credentials, and the store cannot do without.
         OrchestrateError: See ``controller_client.start_controller``.
     """
+    refuse_scoped(sweep, store_url, arbitrated=arbitrated)
     scoped = sweep.storage.credentials == "scoped"
-    if scoped and arbitrated:
-        message = f"credentials: scoped needs a store with create-only, which {store_url} does not keep"
-        hint = "use another store, or credentials: env"
-        raise PreflightFailed([Problem(code="E2605", message=message, hint=hint)])
     from .controller_actor import ControllerSetup
     from .controller_client import start_controller
 

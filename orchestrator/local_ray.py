@@ -126,8 +126,7 @@ def start(nodes: int = 1, cpus: int | None = None) -> LocalRay:
 
 def stop(cluster: LocalRay, timeout_s: float = 30.0) -> None:
     """End a local cluster and wait until its host is gone. A connection of this process to it ends first."""
-    if "ray" in sys.modules:  # Ray ends a process whose cluster is gone, a minute later, without a word
-        sys.modules["ray"].shutdown()
+    disconnect()
     with contextlib.suppress(ProcessLookupError):
         os.kill(cluster.host_pid, signal.SIGTERM)
     deadline = time.monotonic() + timeout_s
@@ -185,6 +184,12 @@ def connect(address: str) -> None:
     ray.init(address=address, namespace="orchestrate", log_to_driver=False, logging_level="ERROR")
     # Ray also prints pages about each lost node, to stdout, which is for data. We say it in our own words.
     ray._private.worker.print_to_stdstream = lambda *arguments, **options: None
+
+
+def disconnect() -> None:
+    """End this process's connection: Ray ends a process whose cluster is gone, a minute later and unsaid."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
 
 
 def authenticate(folder: Path) -> None:

@@ -26,6 +26,24 @@ EXIT_RUNS_FAILED = 100
 EXIT_DETACHED = 130
 
 
+def refuse_unrunnable(
+    sweep: Sweep, store: ObjectStore, probed: ProbeResult, *, address: str | None, insecure: bool
+) -> None:
+    """Refuse what no controller could work on, before anything of the sweep is stored.
+
+    The connection ends again: storing may outlast a local cluster on which nothing runs.
+
+    Raises:
+        PreflightFailed: No cluster answers, no node of it has what a run needs, or the store will not do.
+    """
+    launch.refuse_scoped(sweep, store.url, arbitrated=not probed.atomic)
+    launch.connect(address, insecure=insecure)
+    try:
+        launch.check_resources(sweep)
+    finally:
+        local_ray.disconnect()
+
+
 def work_on(
     sweep: Sweep,
     store: ObjectStore,

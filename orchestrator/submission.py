@@ -26,21 +26,31 @@ def submit(sweep: Sweep, store: ObjectStore, on_sent: Sent = lambda size_bytes: 
         InvalidFile: Another sweep of this name is in the store; the problems are the differences.
         PreflightFailed: An input changes meanwhile.
     """
-    known = _read(sweep.name, store)
-    _refuse_another(known, sweep)
+    known = not is_new(sweep, store)
     upload = are_uploaded(sweep.storage, store)
     if upload:
-        store_inputs(sweep, store, submitted=known is not None, on_sent=on_sent)
-    if known is not None:
+        store_inputs(sweep, store, submitted=known, on_sent=on_sent)
+    if known:
         return False
     for run in sweep.runs:
         store.create(layout.run_spec(run.run_id), run.spec.model_dump_json().encode())
-    is_new = store.create(layout.sweep_spec(sweep.name), sweep.to_json())
-    if not is_new:
+    created = store.create(layout.sweep_spec(sweep.name), sweep.to_json())
+    if not created:
         _refuse_another(load_submitted(store, sweep.name), sweep)
     if upload:
         store_inputs(sweep, store, submitted=True, on_sent=on_sent)
-    return is_new
+    return created
+
+
+def is_new(sweep: Sweep, store: ObjectStore) -> bool:
+    """Whether no sweep of this name is in the store; False if the very same is.
+
+    Raises:
+        InvalidFile: Another sweep of this name is in the store; the problems are the differences.
+    """
+    known = _read(sweep.name, store)
+    _refuse_another(known, sweep)
+    return known is None
 
 
 def _refuse_another(known: Sweep | None, sweep: Sweep) -> None:

@@ -48,7 +48,9 @@ dataset: {{path: {world / "images"}}}
 resources: {{gpus: 0, cpus: 1}}
 checkpoint: {{every: 10}}
 {gate.grid}""")
-    first = Watched(home, "sweep", "grid.yaml", "-y")
+    refused = orchestrate(home, "sweep", "grid.yaml", "-y", "--set", "resources.cpus=100000")
+    assert (refused.returncode, "E2602" in refused.stderr) == (3, True), refused.stderr
+    first = Watched(home, "sweep", "grid.yaml", "-y")  # the name is still free
     wait_for("a run that trains", lambda: "RUNNING step" in first.seen, 180)
     cluster = local_ray.find()
     assert cluster is not None

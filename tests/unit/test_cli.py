@@ -193,6 +193,19 @@ def test_a_sweep_that_is_wrong_launches_nothing(
     assert no_objects(folder)
 
 
+def test_a_sweep_that_the_cluster_cannot_run_is_not_stored(
+    orchestrate: Orchestrate, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.local_ray.connect", lambda address: None)
+    monkeypatch.setattr("orchestrator.ray_cluster.shortfall", lambda want: "n1: 1 CPUs, 0 GPUs")
+
+    code, printed, said = orchestrate("sweep", "grid.yaml", "-y", "--address", "127.0.0.1:1")
+
+    assert (code, printed) == (3, "")
+    assert "E2602 no node has what a run needs" in said
+    assert no_objects(folder)
+
+
 def test_a_changed_file_under_the_same_name_is_refused_with_the_differences(
     orchestrate: Orchestrate, folder: Path, store: DirectoryStore
 ) -> None:

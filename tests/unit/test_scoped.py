@@ -12,6 +12,7 @@ from support.runs import RUN, claimed, committed, ended, incarnation, ref
 from orchestrator.agent import forget_credentials
 from orchestrator.errors import InvalidFile, PreflightFailed
 from orchestrator.launch import start
+from orchestrator.session import refuse_unrunnable
 from orchestrator.sweep import load
 from storage import layout
 from storage.errors import (
@@ -22,7 +23,9 @@ from storage.errors import (
     StorageError,
     Unavailable,
 )
+from storage.memory import MemoryStore
 from storage.packing import codec_of
+from storage.probe import ProbeResult
 from storage.records import MAX_RECORD_BYTES, Committed, Packed, Quarantined, Record, StoredFile
 from storage.run_state import RunState, apply, refusal
 from storage.scoped.grants import (
@@ -441,6 +444,10 @@ def test_a_store_without_create_only_is_refused_before_anything_starts(tmp_path:
     file.write_text(GRID.format(url="s3://bucket", credentials="scoped"))
     with pytest.raises(PreflightFailed, match="E2605"):
         start(load(file), "s3://bucket", arbitrated=True)
+    with pytest.raises(PreflightFailed, match="E2605"):  # and no cluster is asked for
+        refuse_unrunnable(
+            load(file), MemoryStore(), ProbeResult(False, "races"), address="127.0.0.1:1", insecure=False
+        )
 
 
 def test_an_attempt_resumes_from_what_is_left_after_a_quarantine() -> None:
