@@ -15,6 +15,7 @@ from . import launch, local_ray
 from .cluster import NoCluster, RemoteController
 from .controller import Controller
 from .errors import PreflightFailed
+from .options import store_flag
 from .sweep import Sweep
 from .view import OVER, RunView, Status, best, described, read_rows
 from .watch import console, table, watch
@@ -70,7 +71,7 @@ def work_on(
     launch.start(sweep, store.url, arbitrated=not probed.atomic)
     click.echo(f"sweep {sweep.name} runs on {where}", err=True)
     if detach:
-        _useful_commands(sweep.name)
+        _useful_commands(sweep.name, store.url)
     else:
         conclude(sweep, watched(sweep, store, lambda: launch.find_controller(sweep.name)))
 
@@ -83,7 +84,7 @@ def watched(
         return watch(sweep, store, controller=controller)
     except KeyboardInterrupt:
         click.echo("\nDetached. The sweep goes on.", err=True)
-        _useful_commands(sweep.name)
+        _useful_commands(sweep.name, store.url)
         sys.exit(EXIT_DETACHED)
 
 
@@ -132,10 +133,13 @@ def show_plan(sweep: Sweep) -> None:
     click.echo(f"{len(sweep.runs)} runs{left_out}; store {sweep.storage.url}", err=True)
 
 
-def _useful_commands(name: str) -> None:
-    click.echo(
-        f"  orchestrate status {name} -w     watch it again\n"
-        f"  orchestrate why {name}/0         why a run was interrupted\n"
-        f"  orchestrate cancel {name}        stop it; checkpoints stay",
-        err=True,
-    )
+def _useful_commands(name: str, store_url: str) -> None:
+    flag = store_flag(store_url)
+    commands = {
+        f"status {name} -w{flag}": "watch it again",
+        f"why {name}/0{flag}": "why a run was interrupted",
+        f"cancel {name}{flag}": "stop it; checkpoints stay",
+    }
+    width = max(map(len, commands))
+    for command, purpose in commands.items():
+        click.echo(f"  orchestrate {command:<{width}}     {purpose}", err=True)

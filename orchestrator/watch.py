@@ -15,6 +15,7 @@ from storage.object_store import ObjectStore
 
 from .cluster import RemoteController
 from .errors import OrchestrateError
+from .options import store_flag
 from .sweep import Sweep
 from .sweep_logs import SweepLogs
 from .view import OVER, RunView, Status, best, described, rows
@@ -79,7 +80,8 @@ def watch(
                 worked_on_at = time.monotonic()
             elif time.monotonic() - worked_on_at > ABANDONED_S and any(v.status not in OVER for v in views):
                 raise OrchestrateError(
-                    f"no controller works on {sweep.name} on this cluster — orchestrate resume {sweep.name}"
+                    f"no controller works on {sweep.name} on this cluster — "
+                    f"orchestrate resume {sweep.name}{store_flag(store.url)}"
                 )
             if on_look:
                 on_look(views)

@@ -19,6 +19,7 @@ from support.runs import claimed, committed, ended, incarnation
 
 from orchestrator.cli import main
 from orchestrator.grid_schema import Metric
+from orchestrator.options import store_flag
 from orchestrator.session import EXIT_DETACHED, EXIT_RUNS_FAILED
 from orchestrator.submission import load_submitted, submit
 from orchestrator.sweep import Sweep
@@ -385,6 +386,23 @@ def test_ctrl_c_while_watching_detaches_and_says_what_next(
         "  orchestrate why cat/0         why a run was interrupted",
         "  orchestrate cancel cat        stop it; checkpoints stay",
     ]
+
+    monkeypatch.delenv("ORCHESTRATE_STORE")
+    _, _, said = orchestrate("status", "cat", "-w", "--store", "file://./store")
+    flag = f"--store {store.url}"
+    assert said.splitlines()[-3:] == [
+        f"  orchestrate status cat -w {flag}     watch it again",
+        f"  orchestrate why cat/0 {flag}         why a run was interrupted",
+        f"  orchestrate cancel cat {flag}        stop it; checkpoints stay",
+    ]
+
+
+def test_a_store_in_a_hint_is_quoted_for_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "s3://bucket/loras?endpoint=http://127.0.0.1:9000&region=eu"
+    monkeypatch.setenv("ORCHESTRATE_STORE", "ftp://no/store")
+    assert store_flag(url) == f" --store '{url}'"
+    monkeypatch.setenv("ORCHESTRATE_STORE", url)
+    assert store_flag(url) == ""
 
 
 def test_why_tells_what_an_interruption_cost(orchestrate: Orchestrate, store: DirectoryStore) -> None:
