@@ -27,6 +27,9 @@ IDLE_S = 60.0
 
 START_TIMEOUT_S = 120.0
 
+KNOCK_S = 3.0
+"""So long a cluster's port has to answer at all."""
+
 LOOPBACK = "127.0.0.1"
 """Ray binds every port to loopback only if this is its node's address."""
 
@@ -172,7 +175,12 @@ def kill_node(cluster: LocalRay, name: str) -> int:
 
 
 def connect(address: str) -> None:
-    """Connect this process to the cluster at ``address``, with its token if it is the local one."""
+    """Connect this process to the cluster at ``address``, with its token if it is the local one.
+
+    Raises:
+        ConnectionError: Nothing listens there. Ray would try for minutes before it said so.
+    """
+    _knock(address)
     if is_local(address):
         authenticate(home())  # to no other: the token would go to a stranger
     import ray
@@ -184,6 +192,16 @@ def connect(address: str) -> None:
     ray.init(address=address, namespace="orchestrate", log_to_driver=False, logging_level="ERROR")
     # Ray also prints pages about each lost node, to stdout, which is for data. We say it in our own words.
     ray._private.worker.print_to_stdstream = lambda *arguments, **options: None
+
+
+def _knock(address: str) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):
+        return  # "auto", for example: Ray knows where that is
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(f"nothing answers there: {error}") from error
 
 
 def disconnect() -> None:

@@ -1,6 +1,8 @@
 """Beside a controller: whom we connect to, who may cancel, who is still there. No cluster is started."""
 
 import os
+import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,18 @@ def test_a_cluster_elsewhere_without_authentication_is_refused(monkeypatch: pyte
         with pytest.raises(PreflightFailed, match=r"E2603 .* authentication is off") as refused:
             launch.connect(address)
         assert refused.value.exit_code == 3
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "localhost:99999"])
+def test_an_address_at_which_nothing_listens_is_known_without_ray(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # importing it would fail
+    with socket.socket() as bound:  # and not listening
+        bound.bind(("127.0.0.1", 0))
+        there = address.format(port=bound.getsockname()[1])
+        with pytest.raises(PreflightFailed, match=r"E2601 no Ray cluster answers at .*: nothing answers"):
+            launch.connect(there, insecure=True)
 
 
 @pytest.mark.parametrize(
