@@ -167,9 +167,9 @@ def pin(
     """
     if ledger is None and run.sweep_over:
         raise OrchestrateError(
-            f"not possible on this store any more: {run.sweep.name} is over, and only a sweep's controller may "
-            f"write to {run.store.url}. Without it nothing of {run.sweep.name} is retired either — for a copy of "
-            f"your own: orchestrate checkpoints pull {run.run_id}@{step}"
+            f"not possible on this store any more: {run.sweep.name} is over, and only a sweep's controller "
+            f"may write to {run.store.url}. Without it nothing of {run.sweep.name} is retired either — "
+            f"for a copy of your own: orchestrate checkpoints pull {run.run_id}@{step}"
         )
     if ledger is None:
         raise OrchestrateError(

@@ -6,7 +6,7 @@ point, and run beside another and beside controllers: see ``storage.garbage`` fo
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from storage import layout
 from storage.errors import Corrupt, InvalidName, StorageError, Unavailable
@@ -79,6 +79,8 @@ class Survey:
     terms: tuple[ObjectInfo, ...] = ()
     uploads: tuple[ObjectInfo, ...] = ()
     contents: list[ContentPlan] = field(default_factory=list)
+    unwritable: set[str] = field(default_factory=set)
+    """Sweeps into whose logs nobody may write any more."""
 
     @property
     def steps(self) -> int:
@@ -155,12 +157,34 @@ def survey(
     return plan
 
 
+def leave_out_unwritable(plan: Survey) -> list[str]:
+    """Leave out what nobody can do where only controllers may write; returns what that is, for a person.
+
+    A sweep that is over has no controller any more, and shared content never has one.
+    """
+    left = []
+    for name, runs in plan.runs.items():
+        sweep = plan.found.sweeps.get(name)
+        if sweep and not all(_is_over(plan.found, run.run_id) for run in sweep.runs):
+            continue
+        if count := sum(len(run.retire) for run in runs):
+            left.append(f"{count} superseded checkpoint{'s' * (count != 1)} of {name}, which is over")
+        plan.unwritable.add(name)
+        # What was retired is deleted without a record: once nothing of it lies there, that is done.
+        plan.runs[name] = [
+            replace(run, retire=(), reap=tuple(doomed for doomed in run.reap if doomed.sized)) for run in runs
+        ]
+    if plan.contents:
+        left.append("content that no sweep uses")
+    plan.contents = []
+    return left
+
+
 def carry_out(
     store: ObjectStore,
     plan: Survey,
     ledger_of: LedgerOf,
     *,
-    atomic: bool,
     clock: Callable[[], float] = time.time,
 ) -> Iterator[Collected]:
     """Delete what is planned, step by step."""
@@ -176,7 +200,7 @@ def carry_out(
             except Unavailable as error:
                 yield Collected(failed=str(error))
                 return
-            needs_record = bool(sure.reap or sure.retire)
+            needs_record = bool(sure.reap or sure.retire) and name not in plan.unwritable
             ledger = ledger_of(name, run.run) if needs_record else None
             yield from collect_run(store, sure, ledger, clock=clock)
     if plan.probes:
@@ -184,9 +208,8 @@ def carry_out(
     if plan.terms:
         yield collect_loose(store, plan.terms)
     yield from collect_uploads(store, plan.uploads)
-    if atomic:  # each content has a log of its own, and no controller
-        for content in plan.contents:
-            yield from collect_content(store, content)
+    for content in plan.contents:
+        yield from collect_content(store, content)
 
 
 def _sweeps(store: ObjectStore, inventory: Inventory) -> tuple[dict[str, Sweep], dict[str, str]]:
@@ -262,6 +285,10 @@ def _keep(sweep: Sweep, last: int | None) -> Keep:
         metric=sweep.metric.name if sweep.metric else None,
         maximize=bool(sweep.metric and sweep.metric.goal == "maximize"),
     )
+
+
+def _is_over(found: Store, run: str) -> bool:
+    return run in found.logs and found.logs[run].state.finished is not None
 
 
 def _over_since(sweep: Sweep, found: Store, older_than_s: float) -> bool:

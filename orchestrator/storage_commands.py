@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from storage.garbage.collecting import Collected
     from storage.ledger import Ledger
     from storage.object_store import ObjectStore
+    from storage.probe import ProbeResult
 
     from .cleaning import Survey
     from .cluster import RemoteController
@@ -70,19 +71,27 @@ def gc(
     """
     from storage.url import open_store
 
-    from .cleaning import look, survey
+    from .cleaning import leave_out_unwritable, look, survey
     from .storage_tables import plan_json, print_plan, rows, verdict
 
     store = open_store(store_url)
     with _progress("reading logs") as advance:
         found = look(store, on_read=advance)
     plan = survey(store, found, keep_last=keep_last, older_than_s=older_than)
+    opened = _opened(store_url, plan, apply=apply)
+    unwritable = [] if opened is None or opened[1].atomic else leave_out_unwritable(plan)
     listed = rows(plan)
     _warn(found.damaged, found.inventory.uploads_hidden, len(found.inventory.unknown))
     if output == "table":
         print_plan(listed)
         click.echo(f"{store.url}: {verdict(plan, listed, applied=apply)}", err=apply)
-    done = _apply(store_url, plan, address) if apply else None
+    if opened and unwritable:
+        click.echo(
+            f"{' and '.join(unwritable)}: cannot be deleted from this store, where only the controller of a "
+            f"sweep that goes on may retire ({opened[1].reason})",
+            err=True,
+        )
+    done = _apply(*opened, plan, address) if opened and apply else None
     if output == "json":
         click.echo(json.dumps(plan_json(plan, listed, store.url, done), indent=1))
     if done:
@@ -215,15 +224,28 @@ def _pin(name: str, store_url: str, address: str | None, *, unpin: bool) -> None
     click.echo(command.pin(found, step, ledger, unpin=unpin))
 
 
-def _apply(store_url: str, plan: "Survey", address: str | None) -> "Collected":
+def _opened(store_url: str, plan: "Survey", *, apply: bool) -> "tuple[ObjectStore, ProbeResult] | None":
+    """Open the store for writing logs; for a dry run only if the plan depends on it, and it lets us."""
+    from storage.errors import AccessDenied
+    from storage.probe import open_probed
+
+    if not apply and not plan.contents and not any(run.retire for runs in plan.runs.values() for run in runs):
+        return None
+    try:
+        return open_probed(store_url)
+    except AccessDenied:
+        if apply:
+            raise
+        return None
+
+
+def _apply(store: "ObjectStore", probed: "ProbeResult", plan: "Survey", address: str | None) -> "Collected":
     """Carry a plan out, where this process may write, and say what is left to a controller."""
     from storage.garbage.collecting import Collected
-    from storage.probe import open_probed
 
     from .appending import ledger_of
     from .cleaning import carry_out
 
-    store, probed = open_probed(store_url)
     controllers: dict[str, RemoteController | None] = {}
     skipped: set[str] = set()
 
@@ -237,16 +259,15 @@ def _apply(store_url: str, plan: "Survey", address: str | None) -> "Collected":
 
     done = Collected()
     with _progress("deleting") as advance:
-        for number, part in enumerate(carry_out(store, plan, ledger, atomic=probed.atomic), 1):
+        for number, part in enumerate(carry_out(store, plan, ledger), 1):
             done.add(part)
             advance(number, plan.steps)
             if part.failed:
                 break
-    if skipped or (plan.contents and not probed.atomic):
-        names = f" of {', '.join(sorted(skipped))}" if skipped else ""
+    if skipped:
         click.echo(
-            f"{probed.reason}: only a controller may write to logs here, and none was found{names}: nothing "
-            "was retired there, and no shared content — give the cluster's --address",
+            f"of {', '.join(sorted(skipped))} nothing was retired: only its controller may write to logs on "
+            f"this store, and none was found — give its cluster's --address ({probed.reason})",
             err=True,
         )
     return done

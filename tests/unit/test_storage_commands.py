@@ -299,13 +299,40 @@ def test_where_only_a_controller_may_write_gc_retires_nothing_and_says_so(
 
     code, _, said = orchestrate("gc", "--apply")
     assert code == 0
-    assert "2 of 16 won: only a controller may write to logs here, and none was found of cat" in said
+    assert "of cat nothing was retired: only its controller may write" in said
+    assert "--address (2 of 16 won)" in said
     assert "deleted 1 object, 1.0 kB; retired 0" in said
     assert state(store).retired == ()
     code, _, said = orchestrate("checkpoints", "pin", "cat/0@10")
     assert code == 1
     assert "only the sweep's controller may write" in said
     assert state(store).pinned == ()
+
+
+def test_where_only_a_controller_may_write_gc_promises_nothing_of_a_sweep_that_is_over(
+    store: DirectoryStore, orchestrate: Orchestrate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = run_log(store, R0)
+    log.refresh()
+    log.append(Retired(checkpoints=(log.state.checkpoints[0].ref,), at=1.0))
+    log.append(Finished(outcome=Outcome.FAILED, at=1.0))
+    run_log(store, R1).append(Finished(outcome=Outcome.CANCELLED, at=1.0))
+    aged(store, DAY_S)
+    monkeypatch.setattr("storage.probe.open_probed", lambda url: (store, ProbeResult(False, "2 of 16 won")))
+
+    for arguments in (["gc"], ["gc", "--apply"]):
+        code, printed, said = orchestrate(*arguments)
+        assert code == 0
+        assert "superseded" not in printed
+        assert "delete 1 checkpoint, " in printed + said, "it was retired while there was a controller"
+        assert "2 superseded checkpoints of cat, which is over: cannot be deleted from this store" in said
+        assert "(2 of 16 won)" in said
+        assert "--address" not in said
+    assert "retired 0" in said
+
+    printed = orchestrate("gc")[1]
+    assert "checkpoint, " not in printed
+    assert "nothing to delete" in printed
 
 
 def test_where_only_a_controller_may_write_nothing_of_a_sweep_that_is_over_is_pinned(
