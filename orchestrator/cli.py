@@ -25,16 +25,24 @@ insecure_option = click.option(
 )
 
 
+LAUNCHING = ("sweep", "resume")
+"""Whoever calls one of these and sees an error wants to know whether anything runs."""
+
+
 class Commands(click.Group):
     """A group that turns every foreseen error into one message and its exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         from storage.errors import StorageError
 
-        from .errors import OrchestrateError, translated
+        from .errors import OrchestrateError, ProblemsFound, format_problems, translated
 
         try:
             return super().invoke(ctx)
+        except ProblemsFound as error:
+            launches = ctx.invoked_subcommand in LAUNCHING
+            verdict = "Nothing was launched." if launches else ""
+            _fail(format_problems(error.problems, verdict), error.exit_code)
         except OrchestrateError as error:
             _fail(str(error), error.exit_code)
         except StorageError as error:

@@ -55,7 +55,7 @@ class OrchestrateError(Exception):
 
 
 class ProblemsFound(OrchestrateError):
-    """Everything that is wrong, all at once. Nothing was launched."""
+    """Everything that is wrong, all at once."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
@@ -120,7 +120,7 @@ def translated(error: StorageError, store_url: str) -> OrchestrateError:
             return OrchestrateError(f"{store_url}: {error}")
 
 
-def format_problems(problems: Sequence[Problem], verdict: str = "Nothing was launched.") -> str:
+def format_problems(problems: Sequence[Problem], verdict: str = "") -> str:
     """Return the problems one a line, aligned, and a last line that counts them."""
     width = max((len(problem.where) + 1 for problem in problems if problem.where), default=0)
     lines = [f"{problem.where or '':<{width}}{problem}" for problem in problems]

@@ -337,7 +337,7 @@ def test_warnings_alone_do_not_refuse_but_are_shown_with_errors() -> None:
         refuse([warning, error])
     assert caught.value.exit_code == 3
     assert str(caught.value) == (
-        "base         W2312 odd\ndataset.path E2201 absent — look\n1 error, 1 warning. Nothing was launched."
+        "base         W2312 odd\ndataset.path E2201 absent — look\n1 error, 1 warning."
     )
 
 
