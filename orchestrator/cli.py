@@ -228,7 +228,7 @@ def cancel(name: str, yes: bool, store_url: str, address: str | None) -> None:
         found = load_submitted(store, name)
         run_ids = [run.run_id for run in found.runs]
     else:
-        found, run_id = find_run(store, name)
+        found, run_id = find_run(store, name, "sweep or run")
         run_ids = [run_id]
     if not yes and sys.stdin.isatty():
         click.confirm(f"Cancel {len(run_ids)} run(s) of {found.name}?", default=False, abort=True, err=True)

@@ -92,8 +92,11 @@ def read_spec(store: ObjectStore, run_id: str) -> RunSpec:
     return RunSpec.model_validate_json(store.get(layout.run_spec(run_id)))
 
 
-def find_run(store: ObjectStore, name: str) -> tuple[Sweep, str]:
+def find_run(store: ObjectStore, name: str, kind: str = "run") -> tuple[Sweep, str]:
     """Return the sweep and the id of the run that ``name`` means: ``sweep/index``, or how its id begins.
+
+    Args:
+        kind: What could have been named, for the message.
 
     Raises:
         Unknown: There is no such run.
@@ -114,7 +117,7 @@ def find_run(store: ObjectStore, name: str) -> tuple[Sweep, str]:
     if len(found) > 1:
         raise Ambiguous("run", name, [run_id for _, run_id in found])
     if not found:
-        raise _unknown("run", name, [run_id for _, run_id in runs] or known, store.url)
+        raise _unknown(kind, name, [run_id for _, run_id in runs] or known, store.url)
     return found[0]
 
 
@@ -134,5 +137,5 @@ def _read(name: str, store: ObjectStore) -> Sweep | None:
 def _unknown(kind: str, name: str, known: list[str], where: str) -> Unknown:
     """Return the error, with what could have been meant."""
     more = f" and {len(known) - 8} more" if len(known) > 8 else ""
-    there_are = f"there are: {', '.join(known[:8])}{more}" if known else "there is none"
+    there_are = f"there are: {', '.join(known[:8])}{more}" if known else "the store has no sweeps"
     return Unknown(f"no {kind} {shown(name)} in {where} — {suggest(name, known) or there_are}")

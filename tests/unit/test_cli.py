@@ -295,7 +295,8 @@ def test_a_store_that_is_not_there_is_not_made_by_asking(
     code, printed, said = orchestrate(command[0], "cat", *command[1:])
 
     assert (code, printed) == (4, "")
-    assert said.endswith("— there is none\n")
+    kind = {"why": "run", "cancel": "sweep or run"}.get(command[0], "sweep")
+    assert said == f"no {kind} 'cat' in file://{folder}/store — the store has no sweeps\n"
     assert not (folder / "store").exists()
 
 
@@ -571,7 +572,7 @@ def test_the_program_and_the_module_are_the_same_command(folder: Path) -> None:
     )
 
     assert (shown.returncode, shown.stdout) == (4, "")
-    assert shown.stderr == f"no sweep 'nothing' in file://{folder}/store — there is none\n"
+    assert shown.stderr == f"no sweep 'nothing' in file://{folder}/store — the store has no sweeps\n"
 
 
 def test_every_command_has_its_help(orchestrate: Orchestrate) -> None:

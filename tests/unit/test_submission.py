@@ -114,7 +114,7 @@ def test_an_unknown_sweep_is_named_with_what_could_be_meant(name: str, message: 
 
 
 def test_an_empty_store_says_that_there_is_none() -> None:
-    with pytest.raises(Unknown, match="no sweep 'cat' in memory:// — there is none"):
+    with pytest.raises(Unknown, match="no sweep 'cat' in memory:// — the store has no sweeps"):
         load_submitted(MemoryStore(), "cat")
 
 
