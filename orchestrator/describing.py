@@ -17,6 +17,7 @@ from trainer.interval import MIN_S
 
 from .errors import Unknown
 from .grid_schema import AUTO, Checkpoint
+from .storage_tables import size_text
 from .sweep import Sweep
 from .trainer_logs import read_lines
 from .view import described, status
@@ -74,7 +75,7 @@ def text(found: Described) -> list[str]:
     interval = found["checkpoint"]["interval"]
     lines.append(f"checkpoint  {interval['said']}")
     if commit := found["last_commit"]:
-        size = f"{commit['size_bytes'] / 1e6:.1f} MB"
+        size = size_text(commit["size_bytes"])
         lines.append(
             f"last commit step {commit['step']} (attempt {commit['attempt']}), {size}, {_at(commit['at'])}"
         )
@@ -162,7 +163,7 @@ def _attempt_text(attempt: Described) -> str:
 
 def _in_store(one: Described) -> str:
     stored = one["stored_bytes"]
-    return "" if stored is None else f", in the store ({stored / 1e9:.2f} GB)"
+    return "" if stored is None else f", in the store ({size_text(stored)})"
 
 
 def _at(seconds: float) -> str:

@@ -92,7 +92,9 @@ def shown_upload(sweep: Sweep, store: ObjectStore) -> Iterator[Sent]:
                 task = bar.add_task("", total=total)
                 advance.append(lambda done: bar.advance(task, done))
             else:
-                click.echo(f"uploading inputs, {total / 1e9:.2f} GB, to {store.url}", err=True)
+                from .storage_tables import size_text  # imports submission, which imports this
+
+                click.echo(f"uploading inputs, {size_text(total)}, to {store.url}", err=True)
                 advance.append(lambda done: None)
 
         yield on_sent

@@ -12,6 +12,7 @@ from support.tiny_world import build_images
 from orchestrator.cli import main
 from orchestrator.describing import describe, text
 from orchestrator.grid_schema import Checkpoint
+from orchestrator.storage_tables import size_text
 from orchestrator.submission import submit
 from orchestrator.sweep import Sweep
 from storage import layout
@@ -106,7 +107,8 @@ def test_it_says_which_inputs_are_in_the_store(store: DirectoryStore, tmp_path: 
     found = describe(store, sweep, run.run_id)
 
     assert [one["stored_bytes"] for one in found["inputs"]] == [local.listing.size_bytes, None]
-    assert any(f"sha256 {local.digest[:12]}, in the store" in line for line in text(found))
+    size = size_text(local.listing.size_bytes)
+    assert any(f"sha256 {local.digest[:12]}, in the store ({size})" in line for line in text(found))
 
 
 def test_the_command_prints_text_or_json(store: DirectoryStore) -> None:

@@ -12,7 +12,8 @@ from support.interrupted_store import InterruptedStore
 from support.tiny_world import build_images
 
 from orchestrator.errors import PreflightFailed
-from orchestrator.inputs import are_uploaded, shown_upload
+from orchestrator.inputs import are_uploaded, local_inputs, shown_upload
+from orchestrator.storage_tables import size_text
 from orchestrator.submission import submit, sweep_names
 from orchestrator.sweep import Sweep, load
 from storage.content import store as content
@@ -159,4 +160,6 @@ def test_the_upload_is_told_once_and_only_if_there_is_one(
     for _ in range(2):
         with shown_upload(sweep, store) as on_sent:
             submit(sweep, store, on_sent)
-    assert capsys.readouterr().err == "uploading inputs, 0.00 GB, to memory://loras\n"
+    size = size_text(sum(local.listing.size_bytes for _, local in local_inputs(sweep)))
+    assert "GB" not in size
+    assert capsys.readouterr().err == f"uploading inputs, {size}, to memory://loras\n"
