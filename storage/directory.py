@@ -213,16 +213,17 @@ class DirectoryStore:
 
     @contextlib.contextmanager
     def _translated(self, key: str, *, writing: bool = False) -> Iterator[None]:
+        what = f"{key} in {self.url}" if key else self.url
         try:
             yield
         except StorageError:
             raise
         except FileNotFoundError as error:
             if writing:
-                raise Unavailable(f"{key} in {self.url}: {error}") from error
-            raise NotFound(f"{key} in {self.url}: no such object") from error
+                raise Unavailable(f"{what}: {error}") from error
+            raise NotFound(f"{what}: no such object") from error
         except OSError as error:
-            raise _translate(error, f"{key} in {self.url}") from error
+            raise _translate(error, what) from error
 
 
 def _translate(error: OSError, what: str) -> StorageError:

@@ -309,7 +309,7 @@ class S3Store:
             return True
 
     def _named(self, key: str) -> str:
-        return f"{key} in {self.url}"
+        return f"{key} in {self.url}" if key else self.url
 
     @contextlib.contextmanager
     def _translated(self, key: str) -> Iterator[None]:

@@ -121,6 +121,13 @@ def test_an_answer_says_whether_trying_again_helps(
     assert "testsecretkey" not in str(failed.value)
 
 
+def test_a_listing_of_everything_that_is_refused_names_the_store(store: S3Store, script: Script) -> None:
+    script.answers = [Answer(403, "AccessDenied")]
+    with pytest.raises(AccessDenied) as failed:
+        list(store.list(""))
+    assert str(failed.value).startswith(store.url)
+
+
 def test_create_is_sent_once_conditionally_and_with_its_digest(store: S3Store, script: Script) -> None:
     script.answers = [Answer(503, "SlowDown")]
     with pytest.raises(Unavailable):
