@@ -64,7 +64,7 @@ class Keep:
 
         mark([c.ref for c in state.checkpoints if c.final], "final")
         mark([state.newest.ref] if state.newest else [], "newest")
-        mark([c.ref for c in state.checkpoints[-self.last : -1]], "latest")
+        mark([c.ref for c in state.checkpoints[-self.last : -1]], "keep_last")
         mark(self._best(state), "best")
         mark(state.pinned, "pinned")
         mark(resumed_from(state), "resumed from")

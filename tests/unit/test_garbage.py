@@ -127,7 +127,7 @@ def test_all_but_what_must_stay_is_retired_and_each_that_stays_has_its_reasons()
         ref(30): ("resumed from",),
         ref(40, 2): ("pinned",),
         ref(50, 2): ("milestone",),
-        ref(60, 2): ("latest",),
+        ref(60, 2): ("keep_last",),
         ref(70, 2): ("newest",),
     }
 
