@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from storage import layout
+from storage.directory import DirectoryStore
 from storage.errors import Corrupt, InvalidName, StorageError, Unavailable
 from storage.garbage.collecting import (
     Collected,
@@ -38,7 +39,7 @@ from storage.object_store import ObjectInfo, ObjectStore
 from storage.records import Finished
 from storage.snapshots import read_sweep
 
-from .errors import OrchestrateError
+from .errors import OrchestrateError, Unknown
 from .submission import load_submitted
 from .sweep import Sweep
 
@@ -103,10 +104,13 @@ def look(
         only: The one sweep whose logs are to be read.
 
     Raises:
+        Unknown: There is no such folder.
         AccessDenied, Unavailable
     """
     counted = Counted(store)
     inventory = take(counted)
+    if isinstance(store, DirectoryStore) and not store.root.is_dir():  # a mistyped path is not an empty store
+        raise Unknown(f"{store.url}: there is no store, for there is no such folder")
     sweeps, damaged = _sweeps(counted, inventory)
     wanted = {run.run_id for run in sweeps[only].runs} if only else inventory.runs.keys()
     with_log = [run for run in inventory.runs if inventory.runs[run].log and run in wanted]

@@ -67,7 +67,7 @@ def gc(
     """Say what the store holds that nobody needs; with --apply, delete it.
 
     A superseded checkpoint is retired first, and its data is deleted by a later gc, or by the sweep's
-    controller, when its grace period is over: who is reading it can finish.
+    controller, when its grace period is over, or the run is: who is reading it can finish.
     """
     from storage.url import open_store
 

@@ -94,7 +94,7 @@ def verdict(plan: Survey, found: list[Row], *, applied: bool) -> str:
 
 
 def kept_text(runs: Iterable[RunPlan]) -> str:
-    """Return what stays: "keep 18 (8 newest, 8 latest, 1 best, 1 pinned)"; each is counted once."""
+    """Return what stays: "keep 18 (8 newest, 8 keep_last, 1 best, 1 pinned)"; each is counted once."""
     marks = [words[0] for run in runs for words in run.kept.values()]
     counts = ", ".join(f"{n} {word}" for word, n in Counter(marks).items())
     return f"keep {len(marks)} checkpoint{'s' * (len(marks) != 1)}" + (f" ({counts})" if counts else "")
@@ -138,7 +138,8 @@ def print_usage(lines: list[Usage], *, now: str) -> None:
     shown = _table(("SWEEP", "RUN", "KIND"), ("OBJECTS", "SIZE"))
     for line in lines:
         size = size_text(line.size_bytes)
-        shown.add_row(Text(line.sweep or "–"), Text(line.run or "–"), line.kind, str(line.objects), size)
+        kind = f"{line.kind} {line.digest[:12]}".strip()
+        shown.add_row(Text(line.sweep or "–"), Text(line.run or "–"), kind, str(line.objects), size)
     console().print(shown)
     console(stderr=True).print(now, markup=False)
 

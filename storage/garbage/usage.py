@@ -21,6 +21,8 @@ class Usage:
     sweep: str = ""
     run: str = ""
     kind: str
+    digest: str = ""
+    """Of shared content."""
     objects: int
     size_bytes: int
 
@@ -89,25 +91,31 @@ def usage(inventory: Inventory, states: Mapping[str, RunState], sweep_of: Mappin
     """
     found: list[Usage] = []
 
-    def add(kind: str, infos: Iterable[ObjectInfo], *, sweep: str = "", run: str = "") -> None:
+    def add(
+        kind: str, infos: Iterable[ObjectInfo], *, sweep: str = "", run: str = "", digest: str = ""
+    ) -> None:
         sizes = [info.size_bytes for info in infos]
         if sizes:
-            found.append(Usage(sweep=sweep, run=run, kind=kind, objects=len(sizes), size_bytes=sum(sizes)))
+            line = Usage(
+                sweep=sweep, run=run, kind=kind, digest=digest, objects=len(sizes), size_bytes=sum(sizes)
+            )
+            found.append(line)
 
     for run, objects in inventory.runs.items():
         sweep = sweep_of.get(run, "")
         for kind, infos in _checkpoints(run, objects, states.get(run)).items():
             add(kind, infos, sweep=sweep, run=run)
-        add("record", [*objects.log.values(), *objects.rest], sweep=sweep, run=run)
-        add("text", objects.text, sweep=sweep, run=run)
+        add("records", [*objects.log.values(), *objects.rest], sweep=sweep, run=run)
+        add("logs", objects.text, sweep=sweep, run=run)
         add("samples", objects.samples, sweep=sweep, run=run)
     for sweep, infos in inventory.sweeps.items():
         add("sweep", infos, sweep=sweep)
-    for content in inventory.contents.values():
-        add("content", [*content.log.values(), *(i for infos in content.data.values() for i in infos)])
+    for digest, content in inventory.contents.items():
+        objects_of = [*content.log.values(), *(i for infos in content.data.values() for i in infos)]
+        add("content", objects_of, digest=digest)
     add("probes", inventory.probes)
     add("unknown", inventory.unknown)
-    return sorted(found, key=lambda line: (-line.size_bytes, line.sweep, line.run, line.kind))
+    return sorted(found, key=lambda line: (-line.size_bytes, line.sweep, line.run, line.kind, line.digest))
 
 
 def _checkpoints(run: str, objects: RunObjects, state: RunState | None) -> dict[str, list[ObjectInfo]]:

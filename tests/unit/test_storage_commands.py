@@ -129,7 +129,7 @@ def test_gc_says_what_it_would_do_and_does_nothing(store: DirectoryStore, orches
     assert lines[1][:5] == ["cat", "superseded", "checkpoints", "2", "4"]
     assert lines[2][:7] == ["cat", "uploads", "of", "fenced", "attempts", "1", "1.0"]
     assert "would delete 2 checkpoints" in printed
-    assert "keep 3 checkpoints (1 resumed from, 1 latest, 1 newest)" in printed
+    assert "keep 3 checkpoints (1 resumed from, 1 keep_last, 1 newest)" in printed
     assert "Dry run" in said
     assert keys(store) == before
 
@@ -201,7 +201,7 @@ def test_gc_as_json(store: DirectoryStore, orchestrate: Orchestrate) -> None:
         ("cat", "uploads of fenced attempts", 0, "now"),
     ]
     assert found["kept"] == {
-        R0: {"20.a1": ["resumed from"], "40.a2": ["latest"], "50.a2": ["newest", "best"]}
+        R0: {"20.a1": ["resumed from"], "40.a2": ["keep_last"], "50.a2": ["newest", "best"]}
     }
 
     applied = json.loads(orchestrate("gc", "--apply", "-o", "json")[1])
@@ -404,7 +404,7 @@ def test_du_says_what_takes_room_biggest_first(store: DirectoryStore, orchestrat
     assert found["size_bytes"] == sum(info.size_bytes for info in store.list(""))
     assert found["objects"] == len(keys(store))
     kinds = {line["kind"]: line["objects"] for line in found["usage"] if line["run"] in (R0, "")}
-    assert kinds == {"checkpoints": 10, "orphaned": 1, "record": 9, "text": 1, "sweep": 1, "probes": 1}
+    assert kinds == {"checkpoints": 10, "orphaned": 1, "records": 9, "logs": 1, "sweep": 1, "probes": 1}
     # Two listings, the sweep's spec, the listing of a log, its 8 records; a folder's clock is at hand.
     assert found["requests"] == 12
 
@@ -414,7 +414,7 @@ def test_du_says_what_takes_room_biggest_first(store: DirectoryStore, orchestrat
     lines = json.loads(orchestrate("du", "cat", "-o", "json")[1])["usage"]
     kinds = {line["kind"]: line["objects"] for line in lines if line["run"] == R0}
     assert kinds == {
-        "checkpoints": 4, "retired": 4, "quarantined": 2, "uploading": 1, "record": 11, "text": 1
+        "checkpoints": 4, "retired": 4, "quarantined": 2, "uploading": 1, "records": 11, "logs": 1
     }  # fmt: skip
 
 
@@ -422,6 +422,27 @@ def test_du_of_a_sweep_that_is_not_there_is_exit_4(orchestrate: Orchestrate) -> 
     code, _, said = orchestrate("du", "kat")
     assert code == 4
     assert "did you mean 'cat'?" in said
+
+
+def test_du_tells_contents_apart(store: DirectoryStore, orchestrate: Orchestrate) -> None:
+    digests = ["a" * 64, "b" * 64]
+    for digest in digests:
+        store.put(layout.log_entry(layout.content_log_prefix(digest), 1), b"{}")
+    printed = orchestrate("du")[1]
+    assert all(f"content {digest[:12]} " in printed for digest in digests)
+    found = json.loads(orchestrate("du", "-o", "json")[1])["usage"]
+    assert [line["digest"] for line in found if line["kind"] == "content"] == digests
+
+
+def test_where_there_is_no_folder_there_is_no_store(orchestrate: Orchestrate, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    for path in ("file/x", "mistyped"):
+        for command in ("du", "gc"):
+            code, printed, said = orchestrate(command, "--store", str(tmp_path / path))
+            assert (code, printed) == (4, "")
+            assert f"{path}: there is no store" in said
+    (tmp_path / "fresh").mkdir()
+    assert orchestrate("du", "--store", str(tmp_path / "fresh"))[0] == 0
 
 
 def test_du_as_a_table(orchestrate: Orchestrate) -> None:
@@ -447,7 +468,7 @@ def test_checkpoints_are_listed_with_their_marks(store: DirectoryStore, orchestr
         (10, 1, ["pinned"]),
         (20, 1, ["resumed from"]),
         (30, 2, ["quarantined"]),
-        (40, 2, ["latest"]),
+        (40, 2, ["keep_last"]),
         (50, 2, ["newest", "best"]),
     ]
     table = orchestrate("checkpoints", "ls", "cat/0")[1].splitlines()
