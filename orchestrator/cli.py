@@ -118,7 +118,7 @@ def sweep(
     with shown_upload(planned, store) as on_sent:
         created = submit(planned, store, on_sent)
     if not created:
-        click.echo(f"{planned.name} was submitted before, unchanged: going on with it.", err=True)
+        click.echo(f"{planned.name} was submitted before, unchanged.", err=True)
     work_on(planned, store, probed, address=address, detach=detach, insecure=insecure)
 
 

@@ -58,6 +58,12 @@ def work_on(
     views = read_rows(sweep, store)
     if all(view.status in OVER for view in views):
         Controller(sweep, store, NoCluster()).tick()  # deletes what a controller that was killed left behind
+        if cancelled := sum(view.status is Status.CANCELLED for view in views):
+            click.echo(
+                f"{sweep.name} was cancelled ({cancelled} of {len(views)} runs) and stays so — "
+                "to train them, submit the file under another name, with --name",
+                err=True,
+            )
         conclude(sweep, views)
         return
     how = "agents append to the logs" if probed.atomic else f"{probed.reason}; only the controller appends"

@@ -240,9 +240,27 @@ def test_the_same_file_again_shows_that_the_sweep_is_done(
     code, printed, said = orchestrate("sweep", "grid.yaml", "-y")
 
     assert code == 0
-    assert "tabby was submitted before, unchanged: going on with it." in said
+    assert said.splitlines()[-1] == "tabby was submitted before, unchanged."
     assert printed.splitlines()[-1] == f"best by val/loss: {second.run_id} (0.2500)"
     assert sum("SUCCEEDED" in line for line in printed.splitlines()) == 2
+
+
+@pytest.mark.parametrize("command", [("resume", "tabby"), ("sweep", "grid.yaml", "-y")])
+def test_a_sweep_that_was_cancelled_stays_so_and_says_what_to_do(
+    command: tuple[str, ...], orchestrate: Orchestrate, folder: Path, store: DirectoryStore
+) -> None:
+    first, _ = tabby(folder, store).runs
+    lived(store, first.run_id, *succeeded(0.5, 300))
+    assert orchestrate("cancel", "tabby/1", "-y")[0] == 0
+
+    code, printed, said = orchestrate(*command)
+
+    assert code == 0
+    assert "CANCELLED" in printed
+    assert said.splitlines()[-1] == (
+        "tabby was cancelled (1 of 2 runs) and stays so — "
+        "to train them, submit the file under another name, with --name"
+    )
 
 
 def test_a_sweep_that_ended_with_failed_runs_exits_100_and_says_why(
