@@ -106,7 +106,7 @@ def _tried(name: str, check: Callable[[Bench], Finding], bench: Bench) -> Check:
     try:
         found = check(bench)
     except StorageError as error:
-        return Check(name=name, ok=False, said=str(error), todo=_todo(error), cause=_cause(error))
+        return Check(name=name, ok=False, said=str(error), todo=_todo(error, bench), cause=_cause(error))
     return Check(
         name=name,
         ok=found.ok,
@@ -127,8 +127,12 @@ def _cause(error: StorageError) -> Cause:
             return Cause.WRONG
 
 
-def _todo(error: StorageError) -> str:
+def _todo(error: StorageError, bench: Bench) -> str:
     match error:
+        case AccessDenied() | Unavailable() | InvalidName() if not bench.in_bucket:
+            return "name a folder that can be made and written to, on a disk with room; see the path above"
+        case AccessDenied() if "NoSuchBucket" in str(error):
+            return "create the bucket, or correct its name in the store's url"
         case AccessDenied():
             return "check the bucket's name and the credentials: they must allow to put, get, list and delete"
         case Unavailable():

@@ -13,6 +13,7 @@ from storage.doctor import checks as doctor_checks
 from storage.doctor import examination as doctor
 from storage.doctor.checks import judged_skew
 from storage.doctor.examination import Cause, Check, examine
+from storage.errors import AccessDenied, StorageError, Unavailable
 
 
 def check(ok: bool | None = True, cause: Cause | None = None, todo: str = "") -> Check:
@@ -49,6 +50,36 @@ def test_a_url_that_is_none_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["doctor", "--storage", "ftp://x/y"])
     assert result.exit_code == 2
     assert "'ftp'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "todo"),
+    [
+        (Unavailable("x: No such file or directory"), "name a folder"),
+        (AccessDenied("x: Operation not permitted"), "name a folder"),
+    ],
+)
+def test_of_a_folder_nothing_is_said_of_endpoints_and_credentials(
+    error: StorageError, todo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(DirectoryStore):
+        def put(self, key: str, body: bytes | Path) -> None:
+            raise error
+
+    monkeypatch.setattr(doctor, "open_store", lambda url: Failing(tmp_path / "store"))
+    assert by_name(list(examine("unused")))["write and read"].todo.startswith(todo)
+
+
+def test_a_bucket_that_is_not_there_is_to_be_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoBucket(DirectoryStore):
+        url = "s3://loras"
+
+        def list(self, prefix: str, after: str = ""):  # type: ignore[no-untyped-def]
+            raise AccessDenied("s3://loras: the store answered 404 NoSuchBucket: create the bucket first")
+
+    monkeypatch.setattr(doctor, "open_store", lambda url: NoBucket(tmp_path / "store"))
+    monkeypatch.setattr(doctor, "_PLAN", doctor._PLAN[:1])
+    assert by_name(list(examine("unused")))["reach"].todo.startswith("create the bucket, or correct its name")
 
 
 def test_a_disk_without_room_for_two_checkpoints_is_wrong(tmp_path: Path) -> None:
