@@ -49,6 +49,8 @@ class RunView:
     metric: float | None
     attempts: int
     lost_steps: int
+    lost_unreported: bool
+    """More may be lost, of which nobody heard."""
     last_commit_at: float | None
     """Unix seconds."""
     node: str | None
@@ -127,7 +129,7 @@ def _row(sweep: Sweep, run: PlannedRun, state: RunState, work: Work | None, dama
     step, loss = state.committed_step, None
     if work and state.running and work.attempt == state.attempt:
         step, loss = max(step, work.step), work.loss
-    newest = state.newest
+    newest, cuts = state.newest, interruptions(state)
     detail = f"its log is damaged: {damage}" if damage else state.finished.detail if state.finished else ""
     return RunView(
         run=run.run_id,
@@ -139,7 +141,8 @@ def _row(sweep: Sweep, run: PlannedRun, state: RunState, work: Work | None, dama
         loss=loss if loss is not None else (newest.metrics.get("train/loss") if newest else None),
         metric=newest.metrics.get(sweep.metric.name) if newest and sweep.metric else None,
         attempts=len(state.attempts),
-        lost_steps=sum(cut.lost_steps for cut in interruptions(state)),
+        lost_steps=sum(cut.lost_steps for cut in cuts),
+        lost_unreported=any(cut.unreported for cut in cuts),
         last_commit_at=newest.at if newest else None,
         node=printable(state.running.claimed.node) if state.running else None,
         detail=printable(detail),

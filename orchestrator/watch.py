@@ -123,7 +123,7 @@ def table(sweep: Sweep, views: list[RunView], now: float | None = None) -> Table
             _number(view.loss),
             _number(view.metric),
             str(view.attempts),
-            str(view.lost_steps),
+            f"{view.lost_steps}{'+' if view.lost_unreported else ''}",
             _age(view.last_commit_at, time.time() if now is None else now),
             Text(view.node or ""),
         )

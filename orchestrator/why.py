@@ -29,6 +29,8 @@ _CAUSES = {
     EndReason.CKPT_INVALID: "the trainer on {node} could not use its checkpoint",
     EndReason.USER_CANCEL: "cancelled",
 }
+_UNHEARD = (EndReason.NODE_LOST, EndReason.NODE_UNREACHABLE, EndReason.AGENT_LOST)
+"""Others tell of such an end; the step is what the attempt had reported, if who heard it is still there."""
 _TRAINER = "the trainer "
 NO_TIME = "(no time)"
 
@@ -42,6 +44,8 @@ class Interruption:
     resumed_step: int | None
     """None while the run waits for its next attempt."""
     lost_steps: int
+    unreported: bool
+    """It may have lost more steps: nobody who is left heard of any after its newest commit."""
     lost_s: float
     detect_s: float
     again_s: float | None
@@ -55,7 +59,9 @@ def interruptions(state: RunState) -> tuple[Interruption, ...]:
         if attempt.ended is None:
             continue
         resumed = _begins_at(following) if following else state.committed_step
-        reached = max(attempt.ended.step, attempt.committed_step or 0, _begins_at(attempt))
+        known = max(attempt.committed_step or 0, _begins_at(attempt))
+        reached = max(attempt.ended.step, known)
+        unheard = attempt.started is not None and attempt.ended.reason in _UNHEARD
         lost = max(0, reached - resumed)
         started = following.started if following else None
         found.append(
@@ -64,6 +70,7 @@ def interruptions(state: RunState) -> tuple[Interruption, ...]:
                 reached_step=reached,
                 resumed_step=resumed if following else None,
                 lost_steps=lost,
+                unreported=unheard and attempt.ended.step <= known and not attempt.ended.step_s,
                 lost_s=lost * attempt.ended.step_s,
                 detect_s=attempt.ended.silent_s,
                 again_s=max(0.0, started.at - attempt.ended.at) if started else None,
@@ -146,15 +153,18 @@ def _sentence(cut: Interruption, price_per_hour: float | None, clock: Callable[[
     ended = cut.attempt.ended
     assert ended is not None
     cause = _cause(ended, cut.attempt.claimed.node)
-    cost = f"lost {cut.lost_steps} step{'' if cut.lost_steps == 1 else 's'}"
+    least = "at least " if cut.unreported else ""
+    cost = f"lost {least}{cut.lost_steps} step{'' if cut.lost_steps == 1 else 's'}"
     if cut.lost_s:
         cost += f" = {cut.lost_s:.1f} s"
         if price_per_hour is not None:
             cost += f" = ${cut.lost_s / 3600 * price_per_hour:.4f}"
     if cut.resumed_step is None:
-        resumed = f"reached step {cut.reached_step}"
+        resumed = f"reached {least}step {cut.reached_step}"
     else:
-        resumed = f"resumed from step {cut.resumed_step} of {cut.reached_step}"
+        resumed = f"resumed from step {cut.resumed_step} of {least}{cut.reached_step}"
+    if cut.unreported:
+        cost += " (nobody reported more)"
     times = [f"{cut.detect_s:.1f} s to notice"] if cut.detect_s else []
     if cut.again_s is not None:
         times.append(f"{cut.again_s:.1f} s to be training again")

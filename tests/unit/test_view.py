@@ -80,6 +80,7 @@ def view(run: str = R0, **changes: object) -> RunView:
         metric=0.25,
         attempts=1,
         lost_steps=0,
+        lost_unreported=False,
         last_commit_at=100.0,
         node=None,
         detail="",
@@ -137,6 +138,7 @@ def test_a_row_tells_what_the_log_knows() -> None:
             metric=0.5,
             attempts=2,
             lost_steps=3,
+            lost_unreported=False,
             last_commit_at=2.0,
             node="n1",
             detail="",
@@ -190,6 +192,7 @@ def test_the_json_form_is_stable() -> None:
         "metric": 0.5,
         "attempts": 1,
         "lost_steps": 0,
+        "lost_unreported": False,
         "last_commit_at": 100.0,
         "node": None,
         "detail": "",
@@ -212,7 +215,7 @@ def printed(sweep: Sweep, views: list[RunView], width: int = 300) -> str:
 def test_the_table_shows_a_line_a_run_and_marks_the_best() -> None:
     views = [
         view(R0, metric=0.5, loss=None, last_commit_at=None),
-        view(R1, status=Status.RUNNING, step=3, node="n2", attempts=2, lost_steps=7),
+        view(R1, status=Status.RUNNING, step=3, node="n2", attempts=2, lost_steps=7, lost_unreported=True),
     ]
 
     lines = [" ".join(line.split()) for line in printed(ranked("minimize"), views).splitlines()]
@@ -220,7 +223,7 @@ def test_the_table_shows_a_line_a_run_and_marks_the_best() -> None:
     assert lines == [
         "RUN PARAMS STATUS STEP % LOSS VAL/LOSS ATTEMPTS LOST LAST-CKPT NODE",
         f"{R0} ★ seed=0 SUCCEEDED 6/6 100 0.5000 1 0",
-        f"{R1} seed=0 RUNNING 3/6 50 0.5000 0.2500 2 7 90s n2",
+        f"{R1} seed=0 RUNNING 3/6 50 0.5000 0.2500 2 7+ 90s n2",
     ]
 
 

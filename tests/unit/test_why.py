@@ -132,6 +132,21 @@ def test_a_node_that_stopped_answering_while_its_run_waits_for_another() -> None
     )
 
 
+@pytest.mark.parametrize("step", [0, 344])
+def test_a_loss_of_which_nobody_heard_is_told_as_at_least(step: int) -> None:
+    lost = ended(1, EndReason.NODE_LOST, step=step, at=600, detail="n1 is not part of the cluster any more")
+    history = (*BEGUN, committed(344), lost)
+
+    assert told(*history).endswith(
+        "node n1 was lost (no notice): reached at least step 344, "
+        "lost at least 0 steps (nobody reported more)."
+    )
+    assert told(*history, claimed(2, "n2"), started(2, 344, at=610)).endswith(
+        "resumed from step 344 of at least 344, lost at least 0 steps (nobody reported more); "
+        "10.0 s to be training again."
+    )
+
+
 def test_a_drained_attempt_loses_nothing() -> None:
     drained = ended(
         1,
@@ -248,6 +263,7 @@ def test_clocks_that_disagree_never_give_a_negative_time() -> None:
             reached_step=20,
             resumed_step=20,
             lost_steps=0,
+            unreported=True,
             lost_s=0.0,
             detect_s=0.0,
             again_s=0.0,
