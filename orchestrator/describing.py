@@ -13,7 +13,7 @@ from storage.object_store import ObjectStore
 from storage.records import Committed
 from storage.redaction import printable, redacted
 from storage.run_state import Attempt, RunState
-from trainer.interval import MIN_S
+from trainer.interval import MIN_S, UNMEASURED
 
 from .errors import Unknown
 from .grid_schema import AUTO, Checkpoint
@@ -102,7 +102,11 @@ def _interval(store: ObjectStore, run_id: str, state: RunState, checkpoint: Chec
     every_s, why = policy.every_s, "as the sweep says"
     if checkpoint.every == AUTO:
         event = _last_interval(store, run_id, state)
-        every_s, why = event if event else (MIN_S, "nothing is measured yet")
+        every_s, why = event if event else (MIN_S, UNMEASURED)
+        if why == UNMEASURED and state.finished:
+            why = "the run was over before the cost of a checkpoint was told"
+        elif why == UNMEASURED and state.newest:
+            why = "what a checkpoint costs is not told yet"
     return {"every_steps": None, "every_s": every_s, "why": why, "said": f"every {every_s:.0f} s: {why}"}
 
 

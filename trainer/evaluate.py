@@ -79,7 +79,8 @@ def _run(command: list[str], timeout_s: float, stop: Stop) -> str:
     if output is None:
         raise EvaluationFailed(f"evaluate.command: {shown}: no result in {timeout_s:g} s", "raise timeout_s")
     if process.returncode:
-        raise EvaluationFailed(f"evaluate.command: {shown}: exit code {process.returncode}; see log.txt")
+        said = f"exit code {process.returncode}; what it printed is in the run's log: orchestrate logs"
+        raise EvaluationFailed(f"evaluate.command: {shown}: {said}")
     return output.decode("utf-8", "replace")
 
 

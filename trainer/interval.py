@@ -21,6 +21,7 @@ from .config import Frozen
 
 MIN_S = 30.0
 """More often than this the gain is noise."""
+UNMEASURED = "no checkpoint is measured yet"
 MAX_S = 600.0
 """The most that ``checkpoint.every: auto`` loses by default."""
 YOUNGEST_S = 60.0
@@ -81,7 +82,7 @@ def choose(
     """
     floor_s = max(MIN_S, upload_s or 0.0)
     if cost_s is None:
-        return Interval(every_s=floor_s, why="no checkpoint is measured yet")
+        return Interval(every_s=floor_s, why=UNMEASURED)
     mean_s = 1 / lifetimes.hazard(age_s)
     ideal_s = math.sqrt(2 * max(cost_s, 0.0) * mean_s)
     every_s = max(floor_s, min(ideal_s, max_s))

@@ -48,6 +48,7 @@ class Pacer:
         self._uploads_s: deque[float] = deque(maxlen=_LAST)
         self._lock = threading.Lock()
         self._said: Interval | None = None
+        self._said_measured = False
         self._reviewed_at = float("-inf")
 
     def checkpointed(self, event: dict[str, object]) -> None:
@@ -64,7 +65,7 @@ class Pacer:
             self._reviewed_at = float("-inf")
 
     def review(self) -> None:
-        """Write the interval down if it has become another. A full disk leaves the old one."""
+        """Write the interval down if it is another, or measured at last. A full disk leaves the old one."""
         now, policy = self._clock(), self._policy
         if policy.auto_max_s is None or now - self._reviewed_at < REVIEW_S:
             return
@@ -78,14 +79,15 @@ class Pacer:
             upload_s=upload_s,
             max_s=policy.auto_max_s,
         )
-        said = self._said
-        if said and abs(chosen.every_s - said.every_s) <= SAME * said.every_s:
+        said, measured = self._said, cost_s is not None
+        same = said is not None and abs(chosen.every_s - said.every_s) <= SAME * said.every_s
+        if same and measured == self._said_measured:  # the first measurement is told, whatever comes of it
             return
         with contextlib.suppress(OSError):
             temporary = self._run_dir.interval.with_suffix(".tmp")
             temporary.write_text(Pace(every_s=chosen.every_s, why=chosen.why).model_dump_json())
             os.replace(temporary, self._run_dir.interval)
-            self._said = chosen
+            self._said, self._said_measured = chosen, measured
 
 
 class PaceReader:

@@ -20,8 +20,9 @@ from storage.content.store import store_for
 from storage.directory import DirectoryStore
 from storage.log import run_log
 from storage.object_store import ObjectStore
-from storage.records import EndReason
+from storage.records import EndReason, Finished, Outcome
 from trainer.dataset_files import dataset_content
+from trainer.interval import UNMEASURED
 
 
 @pytest.fixture
@@ -64,10 +65,11 @@ def test_the_facts_of_a_run(store: DirectoryStore) -> None:
 
 def test_the_interval_now_and_why_in_one_line(store: DirectoryStore) -> None:
     sweep, run_id = filled(store, Checkpoint(every="auto"))
-    assert (
-        describe(store, sweep, run_id)["checkpoint"]["interval"]["said"]
-        == "every 30 s: nothing is measured yet"
-    )
+
+    def said() -> str:
+        return str(describe(store, sweep, run_id)["checkpoint"]["interval"]["said"])
+
+    assert said() == "every 30 s: what a checkpoint costs is not told yet", "for there is one"
     say(store, run_id, 1, 1, {"event": "interval", "every_s": 99.0, "why": "an older attempt"})
     say(store, run_id, 2, 1, {"event": "interval", "every_s": 30.0, "why": "first"}, {"event": "step"})
     say(
@@ -83,6 +85,11 @@ def test_the_interval_now_and_why_in_one_line(store: DirectoryStore) -> None:
 
     assert found["checkpoint"]["interval"]["every_s"] == 66.4
     assert "checkpoint  every 66 s: its upload takes 66 s" in text(found)
+
+    say(store, run_id, 2, 3, {"event": "interval", "every_s": 30.0, "why": UNMEASURED})
+    assert said() == "every 30 s: what a checkpoint costs is not told yet"
+    run_log(store, run_id).append(Finished(outcome=Outcome.SUCCEEDED, at=2.0))
+    assert said() == "every 30 s: the run was over before the cost of a checkpoint was told"
 
 
 @pytest.mark.parametrize(

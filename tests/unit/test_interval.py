@@ -196,6 +196,18 @@ def test_a_small_change_is_not_written(run_dir: RunDir) -> None:
     assert json.loads(run_dir.interval.read_bytes())["every_s"] == 150.0
 
 
+def test_the_first_measurement_is_told_also_if_the_interval_stays(run_dir: RunDir) -> None:
+    clock = Clock()
+    pacer = Pacer(run_dir, AUTO, clock)
+    pacer.review()
+    assert json.loads(run_dir.interval.read_bytes())["why"] == "no checkpoint is measured yet"
+    pacer.checkpointed({"stall_s": 0.0})
+    pacer.review()
+    told = json.loads(run_dir.interval.read_bytes())
+    assert told["every_s"] == MIN_S
+    assert "a checkpoint costs 0 ms" in told["why"]
+
+
 def test_without_auto_nothing_is_written_and_nothing_is_read(run_dir: RunDir) -> None:
     options = Options(checkpoint=CheckpointPolicy(every_s=7.0))
     pacer = Pacer(run_dir, options)

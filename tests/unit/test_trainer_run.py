@@ -175,7 +175,7 @@ def test_a_failed_evaluation_keeps_the_trained_adapter(lay: Lay, spec: RunSpec) 
     fails = spec.evaluate.model_copy(update={"command": ("python", "-c", "raise SystemExit(3)")})
     run_dir = lay("run", spec.model_copy(update={"evaluate": fails}))
 
-    with pytest.raises(EvaluationFailed, match=r"exit code 3; see log\.txt"):
+    with pytest.raises(EvaluationFailed, match=r"exit code 3; .*: orchestrate logs"):
         run_attempt(run_dir, Stop())
 
     assert newest(run_dir).name == "step-000000002"
