@@ -258,10 +258,12 @@ class CheckpointStore:
             verify(directory, [file])
             return
         scratch = temporary_dir(directory.parent)
+        packed = scratch / file.packed.sha256
         try:
-            packed = scratch / file.packed.sha256
             self._store.download(key, packed)
             packing.unpack(packed, path, file)
+        except Corrupt as error:  # a folder that is gone by now is no place
+            raise Corrupt(_reason(error, packed)) from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
