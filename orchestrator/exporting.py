@@ -33,7 +33,7 @@ def export_run(
         wanted = checkpoints.find(state, state.stored[-1].step if step is None else step).step
     except NotFound as error:
         raise Unknown(str(error)) from error
-    target = out / f"{run.run_id}-step{wanted:08d}"
+    target = out / f"{run.run_id}-step{wanted:08d}-{form}"
     if target.exists() and not force:
         hint = "give --force to write over it, or another --out"
         raise InvalidFile([Problem(code="E2701", message=f"{target} is there already", hint=hint)])

@@ -562,16 +562,17 @@ def test_exporting_a_run_without_a_checkpoint_is_exit_4(
     )
 
 
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
 def test_an_export_that_is_there_is_not_written_over_without_force(
-    orchestrate: Orchestrate, folder: Path, store: DirectoryStore
+    form: str, orchestrate: Orchestrate, folder: Path, store: DirectoryStore
 ) -> None:
     submit(CAT, store)
     with_checkpoint(store, folder, 5)
-    target = Path("exports") / f"{R0}-step00000005"
+    target = Path("exports") / f"{R0}-step00000005-{form}"
     target.mkdir(parents=True)
     (target / "mine").write_text("precious")
 
-    code, printed, said = orchestrate("export", "cat/0")
+    code, printed, said = orchestrate("export", "cat/0", "--to", form)
 
     assert (code, printed) == (2, "")
     assert f"E2701 {target} is there already — give --force to write over it, or another --out" in said
