@@ -66,7 +66,7 @@ def validate(file: Path, overrides: tuple[str, ...]) -> None:
     from .sweep import validate as check
 
     draft = check(file, overrides=overrides)
-    click.echo(f"{file}: sweep {draft.name}, {len(draft.cells)} runs")
+    click.echo(f"{file}: no mistakes; sweep {draft.name}, {len(draft.cells)} runs")
 
 
 @main.command()

@@ -147,7 +147,11 @@ def ls(run: str, store_url: str, output: str) -> None:
     if output == "json":
         click.echo(json.dumps({"schema": 1, "run": found.run_id, "checkpoints": listed}, indent=1))
     elif listed:
-        console().print(checkpoints_table(listed))
+        screen = console()
+        with screen.capture() as shown:
+            screen.print(checkpoints_table(listed))
+        for line in shown.get().splitlines():
+            click.echo(line.rstrip())  # rich fills the last column up with spaces
     else:
         click.echo(f"{found.run_id} has no checkpoint yet", err=True)
 

@@ -132,10 +132,10 @@ def tabby(folder: Path, store: DirectoryStore) -> Sweep:
 def test_validate_counts_the_runs_and_looks_at_nothing(orchestrate: Orchestrate, folder: Path) -> None:
     (folder / "data").rename(folder / "elsewhere")
 
-    assert orchestrate("validate", "grid.yaml") == (0, "grid.yaml: sweep tabby, 2 runs\n", "")
+    assert orchestrate("validate", "grid.yaml") == (0, "grid.yaml: no mistakes; sweep tabby, 2 runs\n", "")
     assert orchestrate("validate", "grid.yaml", "--set", "run_cap=1")[:2] == (
         0,
-        "grid.yaml: sweep tabby, 1 runs\n",
+        "grid.yaml: no mistakes; sweep tabby, 1 runs\n",
     )
     assert not (folder / "store").exists()
 

@@ -474,6 +474,7 @@ def test_checkpoints_are_listed_with_their_marks(store: DirectoryStore, orchestr
     table = orchestrate("checkpoints", "ls", "cat/0")[1].splitlines()
     assert table[0].split() == ["STEP", "ATTEMPT", "SIZE", "SENT", "AGE", "METRICS", "MARKS"]
     assert table[1].split()[-1] == "pinned"
+    assert [line for line in table if line != line.rstrip()] == []
     assert orchestrate("checkpoints", "ls", "cat/1")[2] == f"{R1} has no checkpoint yet\n"
 
 
