@@ -194,15 +194,16 @@ def _store(store: ObjectStore) -> Iterator[Problem]:
     if endpoint.startswith("http://") and urlsplit(endpoint).hostname not in _LOOPBACK:
         message = "the store is reached over http: data and credentials' signatures can be read on the way"
         yield Problem("W2405", message, "storage.url", "use https")
+    denied = "the credentials must allow to put, get, list and delete"
+    unreachable = "check the endpoint and network"
+    if store.url.startswith("file:"):
+        denied = unreachable = "name a folder that can be made and written to, on a disk with room"
     try:
         write_check(store)
     except AccessDenied as error:
-        hint = "the credentials must allow to put, get, list and delete"
-        yield Problem(STORE_DENIED, f"{store.url}: {error}", "storage.url", hint)
+        yield Problem(STORE_DENIED, f"{store.url}: {error}", "storage.url", denied)
     except Unavailable as error:
-        yield Problem(
-            STORE_UNREACHABLE, f"{store.url}: {error}", "storage.url", "check the endpoint and network"
-        )
+        yield Problem(STORE_UNREACHABLE, f"{store.url}: {error}", "storage.url", unreachable)
     except StorageError as error:
         yield Problem("E2401", f"{store.url}: {error}", "storage.url")
 

@@ -313,6 +313,19 @@ def test_a_store_that_cannot_be_used_is_named_with_what_failed(
     assert caught.value.exit_code == exit_code
 
 
+@pytest.mark.parametrize("error", [AccessDenied("no"), Unavailable("no")])
+def test_of_a_folder_no_endpoint_and_no_credentials_are_named(error: StorageError, data: Path) -> None:
+    class Folder(Refusing):
+        @property
+        def url(self) -> str:
+            return "file:///srv/loras"
+
+    file = data.parent / "grid.yaml"
+    file.write_text(GRID)
+    (found,) = check(load(file), Folder("put", error))
+    assert (found.hint or "").startswith("name a folder")
+
+
 def test_55_a_store_over_plain_http_is_a_warning(data: Path) -> None:
     class Remote(MemoryStore):
         @property
