@@ -10,6 +10,7 @@ from storage.object_store import ObjectStore
 from .cluster import RemoteController
 from .errors import OrchestrateError
 from .lifecycle import CancelAsked, Policy, advance
+from .options import store_flag
 
 
 def ask_to_cancel(
@@ -26,7 +27,7 @@ def ask_to_cancel(
     elif not atomic and any(run_log(store, run_id).refresh().finished is None for run_id in run_ids):
         raise OrchestrateError(
             f"{store.url}: two writers could both win here, so only the controller may cancel — "
-            "give its cluster's --address, or start one with: orchestrate resume"
+            f"give its cluster's --address, or start one with: orchestrate resume NAME{store_flag(store.url)}"
         )
     told, failed = {}, None
     for run_id in run_ids:

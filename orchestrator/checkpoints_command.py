@@ -26,6 +26,7 @@ from storage.run_state import RunState
 
 from .cleaning import keep_of
 from .errors import InvalidFile, OrchestrateError, Problem, Unknown, shown
+from .options import store_flag
 from .submission import find_run
 from .sweep import Sweep
 
@@ -174,7 +175,8 @@ def pin(
     if ledger is None:
         raise OrchestrateError(
             f"{run.store.url}: two writers could both win here, so only the sweep's controller may write — "
-            "give its cluster's --address, or start one with: orchestrate resume"
+            "give its cluster's --address, or start one with: "
+            f"orchestrate resume {run.sweep.name}{store_flag(run.store.url)}"
         )
     if unpin:
         refs = [ref for ref in run.state.pinned if ref.step == step]
