@@ -5,12 +5,16 @@ from typing import Any, cast
 
 import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .agent import NAMESPACE
 from .cluster import Work
 from .controller_actor import ControllerActor, ControllerSetup, controller_name
 from .errors import OrchestrateError
+
+# Every head has one of this resource, by Ray's convention, and no worker has. The controller must not go with a
+# worker, which a soft node affinity allows when the head is busy for a moment, and must start again on a head
+# that came back as another node, which a hard one forbids.
+_ON_THE_HEAD = {"node:__internal_head__": 0.0001}
 
 
 class ControllerClient:
@@ -68,7 +72,6 @@ def start_controller(setup: ControllerSetup) -> ControllerClient:
     Raises:
         OrchestrateError: It does not come up, or the one that is there works on another store.
     """
-    head = next((n["NodeID"] for n in ray.nodes() if "node:__internal_head__" in n["Resources"]), None)
     handle = (
         ray.remote(ControllerActor)
         .options(
@@ -79,7 +82,7 @@ def start_controller(setup: ControllerSetup) -> ControllerClient:
             max_restarts=-1,
             max_concurrency=32,
             num_cpus=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(head, soft=True) if head else "DEFAULT",
+            resources=_ON_THE_HEAD,
         )
         .remote(setup)
     )

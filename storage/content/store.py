@@ -22,10 +22,10 @@ from pydantic import ValidationError
 
 from .. import layout
 from ..errors import Corrupt, Fenced, StorageError, Unavailable
-from ..etag import is_of_file
 from ..log import Log
 from ..object_store import ObjectInfo, ObjectStore
 from ..records import StoredFile
+from ..s3.etag import is_of_file
 from .state import (
     CONTENT_ENTRY,
     ContentRecord,

@@ -22,9 +22,9 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 
 from ..background import begin
 from ..errors import NotFound, StorageError, Unavailable
-from ..etag import of_parts
 from .deadline import answered_within, current, until
 from .errors import NO_UPLOAD, code_of
+from .etag import of_parts
 from .file_slice import FileSlice, content_md5
 from .uplink import (
     COMPLETE_ANSWER_S,

@@ -24,7 +24,6 @@ from ..errors import (
     StorageError,
     Unavailable,
 )
-from ..etag import of_parts
 from ..packing import is_known
 from ..records import (
     AttemptNumber,
@@ -37,6 +36,7 @@ from ..records import (
     Started,
 )
 from ..run_state import RunState, holds
+from ..s3.etag import of_parts
 
 EXPIRES_S = 900
 """How long a signature holds. A request that has begun by then may last longer."""

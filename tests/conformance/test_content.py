@@ -12,8 +12,8 @@ from storage.content.hashing import hashed
 from storage.content.state import unreferenced
 from storage.content.store import content_log, fetch, store_for
 from storage.errors import Corrupt
-from storage.etag import is_of_file
 from storage.object_store import ObjectStore
+from storage.s3.etag import is_of_file
 from trainer.model_files import model_content
 
 LARGE = 17_000_000

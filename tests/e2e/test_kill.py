@@ -91,6 +91,7 @@ def test_a_killed_controller_costs_no_trainer_anything(
     with running_cluster(tmp_path / "home", nodes=2, cpus=2) as cluster:
         submit(sweep, store)
         controller = launch.start(sweep, sweep.storage.url, arbitrated=False)
+        assert not is_on_a_worker(controller.pid(), cluster)
         wait_for(
             "four runs that train", lambda: all(s.running and s.running.started for s in states(sweep)), 120
         )
@@ -98,6 +99,7 @@ def test_a_killed_controller_costs_no_trainer_anything(
         first_pid = controller.pid()
         os.kill(first_pid, signal.SIGKILL)
         second_pid = wait_for("a new controller", lambda: other_controller(sweep.name, first_pid), 60)
+        assert not is_on_a_worker(second_pid, cluster)
         during = {p.pid for p in trainers(cluster.host_pid)}
         gate.open()
         ended = [finished(store, run.run_id, timeout_s=300) for run in sweep.runs]
@@ -143,6 +145,10 @@ def test_everything_killed_at_once_resumes_from_the_store_alone(
     with undisturbed(sweep, tmp_path) as calm:
         assert adapter(store, sweep.runs[0].run_id, tmp_path / "killed") == calm()
     figures["everything_killed"] = 1
+
+
+def is_on_a_worker(pid: int, cluster: LocalRay) -> bool:
+    return any(pid in descendants(raylet) for raylet in cluster.raylet_pids.values())
 
 
 def plan(

@@ -35,10 +35,10 @@ from storage.errors import (
     NotFound,
     Unavailable,
 )
-from storage.etag import is_of_file
 from storage.memory import MemoryStore
 from storage.object_store import ObjectStore
 from storage.records import StoredFile
+from storage.s3.etag import is_of_file
 from storage.s3.uplink import PART_BYTES
 
 T = TypeVar("T")

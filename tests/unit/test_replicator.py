@@ -1,5 +1,6 @@
 """The replicator: whatever it misses or has to wait for, the newest checkpoint reaches the store."""
 
+import os
 import resource
 import threading
 import time
@@ -162,8 +163,10 @@ def test_a_process_out_of_files_publishes_once_it_has_some(
     uplink.open.clear()
     replicator = start()
     uplink.until(lambda: uplink.began == [1])
+    os.close(lowest_free := os.dup(0))
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (0, most))
+        # No lower: with less than what it waits for, watchdog's poll() would be refused, and its thread end.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, most))
         uplink.failures = [Unavailable("503")]
         uplink.open.set()
         uplink.until(lambda: len(uplink.errors) >= 2)

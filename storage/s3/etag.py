@@ -7,8 +7,8 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from .s3.file_slice import FileSlice
-from .s3.uplink import part_bytes
+from .file_slice import FileSlice
+from .uplink import part_bytes
 
 
 def of_parts(md5s: Iterable[bytes]) -> str:
