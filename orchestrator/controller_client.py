@@ -11,9 +11,9 @@ from .cluster import Work
 from .controller_actor import ControllerActor, ControllerSetup, controller_name
 from .errors import OrchestrateError
 
-# Every head has one of this resource, by Ray's convention, and no worker has. The controller must not go with a
-# worker, which a soft node affinity allows when the head is busy for a moment, and must start again on a head
-# that came back as another node, which a hard one forbids.
+# Every head has one of this resource, by Ray's convention, and no worker has. The controller must not go with
+# a worker, which a soft node affinity allows when the head is busy for a moment, and must start again on a
+# head that came back as another node, which a hard one forbids.
 _ON_THE_HEAD = {"node:__internal_head__": 0.0001}
 
 
