@@ -15,9 +15,10 @@ import stat
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import ray
@@ -25,8 +26,6 @@ import ray
 from storage.errors import AccessDenied, Fenced, Unavailable
 from storage.ledger import Ledger
 from storage.object_store import ObjectStore
-from storage.records import RECORD, Record
-from storage.run_state import RunState
 from storage.scoped.grants import Caller
 from storage.scoped.store import Ask, ScopedLedger, ScopedStore
 from storage.snapshots import hinted_log
@@ -37,6 +36,7 @@ from trainer.rundir import EXIT_PREEMPTED, EXIT_STORE_UNREACHABLE, Options
 from trainer.supervisor import Assignment, Progress, Supervisor
 from trainer.training_process import TrainingProcess
 
+from .appending import ArbitratedLedger
 from .cluster import Order, Work
 from .metrics import AgentMetrics
 from .submission import read_spec
@@ -203,7 +203,7 @@ class Agent:
             return scoped, ScopedLedger(ask, caller, scoped)
         if arbiter is None:
             return self._store, hinted_log(self._store, run_id)
-        return self._store, ArbitratedLedger(self._store, run_id, arbiter)
+        return self._store, ArbitratedLedger(hinted_log(self._store, run_id), run_id, appending(arbiter))
 
     def _on_progress(self, progress: Progress) -> None:
         with self._changed:
@@ -264,26 +264,9 @@ def _own_scratch() -> Path:
     return mine
 
 
-class ArbitratedLedger:
-    """Reads a run's log and asks the controller to append, where two writers could both win a position.
-
-    A controller that cannot be reached is ``Unavailable``: the caller tries again when it is back. The
-    controller recognises a record that it has already written.
-    """
-
-    def __init__(self, store: ObjectStore, run_id: str, arbiter: str) -> None:
-        self._log = hinted_log(store, run_id)
-        self._run_id = run_id
-        self._arbiter = arbiter
-
-    def refresh(self) -> RunState:
-        return self._log.refresh()
-
-    def append(self, record: Record) -> RunState:
-        refused = _called(self._arbiter, "append", self._run_id, RECORD.dump_json(record), timeout_s=60.0)
-        if refused is not None:
-            raise Fenced(refused)
-        return self._log.refresh()
+def appending(arbiter: str) -> Callable[[str, bytes], str | None]:
+    """Asks the controller to append. One that does not answer is ``Unavailable``: the caller tries again."""
+    return lambda run_id, body: cast("str | None", _called(arbiter, "append", run_id, body, timeout_s=60.0))
 
 
 def asking(arbiter: str) -> Ask:

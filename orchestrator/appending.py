@@ -4,9 +4,11 @@ Where create-only holds, anybody may append. Where it does not, two writers coul
 the log would be damaged: there only the controller does, and without one nobody.
 """
 
+from collections.abc import Callable
+
 from storage.errors import Fenced
 from storage.ledger import Ledger
-from storage.log import run_log
+from storage.log import RunLog, run_log
 from storage.object_store import ObjectStore
 from storage.records import RECORD, Record
 from storage.run_state import RunState
@@ -14,19 +16,22 @@ from storage.run_state import RunState
 from .cluster import RemoteController
 
 
-class ThroughController:
-    """Reads a run's log, and asks the controller to append. Implements ``Ledger``."""
+class ArbitratedLedger:
+    """Reads a run's log, and asks the controller to append. Implements ``Ledger``.
 
-    def __init__(self, store: ObjectStore, run_id: str, controller: RemoteController) -> None:
-        self._log = run_log(store, run_id)
+    The controller recognises a record that it has already written.
+    """
+
+    def __init__(self, log: RunLog, run_id: str, append: Callable[[str, bytes], str | None]) -> None:
+        self._log = log
         self._run_id = run_id
-        self._controller = controller
+        self._append = append
 
     def refresh(self) -> RunState:
         return self._log.refresh()
 
     def append(self, record: Record) -> RunState:
-        refused = self._controller.append(self._run_id, RECORD.dump_json(record))
+        refused = self._append(self._run_id, RECORD.dump_json(record))
         if refused is not None:
             raise Fenced(refused)
         return self._log.refresh()
@@ -38,4 +43,4 @@ def ledger_of(
     """Return what this process may append through; None: nothing, only a controller may, and none is here."""
     if atomic:
         return run_log(store, run_id)
-    return ThroughController(store, run_id, controller) if controller else None
+    return ArbitratedLedger(run_log(store, run_id), run_id, controller.append) if controller else None

@@ -3,7 +3,7 @@
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from .errors import InvalidFile, OrchestrateError, Problem, Unknown, shown
 from .options import store_flag
 from .submission import find_run
 from .sweep import Sweep
+from .view import read_states
 
 _NAMED = re.compile(r"(?P<run>[^@]+)(?:@(?P<step>\d{1,9}))?")
 
@@ -63,8 +64,7 @@ class Run:
     @property
     def sweep_over(self) -> bool:
         """Whether all runs of the sweep are over: then it has no controller, and none can be started."""
-        runs = (self.run_id, *(run.run_id for run in self.sweep.runs))
-        return all(run_log(self.store, run).refresh().finished for run in runs)
+        return all(state.finished for state in read_states(self.sweep, self.store).values())
 
     def at(self, step: int | None) -> Committed:
         """Return the checkpoint of a step, or the newest there is; a whole one before a salvage.
@@ -82,9 +82,9 @@ class Run:
         raise Unknown(f"{self.run_id} has no checkpoint of step {step}; there are: {steps}")
 
 
-def listed(run: Run, *, now_s: float | None = None) -> list[dict[str, Any]]:
+def listed(run: Run) -> list[dict[str, Any]]:
     """Return a row per checkpoint, oldest first, in the stable form of ``ls -o json``."""
-    now = _now(run.store) if now_s is None else now_s
+    now = store_time(run.store, Inventory()) or time.time()
     marks = keep_of(run.sweep).marks(run.state)
     quarantined = {ref for ref, _ in run.state.quarantined}
     entries = [e.record for e in run.log.entries() if isinstance(e.record, Committed)]
@@ -107,7 +107,7 @@ def listed(run: Run, *, now_s: float | None = None) -> list[dict[str, Any]]:
                 "size_bytes": sum(f.size_bytes for f in c.files),
                 "stored_bytes": sum((f.packed or f).size_bytes for f in c.files),
                 "committed_at": c.at,
-                "age_s": None if now is None else max(0.0, now - c.at),
+                "age_s": max(0.0, now - c.at),
                 "metrics": dict(c.metrics),
                 "marks": list(words),
             }
@@ -152,14 +152,7 @@ def pull(run: Run, step: int | None, out: Path) -> Path:
         ) from error
 
 
-def pin(
-    run: Run,
-    step: int,
-    ledger: Ledger | None,
-    *,
-    unpin: bool = False,
-    clock: Callable[[], float] = time.time,
-) -> str:
+def pin(run: Run, step: int, ledger: Ledger | None, *, unpin: bool = False) -> str:
     """Pin or unpin the checkpoint of a step; returns what is true now, for a person.
 
     Raises:
@@ -170,7 +163,8 @@ def pin(
         raise OrchestrateError(
             f"not possible on this store any more: {run.sweep.name} is over, and only a sweep's controller "
             f"may write to {run.store.url}. Without it nothing of {run.sweep.name} is retired either — "
-            f"for a copy of your own: orchestrate checkpoints pull {run.run_id}@{step}"
+            "for a copy of your own: "
+            f"orchestrate checkpoints pull {run.run_id}@{step}{store_flag(run.store.url)}"
         )
     if ledger is None:
         raise OrchestrateError(
@@ -183,10 +177,10 @@ def pin(
         if not refs:
             return f"{run.run_id}: step {step} was not pinned"
         for ref in refs:
-            _appended(ledger, Unpinned(checkpoint=ref, at=clock()))
+            _appended(ledger, Unpinned(checkpoint=ref, at=time.time()))
         return f"{run.run_id}: step {step} is not pinned any more"
     checkpoint = run.at(step)
-    _appended(ledger, Pinned(checkpoint=checkpoint.ref, at=clock()))
+    _appended(ledger, Pinned(checkpoint=checkpoint.ref, at=time.time()))
     return f"{run.run_id}: step {step} is pinned, and stays until it is unpinned"
 
 
@@ -198,7 +192,3 @@ def _appended(ledger: Ledger, record: Pinned | Unpinned) -> None:
         state = ledger.refresh()
         if (ref in state.pinned) != isinstance(record, Pinned):
             raise Unknown(f"{ref} cannot be {record.kind}: {error}") from error
-
-
-def _now(store: ObjectStore) -> float | None:
-    return store_time(store, Inventory()) or time.time()

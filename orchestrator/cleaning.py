@@ -4,7 +4,6 @@
 point, and run beside another and beside controllers: see ``storage.garbage`` for why.
 """
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -184,13 +183,7 @@ def leave_out_unwritable(plan: Survey) -> list[str]:
     return left
 
 
-def carry_out(
-    store: ObjectStore,
-    plan: Survey,
-    ledger_of: LedgerOf,
-    *,
-    clock: Callable[[], float] = time.time,
-) -> Iterator[Collected]:
+def carry_out(store: ObjectStore, plan: Survey, ledger_of: LedgerOf) -> Iterator[Collected]:
     """Delete what is planned, step by step."""
     for name, runs in plan.runs.items():
         for run in runs:
@@ -206,7 +199,7 @@ def carry_out(
                 return
             needs_record = bool(sure.reap or sure.retire) and name not in plan.unwritable
             ledger = ledger_of(name, run.run) if needs_record else None
-            yield from collect_run(store, sure, ledger, clock=clock)
+            yield from collect_run(store, sure, ledger)
     if plan.probes:
         yield collect_loose(store, plan.probes)
     if plan.terms:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from . import storage_commands
-from .options import output_option, store_option
+from .options import DEFAULT_STORE, output_option, store_option
 
 address_option = click.option(
     "--address",
@@ -308,7 +308,7 @@ def export(
     "--store",
     "store_url",
     envvar="ORCHESTRATE_STORE",
-    default="file://./orchestrate-store",
+    default=DEFAULT_STORE,
     show_default=True,
     help="The store to examine. [env: ORCHESTRATE_STORE]",
 )

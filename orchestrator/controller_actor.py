@@ -103,10 +103,6 @@ class ControllerActor:
             raise OrchestrateError("storage.credentials is not scoped: nothing is granted here")
         return self._desk.answer(body)
 
-    def refusals(self) -> dict[str, int]:
-        """How often agents were refused what they asked for, by what that was and why."""
-        return dict(self._desk.refusals) if self._desk else {}
-
     def cancel(self, run_ids: list[str]) -> None:
         self._working().cancel(run_ids)
 

@@ -5,13 +5,13 @@ import shlex
 
 import click
 
-_STORE = "file://./orchestrate-store"
+DEFAULT_STORE = "file://./orchestrate-store"
 
 store_option = click.option(
     "--store",
     "store_url",
     envvar="ORCHESTRATE_STORE",
-    default=_STORE,
+    default=DEFAULT_STORE,
     show_default=True,
     help="Where sweeps are kept: s3://bucket/prefix?endpoint=… or file:///folder. [env: ORCHESTRATE_STORE]",
 )
@@ -24,7 +24,7 @@ def store_flag(url: str) -> str:
     from storage.url import open_store
 
     try:
-        usual = open_store(os.environ.get("ORCHESTRATE_STORE") or _STORE).url
+        usual = open_store(os.environ.get("ORCHESTRATE_STORE") or DEFAULT_STORE).url
     except InvalidName:
         usual = None
     return "" if url == usual else f" --store {shlex.quote(url)}"

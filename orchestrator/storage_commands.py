@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import output_option, store_option
+from .options import output_option, store_flag, store_option
 
 if TYPE_CHECKING:
     from storage.garbage.collecting import Collected
@@ -97,7 +97,7 @@ def gc(
     if done:
         _conclude(done, store.url)
     elif listed:
-        click.echo("Dry run: nothing was deleted. Delete it with: orchestrate gc --apply", err=True)
+        click.echo("Dry run: nothing was deleted. To delete it, give the same command with --apply", err=True)
 
 
 @click.command()
@@ -219,7 +219,9 @@ def _pin(name: str, store_url: str, address: str | None, *, unpin: bool) -> None
 
     run, step = command.parse(name)
     if step is None:
-        raise click.UsageError(f"say which step: {run}@STEP (see: orchestrate checkpoints ls {run})")
+        raise click.UsageError(
+            f"say which step: {run}@STEP (see: orchestrate checkpoints ls {run}{store_flag(store_url)})"
+        )
     found = command.Run(_open(store_url, None), run)
     store, probed = open_probed(store_url)
     needs = not probed.atomic and not found.sweep_over

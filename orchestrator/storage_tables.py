@@ -40,9 +40,7 @@ def size_text(size_bytes: float) -> str:
     return f"{size:.1f} {_UNITS[unit]}" if unit else f"{size:.0f} B"
 
 
-def age_text(age_s: float | None) -> str:
-    if age_s is None:
-        return "–"
+def age_text(age_s: float) -> str:
     seconds = max(0.0, age_s)
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:

@@ -26,11 +26,10 @@ from .grid_checks import grid_problems
 from .grid_errors import explain
 from .grid_file import Document, read
 from .grid_schema import Checkpoint, Grid, Metric, Recovery, Resources, Storage
+from .options import DEFAULT_STORE
 from .overrides import overlaid
 from .pins import absolute_url, identity, pins_of, run_id, with_digest
 from .run_specs import run_specs
-
-DEFAULT_STORE = "file://./orchestrate-store"
 
 
 class PlannedRun(Frozen):

@@ -12,7 +12,7 @@ from storage import snapshots
 from storage.errors import StorageError, Unavailable
 from storage.log import RunSnapshot
 from storage.object_store import ObjectStore
-from storage.records import EndReason
+from storage.run_state import UNHEARD_ENDS
 from storage.snapshots import Known
 
 from .readers import Readers
@@ -24,9 +24,6 @@ EVERY_S = 300.0
 RETRY_S = 5.0
 TRIES = 12
 """So often the last snapshot is asked for, if the store does not answer, before all logs are read instead."""
-
-GHOSTLY = frozenset({EndReason.NODE_LOST, EndReason.NODE_UNREACHABLE, EndReason.AGENT_LOST})
-"""Ends after which an attempt may live on somewhere, and upload what nobody will ever commit."""
 
 logger = logging.getLogger(__name__)
 
@@ -136,5 +133,6 @@ def _surely_tidy(run: TrackedRun) -> bool:
     """
     if not run.tidy or run.undeletable:
         return False
-    ghosts = any(attempt.ended and attempt.ended.reason in GHOSTLY for attempt in run.state.attempts)
+    # Such an attempt may live on somewhere, and upload what nobody will ever commit.
+    ghosts = any(attempt.ended and attempt.ended.reason in UNHEARD_ENDS for attempt in run.state.attempts)
     return run.was_over or not ghosts

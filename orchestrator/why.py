@@ -12,7 +12,7 @@ from storage.records import (
     RunEntry,
 )
 from storage.redaction import printable, redacted
-from storage.run_state import Attempt, RunState
+from storage.run_state import UNHEARD_ENDS, Attempt, RunState
 
 _CAUSES = {
     EndReason.SPOT_NOTICE: "spot notice on {node}",
@@ -29,7 +29,6 @@ _CAUSES = {
     EndReason.CKPT_INVALID: "the trainer on {node} could not use its checkpoint",
     EndReason.USER_CANCEL: "cancelled",
 }
-_UNHEARD = (EndReason.NODE_LOST, EndReason.NODE_UNREACHABLE, EndReason.AGENT_LOST)
 """Others tell of such an end; the step is what the attempt had reported, if who heard it is still there."""
 _TRAINER = "the trainer "
 NO_TIME = "(no time)"
@@ -61,7 +60,7 @@ def interruptions(state: RunState) -> tuple[Interruption, ...]:
         resumed = _begins_at(following) if following else state.committed_step
         known = max(attempt.committed_step or 0, _begins_at(attempt))
         reached = max(attempt.ended.step, known)
-        unheard = attempt.started is not None and attempt.ended.reason in _UNHEARD
+        unheard = attempt.started is not None and attempt.ended.reason in UNHEARD_ENDS
         lost = max(0, reached - resumed)
         started = following.started if following else None
         found.append(

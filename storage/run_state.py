@@ -44,6 +44,8 @@ FREE_ENDS = frozenset(
 
 An agent that died while its node lives is not among them: a run that takes all memory ends so.
 """
+UNHEARD_ENDS = frozenset({EndReason.NODE_LOST, EndReason.NODE_UNREACHABLE, EndReason.AGENT_LOST})
+"""Ends that nobody reported: what the attempt did last is not known, and it may not even have ended."""
 
 WITNESSES = 3
 """So many attempts must have found the only restorable checkpoint unusable, if all ran on one node."""

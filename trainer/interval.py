@@ -98,13 +98,13 @@ def choose(
     return Interval(every_s=every_s, why=f"{said}: {shown(ideal_s)} would be best, {bound}")
 
 
-def learned(lives: Iterable[Life], prior: Lifetimes | None = None) -> Lifetimes:
+def learned(lives: Iterable[Life]) -> Lifetimes:
     """Return the lifetimes after these lives: exactly what Bayes says of the scale, with the shape as it is.
 
     The rate scale^-shape has a gamma prior that is worth ``PRIOR_LOSSES``. Lives that were not seen to end
     count for as long as they lasted.
     """
-    prior = prior or Lifetimes()
+    prior = Lifetimes()
     losses, exposure = 0, 0.0
     for life in lives:
         losses += life.lost

@@ -16,7 +16,7 @@ from support.flaky_store import Fault, FlakyStore
 from support.invariants import violations
 from support.runs import claimed, ended, incarnation, read_files, ref, write_checkpoint
 
-from orchestrator.appending import ThroughController, ledger_of
+from orchestrator.appending import ArbitratedLedger, ledger_of
 from orchestrator.cli import main
 from orchestrator.cluster import Work
 from orchestrator.grid_schema import Checkpoint, Metric
@@ -386,7 +386,7 @@ def test_where_only_a_controller_may_write_it_writes_for_the_commands(
     assert [c.step for c in state(store).retired] == [30]
 
     ledger = ledger_of(store, R0, controller, atomic=False)
-    assert isinstance(ledger, ThroughController)
+    assert isinstance(ledger, ArbitratedLedger)
     with pytest.raises(Fenced, match="is not there"):
         ledger.append(Pinned(checkpoint=ref(99), at=1.0))
 
