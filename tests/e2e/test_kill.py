@@ -1,20 +1,20 @@
 """The project's proof: kill everything that can be killed, and compare the bytes."""
 
 import contextlib
-import hashlib
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from support.cluster import descendants, kill_cluster, running_cluster, trainers, wait_for
+from support.evidence import adapter, litter, trained_alone
 from support.gate import Gate
 from support.s3_servers import S3Server
 
@@ -24,7 +24,6 @@ from orchestrator.local_ray import LocalRay
 from orchestrator.submission import submit
 from orchestrator.sweep import Sweep, load
 from orchestrator.why import interruptions
-from storage.checkpoints import CheckpointStore
 from storage.log import RunLog, run_log
 from storage.object_store import ObjectStore
 from storage.probe import open_probed
@@ -261,44 +260,9 @@ def other_controller(sweep: str, than: int) -> int | None:
     return pid if pid != than else None
 
 
-def adapter(store: ObjectStore, run_id: str, scratch: Path) -> str:
-    log = run_log(store, run_id)
-    checkpoint, path = CheckpointStore(store, run_id, log).fetch_newest(log.refresh(), scratch)
-    assert checkpoint is not None
-    assert checkpoint.final
-    assert path is not None
-    return hashlib.sha256((path / "adapter.safetensors").read_bytes()).hexdigest()
-
-
-@contextlib.contextmanager
-def undisturbed(sweep: Sweep, folder: Path) -> Iterator[Callable[[], str]]:
-    """Train the sweep's first run again, in a process of its own, without a cluster and without a kill.
-
-    It is called for its adapter's digest: the time until then is not spent waiting.
-    """
-    spec = folder / "spec.json"
-    spec.write_text(sweep.runs[0].spec.model_dump_json())
-    url = f"file://{folder / 'undisturbed'}"
-    command = ["run", "--spec", str(spec), "--store", url, "--run-id", "calm", "--threads", "1"]
-    process = subprocess.Popen([sys.executable, "-m", "trainer", *command])
-
-    def result() -> str:
-        assert process.wait(timeout=600) == 0
-        return adapter(open_store(url), "calm", folder / "calm")
-
-    try:
-        yield result
-    finally:
-        process.kill()
-        process.wait()
-
-
-def litter(store: ObjectStore, run_id: str, state: RunState) -> list[str]:
-    """Keys of checkpoint data that no record names."""
-    from storage import layout
-
-    named = {layout.committed_file(run_id, c, f.name) for c in state.checkpoints for f in c.files}
-    return [info.key for info in store.list(f"runs/{run_id}/data/") if info.key not in named]
+def undisturbed(sweep: Sweep, folder: Path) -> contextlib.AbstractContextManager[Callable[[], str]]:
+    """Train the sweep's first run again, alone and without a kill."""
+    return trained_alone(sweep.runs[0].spec, folder)
 
 
 def bucket_kind(bucket: S3Server) -> str:

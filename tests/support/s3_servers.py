@@ -163,18 +163,18 @@ def why_no_radosgw() -> str | None:
 
 
 @contextlib.contextmanager
-def rclone_server(directory: Path, tls: Tls | None = None) -> Iterator[S3Server]:
+def rclone_server(directory: Path, tls: Tls | None = None, *, host: str = "127.0.0.1") -> Iterator[S3Server]:
     """Serve ``directory/buckets`` by ``rclone serve s3``: over TLS only, if there is a certificate."""
     (directory / "buckets" / BUCKET).mkdir(parents=True)
     port = free_ports(1)[0]
     program = Path(sys.executable).with_name("rclone")
     command = [
         str(program if program.exists() else "rclone"),
-        *("serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}"),
+        *("serve", "s3", "--addr", f"{host}:{port}", "--auth-key", f"{KEY},{SECRET}"),
         *(("--cert", str(tls.certificate), "--key", str(tls.key)) if tls else ()),
         str(directory / "buckets"),
     ]
-    endpoint = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
+    endpoint = f"{'https' if tls else 'http'}://{host}:{port}"
     with running(command, directory / "rclone.log", {"RCLONE_CONFIG": "/dev/null"}) as server:
         wait_for(lambda: answers(endpoint), 20, [server], server.log)
         yield S3Server(endpoint=endpoint, environment=_environment(tls), processes=(server,))
@@ -190,14 +190,17 @@ def swift_server(directory: Path) -> Iterator[S3Server]:
 
 
 @contextlib.contextmanager
-def radosgw_server(directory: Path, tls: Tls | None = None) -> Iterator[S3Server]:
-    """Run one monitor, one OSD and one gateway in ``directory``; with a certificate, also over TLS."""
+def radosgw_server(directory: Path, tls: Tls | None = None, *, host: str = "127.0.0.1") -> Iterator[S3Server]:
+    """Run one monitor, one OSD and one gateway in ``directory``; with a certificate, also over TLS.
+
+    ``host``: the gateway's own address; the rest stays on loopback.
+    """
     # A path of a unix socket is at most 107 bytes long, which directories of tests exceed.
     sockets = Path("/tmp") / f"ceph-{uuid.uuid4().hex[:8]}"
     sockets.mkdir()
     try:
         with contextlib.ExitStack() as stack:
-            cluster = _started(directory, sockets, tls, stack)
+            cluster = _started(directory, sockets, tls, host, stack)
             cluster.run("radosgw-admin", "user", "create", "--uid=test", "--display-name=test",
                         f"--access-key={KEY}", f"--secret-key={SECRET}")  # fmt: skip
             _create_bucket(cluster.endpoint)
@@ -211,16 +214,18 @@ def radosgw_server(directory: Path, tls: Tls | None = None) -> Iterator[S3Server
         shutil.rmtree(sockets, ignore_errors=True)
 
 
-def _started(directory: Path, sockets: Path, tls: Tls | None, stack: contextlib.ExitStack) -> "_Ceph":
+def _started(
+    directory: Path, sockets: Path, tls: Tls | None, host: str, stack: contextlib.ExitStack
+) -> "_Ceph":
     """Start a cluster; once more, on other ports, if somebody took one between look and use."""
     try:
         with contextlib.ExitStack() as first:
-            cluster = _Ceph(directory / "first", sockets, tls)
+            cluster = _Ceph(directory / "first", sockets, tls, host)
             cluster.start(first)
             stack.enter_context(first.pop_all())
             return cluster
     except RuntimeError:
-        cluster = _Ceph(directory / "second", sockets, tls)
+        cluster = _Ceph(directory / "second", sockets, tls, host)
         cluster.start(stack)
         return cluster
 
@@ -228,15 +233,15 @@ def _started(directory: Path, sockets: Path, tls: Tls | None, stack: contextlib.
 class _Ceph:
     """The smallest cluster that serves S3, on loopback, without authentication between its parts."""
 
-    def __init__(self, directory: Path, sockets: Path, tls: Tls | None) -> None:
+    def __init__(self, directory: Path, sockets: Path, tls: Tls | None, host: str) -> None:
         self._directory = directory
         self._conf = directory / "ceph.conf"
         self._fsid = str(uuid.uuid4())
         self._v2_port, self._v1_port, plain_port, secure_port = free_ports(4)
-        self.endpoint = f"http://127.0.0.1:{plain_port}"
+        self.endpoint = f"http://{host}:{plain_port}"
         self.secure_endpoint = f"https://127.0.0.1:{secure_port}" if tls else None
         self.processes: list[ServerProcess] = []
-        frontend = f"beast endpoint=127.0.0.1:{plain_port}"
+        frontend = f"beast endpoint={host}:{plain_port}"
         if tls:
             frontend += (
                 f" ssl_endpoint=127.0.0.1:{secure_port}"
