@@ -17,7 +17,6 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from storage.errors import (
@@ -36,7 +35,7 @@ from storage.run_state import FREE_ENDS, RunState
 from .cluster import Cluster, Health, Order, Slot
 from .lifecycle import CancelAsked, Event, Exited, Lost, Phase, Policy, advance, phase, settle, wait_s
 from .pruning import delete_orphans, prune
-from .readers import PATIENCE_S, THREADS, Readers
+from .readers import PATIENCE_S, Readers
 from .scheduler import FreeSlot, Placement, QueuedRun, assign
 from .sweep import Sweep
 from .sweep_snapshot import SweepSnapshot
@@ -83,6 +82,8 @@ class Controller:
         term: Term | None = None,
         *,
         monotonic: Callable[[], float] | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        readers: Readers | None = None,
     ) -> None:
         """Clocks are this machine's; a ``clock`` that is given without the other is taken for both.
 
@@ -90,6 +91,8 @@ class Controller:
             clock: Unix seconds for the records. It may be set at any time: nothing waits by it.
             term: None where no other controller can be.
             monotonic: Seconds, for every wait.
+            sleep: Waits before a store that did not answer is asked again.
+            readers: None: threads of its own.
         """
         self._sweep = sweep
         self._cluster = cluster
@@ -102,9 +105,16 @@ class Controller:
             backoff_s=sweep.recovery.backoff_s,
             max_backoff_s=sweep.recovery.max_backoff_s,
         )
-        many = len(sweep.runs) >= THREADS
-        self._runs = {plan.run_id: TrackedRun.of(plan, store, many=many) for plan in sweep.runs}
-        self._readers = Readers()
+        self._readers = readers or Readers()
+        track = partial(
+            TrackedRun.of,
+            store=store,
+            many=len(sweep.runs) >= self._readers.threads,
+            clock=self._clock,
+            monotonic=self._monotonic,
+            sleep=sleep,
+        )
+        self._runs = {plan.run_id: track(plan) for plan in sweep.runs}
         runs = tuple(self._runs.values())
         self._snapshot = SweepSnapshot(store, sweep.name, runs, self._readers, self._monotonic)
         self._begun = False
@@ -159,7 +169,7 @@ class Controller:
             StorageError: One of them could not be asked; all others were.
         """
         runs = [run for run_id in run_ids if not (run := self._runs[run_id]).tidy and not run.damage]
-        with ThreadPoolExecutor(THREADS) as pool:
+        with self._readers.pool() as pool:
             failed = [error for error in pool.map(self._cancel, runs) if error]
         if failed:
             raise failed[0]
@@ -207,19 +217,22 @@ class Controller:
         self._begun = True
         return True
 
-    def _due(self, slots: dict[str, Slot], now: float) -> set[str]:
-        """The runs whose logs are to be read now: something has happened, or it has been a while."""
+    def _due(self, slots: dict[str, Slot], now: float) -> dict[str, None]:
+        """The runs whose logs are to be read now: something has happened, or it has been a while.
+
+        In an order that does not depend on how strings hash: what a simulation did, it must do again.
+        """
         open_runs = [(run_id, run) for run_id, run in self._runs.items() if self._free(run, now)]
         running = sum(run.state.running is not None for _, run in open_runs)
         every_s = max(REFRESH_S, running / LOOKS_PER_S)
         idle_every_s = max(IDLE_REFRESH_S, (len(open_runs) - running) / IDLE_LOOKS_PER_S)
-        due, looks = set(), []
+        due, looks = dict[str, None](), []
         for run_id, run in open_runs:
             if run.problem or self._event(run, slots):
-                due.add(run_id)
+                due[run_id] = None
             elif now - run.read_at >= (every_s if run.state.running else idle_every_s):
                 looks.append((run.read_at, run_id))
-        return due | {run_id for _, run_id in sorted(looks)[:LOOKS_AT_ONCE]}
+        return due | dict.fromkeys(run_id for _, run_id in sorted(looks)[:LOOKS_AT_ONCE])
 
     def _free(self, run: TrackedRun, now: float) -> bool:
         """Whether there may be something to do about the run, and nobody is at it."""

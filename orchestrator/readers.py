@@ -6,7 +6,7 @@ while some of it still gets done; what hangs goes on alone, and holds up nobody 
 
 import queue
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 THREADS = 16
 """At most so many requests of a controller are on their way at once, and so many may hang before all wait."""
@@ -18,9 +18,15 @@ PATIENCE_S = 2.0
 class Readers:
     """Used by one thread. Threads are started when there is work, and end with this object."""
 
+    threads = THREADS
+
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="reader")
+        self._pool = self.pool()
         self._busy: dict[str, Future[None]] = {}
+
+    def pool(self) -> Executor:
+        """Threads for whoever may not wait for what is busy here."""
+        return ThreadPoolExecutor(self.threads, thread_name_prefix="reader")
 
     def busy(self, name: str) -> bool:
         """Whether work of this name has not ended, or how it ended has not been looked at."""

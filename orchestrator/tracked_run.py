@@ -1,6 +1,8 @@
 """What a controller knows of one run: its plan, its log, and how dealing with it went."""
 
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from storage.checkpoints import CheckpointStore
@@ -51,13 +53,24 @@ class TrackedRun:
         return self.log.state
 
     @classmethod
-    def of(cls, plan: PlannedRun, store: ObjectStore, *, many: bool) -> "TrackedRun":
+    def of(
+        cls,
+        plan: PlannedRun,
+        store: ObjectStore,
+        *,
+        many: bool,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> "TrackedRun":
         """``many``: there are so many runs that the entries of each need not be read in parallel too."""
         log = run_log(
             store,
             plan.run_id,
+            sleep=sleep,
             pauses_s=APPEND_PAUSES_S,
             readers=1 if many else READERS,
             remember=False,
         )
-        return cls(plan, log, CheckpointStore(store, plan.run_id, log))
+        checkpoints = CheckpointStore(store, plan.run_id, log, clock=clock, monotonic=monotonic)
+        return cls(plan, log, checkpoints)
