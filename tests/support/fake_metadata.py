@@ -1,4 +1,4 @@
-"""A metadata service as a cloud's node sees it, at any address: it tells of the node's end while a file says so.
+"""A metadata service of a cloud's node, at any address: it tells of a node's end while a file says so.
 
     python tests/support/fake_metadata.py aws 169.254.169.254 80 /tmp/n1/notice.json
 
@@ -56,7 +56,7 @@ class FakeMetadata(ThreadingHTTPServer):
         self.requests: list[str] = []
         """What was asked for, as ``GET /path``."""
         self.skew_s = 0.0
-        """How far this service's clock is ahead of the machine's: in its ``Date`` and in what it announces."""
+        """How far this service's clock, by which it announces, is ahead of the machine's."""
         self.broken = False
         """Answer 503 to everything."""
         super().__init__((host, port), _Requests)
@@ -64,7 +64,7 @@ class FakeMetadata(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         host, port = self.server_address[:2]
-        return f"http://{str(host)}:{port}"
+        return f"http://{host!s}:{port}"
 
     def notice(self) -> dict[str, Any] | None:
         """What the file says, or None."""
