@@ -150,6 +150,13 @@ class RemoteController(Protocol):
             OrchestrateError: The controller does not answer.
         """
 
+    def drain(self, node: str, grace_s: float | None) -> None:
+        """Ask for a node to be left alone, see ``draining.ask_to_drain``.
+
+        Raises:
+            OrchestrateError: The controller does not answer.
+        """
+
     def append(self, run_id: str, body: bytes) -> str | None:
         """Ask for a record to be appended to a run's log; returns why the log refuses it, or None.
 

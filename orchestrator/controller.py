@@ -32,7 +32,9 @@ from storage.records import (
 )
 from storage.run_state import FREE_ENDS, RunState
 
+from . import silence
 from .cluster import Cluster, Health, Order, Slot
+from .draining import DrainBook, drain_record
 from .lifecycle import CancelAsked, Event, Exited, Lost, Phase, Policy, advance, phase, settle, wait_s
 from .pruning import delete_orphans, prune
 from .readers import PATIENCE_S, Readers
@@ -117,6 +119,7 @@ class Controller:
         self._runs = {plan.run_id: track(plan) for plan in sweep.runs}
         runs = tuple(self._runs.values())
         self._snapshot = SweepSnapshot(store, sweep.name, runs, self._readers, self._monotonic)
+        self._drains = DrainBook(store, sweep.name, self._readers, self._monotonic)
         self._begun = False
 
     @property
@@ -174,6 +177,15 @@ class Controller:
         if failed:
             raise failed[0]
 
+    def drain(self, node: str, grace_s: float | None) -> None:
+        """Leave a node alone: nothing new goes there, and what trains there gets ``grace_s`` to save itself
+        and end. None: the node may be used again.
+
+        Raises:
+            StorageError
+        """
+        self._drains.record(drain_record(node, grace_s, self._clock()))
+
     def _cancel(self, run: TrackedRun) -> StorageError | None:
         try:
             with run.lock:
@@ -203,6 +215,8 @@ class Controller:
             if run_id in read or (not run.quiet and run_id not in due and self._free(run, now)):
                 self._try(run, partial(self._follow, run, slots, now))
         self._sweep_orphans(now)
+        if any(run.state.finished is None for run in self._runs.values()):
+            self._drains.tend(now)
         self._dismiss_ghosts(slots)
         self._launch(slots)
         self._snapshot.keep(now, at_once=self.done)
@@ -230,9 +244,16 @@ class Controller:
         for run_id, run in open_runs:
             if run.problem or self._event(run, slots):
                 due[run_id] = None
-            elif now - run.read_at >= (every_s if run.state.running else idle_every_s):
+            elif now - run.read_at >= self._every_s(run, slots, every_s, idle_every_s):
                 looks.append((run.read_at, run_id))
         return due | dict.fromkeys(run_id for _, run_id in sorted(looks)[:LOOKS_AT_ONCE])
+
+    def _every_s(self, run: TrackedRun, slots: dict[str, Slot], running_s: float, idle_s: float) -> float:
+        """How often the run's log is read: where the slot is silent, it alone can say that the run lives."""
+        if run.state.running is None:
+            return idle_s
+        slot = slots.get(run.state.running.claimed.slot)
+        return REFRESH_S if slot and slot.health is Health.UNKNOWN else running_s
 
     def _free(self, run: TrackedRun, now: float) -> bool:
         """Whether there may be something to do about the run, and nobody is at it."""
@@ -249,6 +270,7 @@ class Controller:
         with run.lock, self._guarded(run):
             now = self._monotonic()
             run.log.refresh()
+            run.sign = silence.look(run.sign, run.state, now)
             run.read_at, run.problem, run.corrupt, run.damage = now, None, 0, None
             run.quiet = False
 
@@ -291,8 +313,10 @@ class Controller:
                 error=mine.error,
                 step=mine.step,
                 step_s=mine.step_s,
+                drained=self._drains.of(slot.node) is not None,
             )
-        reason = self._loss(slot)
+        silent_s = silence.silent_s(slot.silent_s, run.sign, self._monotonic())
+        reason = self._loss(slot, silent_s)
         if reason is None:
             return None
         return Lost(
@@ -300,15 +324,15 @@ class Controller:
             attempt=claimed.attempt,
             reason=reason,
             detail=_loss_detail(reason, claimed.node, slot.silent_s),
-            step=mine.step if mine else state.committed_step,
+            step=max(mine.step if mine else 0, state.committed_step),
             step_s=mine.step_s if mine else 0.0,
-            silent_s=slot.silent_s,
+            silent_s=silent_s,
         )
 
-    def _loss(self, slot: Slot) -> EndReason | None:
+    def _loss(self, slot: Slot, silent_s: float) -> EndReason | None:
         if slot.health is Health.GONE:
             return EndReason.NODE_LOST if slot.node_lost else EndReason.AGENT_LOST
-        if slot.health is Health.UNKNOWN and slot.silent_s > self._sweep.recovery.silence_s:
+        if slot.health is Health.UNKNOWN and silent_s > self._sweep.recovery.silence_s:
             return EndReason.NODE_UNREACHABLE
         return None
 
@@ -327,6 +351,8 @@ class Controller:
             )
         elif run.state.cancel_requested:
             self._cluster.stop(slot.slot, run.plan.run_id, claimed.attempt, self._sweep.recovery.stop_grace_s)
+        elif drain := self._drains.of(slot.node):
+            self._cluster.stop(slot.slot, run.plan.run_id, claimed.attempt, drain.grace_s)
 
     def _dismiss_ghosts(self, slots: dict[str, Slot]) -> None:
         """End attempts that are over by their logs: their next commit would end them, but is far away."""
@@ -351,9 +377,9 @@ class Controller:
         free = [
             FreeSlot(slot=s.slot, node=s.node, up_since=s.up_since)
             for s in slots.values()
-            if s.free and s.slot not in taken
+            if s.free and s.slot not in taken and not self._drains.of(s.node)
         ]
-        if not free:
+        if not free or not self._drains.known:
             return
         queued = [
             QueuedRun(
@@ -399,6 +425,7 @@ class Controller:
             at=self._clock(),
         )
         run.log.append(claimed)
+        run.sign = silence.look(run.sign, run.state, self._monotonic())
         logger.info("%s: attempt %d on %s", run.plan.run_id, claimed.attempt, placement.node)
         self._cluster.start(
             placement.slot,

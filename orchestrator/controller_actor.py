@@ -106,6 +106,9 @@ class ControllerActor:
     def cancel(self, run_ids: list[str]) -> None:
         self._working().cancel(run_ids)
 
+    def drain(self, node: str, grace_s: float | None) -> None:
+        self._working().drain(node, grace_s)
+
     def training(self) -> dict[str, Work]:
         """What slots hold right now, by run, as last heard."""
         slots = self._cluster.slots if self._cluster else ()

@@ -33,6 +33,9 @@ class ControllerClient:
     def cancel(self, run_ids: Sequence[str]) -> None:
         self._call("cancel", list(run_ids))
 
+    def drain(self, node: str, grace_s: float | None) -> None:
+        self._call("drain", node, grace_s)
+
     def append(self, run_id: str, body: bytes) -> str | None:
         return cast("str | None", self._call("append", run_id, body))
 

@@ -77,6 +77,8 @@ class Exited:
     """The last exception, one line."""
     step: int = 0
     step_s: float = 0.0
+    drained: bool = False
+    """It ran on a node that is drained, and was asked to stop for that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +182,7 @@ def _after_exit(state: RunState, event: Exited, policy: Policy) -> tuple[Record,
         return (Finished(outcome=Outcome.FAILED, detail=detail, step=event.step, at=event.at),)
     ended = Ended(
         attempt=event.attempt,
-        reason=end_reason(event.code),
+        reason=EndReason.DRAINED if _was_drained(event) else end_reason(event.code),
         detail=_detail(event),
         step=event.step,
         exit_code=event.code,
@@ -190,6 +192,11 @@ def _after_exit(state: RunState, event: Exited, policy: Policy) -> tuple[Record,
     records: tuple[Record, ...] = (*_quarantine(state, event), ended)
     settled = _settled(state, records, event.at)
     return (*records, *(settled or _given_up(state, records, ended, policy)))
+
+
+def _was_drained(event: Exited) -> bool:
+    """Whether it ended because its node is drained; one that did not save itself in time was killed."""
+    return event.drained and (event.code < 0 or event.code == EXIT_PREEMPTED)
 
 
 def _quarantine(state: RunState, event: Exited) -> tuple[Quarantined, ...]:
@@ -241,6 +248,9 @@ def _same_error(state: RunState, ended: Ended) -> bool:
 
 def _detail(event: Exited) -> str:
     said = f": {event.error}" if event.error else ""
+    if _was_drained(event):
+        saved = "saved its state" if event.code == EXIT_PREEMPTED else "did not save itself in time"
+        return f"the trainer was asked to stop, because its node is drained, and {saved}"
     if event.code < 0:
         return f"the trainer was killed by {_signal_name(-event.code)}"
     if event.code == EXIT_PREEMPTED:

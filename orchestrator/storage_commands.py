@@ -31,7 +31,7 @@ address_option = click.option(
 )
 
 
-def _age(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+def age(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
     """Return a time such as 7d as seconds."""
     if value is None:
         return None
@@ -48,7 +48,7 @@ def _age(context: click.Context, parameter: click.Parameter, value: str | None) 
 )
 @click.option(
     "--older-than",
-    callback=_age,
+    callback=age,
     metavar="AGE",
     help="Of sweeps that ended so long ago (7d, 12h; by the store's clock) keep only the newest, final, best "
     "and pinned checkpoints.",

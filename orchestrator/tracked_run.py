@@ -10,6 +10,7 @@ from storage.log import READERS, RunLog, run_log
 from storage.object_store import ObjectStore
 from storage.run_state import RunState
 
+from .silence import Sign
 from .sweep import PlannedRun
 
 APPEND_PAUSES_S = (0.1,)
@@ -45,6 +46,8 @@ class TrackedRun:
     end_seen: int = 0
     """The attempt whose end was seen last, and at ``ended_at`` it was."""
     ended_at: float = float("-inf")
+    sign: Sign | None = None
+    """Of life, that the running attempt gave by what it wrote."""
     own_snapshot_at: int = 0
     """How long its log was when its own snapshot was last written."""
 

@@ -9,6 +9,7 @@ from storage.records import (
     CheckpointRef,
     Ended,
     EndReason,
+    Record,
     RunEntry,
 )
 from storage.redaction import printable, redacted
@@ -101,13 +102,13 @@ def why(
         sentences.append(_sentence(interruption, price_per_hour, clock))
     for ref, reason in state.quarantined:
         sentences.append(_quarantine(ref, reason))
-    return "\n".join(_shown(sentence) for sentence in sentences)
+    return "\n".join(shown_line(sentence) for sentence in sentences)
 
 
 def timeline(entries: Sequence[RunEntry], at: Callable[[float], str] | None = None) -> list[str]:
     """Return the log as lines for a person."""
     clock = at or _time_of_day
-    return [_shown(f"{clock(entry.record.at)}  {_told(entry)}") for entry in entries]
+    return [shown_line(f"{clock(entry.record.at)}  {told(entry.record)}") for entry in entries]
 
 
 def moment_of(seconds: float) -> datetime | None:
@@ -123,8 +124,8 @@ def _time_of_day(seconds: float) -> str:
     return moment.strftime("%H:%M:%S") if moment else NO_TIME
 
 
-def _shown(line: str) -> str:
-    """What nodes are called and trainers say is not ours: a record may carry anything."""
+def shown_line(line: str) -> str:
+    """Return a line that is safe to print: what nodes are called and trainers say is not ours."""
     return redacted(printable(line)).replace("\n", " ")
 
 
@@ -181,8 +182,8 @@ def _quarantine(ref: CheckpointRef, reason: str) -> str:
     return f"The checkpoint of {ref} was set aside, and the one before it is used: {reason}."
 
 
-def _told(entry: RunEntry) -> str:
-    record = entry.record
+def told(record: Record) -> str:
+    """Return what a record says, in words; ``shown_line`` makes them safe to print."""
     match record.kind:
         case "claimed":
             return f"attempt {record.attempt} placed on {record.node}"

@@ -2,6 +2,8 @@
 
     sweeps/<sweep>/spec.json
     sweeps/<sweep>/snapshot.json.zst                          a cache of the states of its runs
+    sweeps/<sweep>/terms/<n>.json                             each time that a controller took office
+    sweeps/<sweep>/drains/<n>.json                            which nodes are to be left alone
     runs/<run>/spec.json
     runs/<run>/log/<n>.json                                   the truth
     runs/<run>/snapshot.json.zst                              a cache of a long log's state
@@ -13,6 +15,7 @@
     content/<digest>/data/<incarnation>/<sha256>              its files, each under its own digest
     content/<digest>/data/<incarnation>/listing.json          their names
 
+What tries a store out writes under ``probe/`` and deletes it (``garbage.inventory`` knows its keys).
 Numbers are padded with zeros, so that key order is number order. Whatever cannot be a file name on a node's
 disk is refused before it becomes a key: a bucket would take ``../../etc/passwd`` without a word.
 """
@@ -154,6 +157,11 @@ def term(sweep: str, n: int) -> str:
     return f"{terms_prefix(sweep)}{_number('term', n, 12)}.json"
 
 
+def drains_prefix(sweep: str) -> str:
+    """The log of what operators want of the nodes that train for the sweep."""
+    return f"{sweep_prefix(sweep)}drains/"
+
+
 def run_prefix(run: str) -> str:
     return f"runs/{check_name('run', run)}/"
 
@@ -192,11 +200,13 @@ def data_prefix(run: str) -> str:
     return f"{run_prefix(run)}data/"
 
 
+def attempt_prefix(run: str, attempt: int, incarnation: str) -> str:
+    """Everything that one incarnation of an attempt uploaded for its checkpoints."""
+    return f"{data_prefix(run)}{_number('attempt', attempt, 6)}-{_check_incarnation(incarnation)}/"
+
+
 def checkpoint_prefix(run: str, attempt: int, incarnation: str, step: int) -> str:
-    if not _INCARNATION.fullmatch(incarnation):
-        raise InvalidName(f"incarnation {_shown(incarnation)}: expected 8 hexadecimal digits")
-    owner = f"{_number('attempt', attempt, 6)}-{incarnation}"
-    return f"{data_prefix(run)}{owner}/{_number('step', step, 9)}/"
+    return f"{attempt_prefix(run, attempt, incarnation)}{_number('step', step, 9)}/"
 
 
 def checkpoint_file(run: str, attempt: int, incarnation: str, step: int, file: str) -> str:
