@@ -20,8 +20,8 @@ from orchestrator.controller import Controller
 from orchestrator.grid_schema import Checkpoint, Metric, Recovery, Storage
 from orchestrator.sweep import PlannedRun, Sweep
 from storage import layout
-from storage.errors import Corrupt, Fenced
-from storage.log import run_log
+from storage.errors import Corrupt, Fenced, Unavailable
+from storage.log import RunLog, run_log
 from storage.object_store import ObjectStore
 from storage.records import (
     Committed,
@@ -29,9 +29,8 @@ from storage.records import (
     Started,
     StoredFile,
 )
-from storage.run_state import RunState
 from trainer.config import Base, Dataset, RunSpec
-from trainer.rundir import EXIT_COMPLETE, EXIT_PREEMPTED
+from trainer.rundir import EXIT_COMPLETE, EXIT_PREEMPTED, EXIT_STORE_UNREACHABLE
 
 FILE = "adapter.safetensors"
 KILLED = -9
@@ -83,6 +82,7 @@ class _Trainer:
     """One attempt, training a step a second wherever it lives, seen or unseen."""
 
     store: ObjectStore
+    log: RunLog
     order: Order
     max_steps: int
     commit_every: int
@@ -94,9 +94,21 @@ class _Trainer:
     error: str = ""
     superseded: bool = False
     stopping: bool = False
+    started: bool = False
+    acknowledged: list[Committed] = field(default_factory=list)
+    """What the log has told it to have committed."""
+    wronged: str = ""
+    """It was refused what the attempt that owns the run may append."""
 
     def begin(self) -> None:
-        log = run_log(self.store, self.order.run_id, sleep=_no_sleep)
+        """Fetch what to resume from; a store that does not answer ends the attempt."""
+        try:
+            self._begin()
+        except Unavailable as error:
+            self.exit_code, self.error = EXIT_STORE_UNREACHABLE, str(error)
+
+    def _begin(self) -> None:
+        log = self.log
         state = log.refresh()
         while (newest := state.newest) is not None:
             body = self.store.get(layout.committed_file(self.order.run_id, newest, FILE))
@@ -112,51 +124,56 @@ class _Trainer:
             return
         try:
             self._train(now)
+        except Unavailable:
+            return  # trains on, and says it with the next checkpoint
         except Fenced as error:
+            owner = self.log.state.running
+            if owner and owner.claimed.incarnation == self.order.incarnation:
+                self.wronged = str(error)
             self.exit_code, self.error, self.superseded = KILLED, str(error), True
         except Corrupt as error:
             self.exit_code, self.error = KILLED, str(error)
 
     def _train(self, now: float) -> None:
         if self.stopping:
-            if self.step > self._state().committed_step:
+            if self.step > self.log.refresh().committed_step:
                 self._commit(now)
-            self.exit_code = EXIT_PREEMPTED
+            self._exit(EXIT_PREEMPTED)
             return
         if self.step < self.max_steps:
             self.step += 1
             self.weights = _trained(self.order.run_id, self.weights, self.step)
             if self.first_step_at is None:
                 self.first_step_at = now
-                self._append(Started(attempt=self.order.attempt, step=self.resumed_from, at=now))
+            if not self.started:
+                self.log.append(Started(attempt=self.order.attempt, step=self.resumed_from, at=now))
+                self.started = True
             if self.step % self.commit_every == 0 and self.step < self.max_steps:
                 self._commit(now)
         if self.step == self.max_steps:
             self._commit(now, final=True)
-            self.exit_code = EXIT_COMPLETE
+            self._exit(EXIT_COMPLETE)
+
+    def _exit(self, code: int) -> None:
+        if self.exit_code is None:  # else it was killed while the store kept it waiting
+            self.exit_code = code
 
     def _commit(self, now: float, final: bool = False) -> None:
         order = self.order
         key = layout.checkpoint_file(order.run_id, order.attempt, order.incarnation, self.step, FILE)
         self.store.put(key, self.weights)
         digest = hashlib.sha256(self.weights).hexdigest()
-        self._append(
-            Committed(
-                attempt=order.attempt,
-                incarnation=order.incarnation,
-                step=self.step,
-                files=(StoredFile(name=FILE, size_bytes=len(self.weights), sha256=digest),),
-                metrics={"train/loss": 1.0 / (1 + self.step), "val/loss": 1.0 / (1 + self.step)},
-                final=final,
-                at=now,
-            )
+        committed = Committed(
+            attempt=order.attempt,
+            incarnation=order.incarnation,
+            step=self.step,
+            files=(StoredFile(name=FILE, size_bytes=len(self.weights), sha256=digest),),
+            metrics={"train/loss": 1.0 / (1 + self.step), "val/loss": 1.0 / (1 + self.step)},
+            final=final,
+            at=now,
         )
-
-    def _append(self, record: Committed | Started) -> None:
-        run_log(self.store, self.order.run_id, sleep=_no_sleep).append(record)
-
-    def _state(self) -> RunState:
-        return run_log(self.store, self.order.run_id, sleep=_no_sleep).refresh()
+        self.log.append(committed)
+        self.acknowledged.append(committed)
 
     def work(self) -> Work:
         return Work(
@@ -184,6 +201,7 @@ class _Agent:
     orders: list[Order] = field(default_factory=list)
     reported: Work | None = None
     silent_since: float | None = None
+    frozen: bool = False
     gone: bool = False
     node_lost: bool = False
 
@@ -211,6 +229,8 @@ class FakeCluster:
         self._slots_per_node = slots_per_node
         self._commit_every = commit_every
         self._agents: dict[str, _Agent] = {}
+        self.trainers: list[_Trainer] = []
+        """All that ever began, in order."""
         self.ghosts: list[_Trainer] = []
         """Trainers that the cluster believes dead."""
         self._name = name
@@ -260,7 +280,7 @@ class FakeCluster:
             self.now += 1.0
             for agent in self._agents.values():
                 self._take_order(agent)
-                if agent.trainer:
+                if agent.trainer and not agent.frozen:
                     agent.trainer.train(self.now)
             for ghost in self.ghosts:
                 ghost.train(self.now)
@@ -287,13 +307,19 @@ class FakeCluster:
         if self._agents[slot].silent_since is None:
             self._agents[slot].silent_since = self.now
 
+    def freeze(self, slot: str) -> None:
+        """A slot cannot be reached, and what it trains stands still."""
+        self.silence(slot)
+        self._agents[slot].frozen = True
+
     def hear(self, slot: str) -> None:
-        """A silent slot can be reached again."""
+        """A silent slot can be reached again, and goes on if it stood still."""
         self._agents[slot].silent_since = None
+        self._agents[slot].frozen = False
 
     def hear_all(self) -> None:
         for agent in self._living():
-            agent.silent_since = None
+            self.hear(agent.slot)
 
     def exit(self, slot: str, code: int, error: str = "") -> None:
         """The training process of a slot ends, as it is."""
@@ -348,7 +374,9 @@ class FakeCluster:
             return
         order = agent.orders.pop(0)
         self.begun.append(order)
-        agent.trainer = _Trainer(self._store, order, self._max_steps[order.run_id], self._commit_every)
+        log = run_log(self._store, order.run_id, sleep=_no_sleep, readers=1, remember=False)
+        agent.trainer = _Trainer(self._store, log, order, self._max_steps[order.run_id], self._commit_every)
+        self.trainers.append(agent.trainer)
         agent.trainer.begin()
 
     def _slot(self, agent: _Agent) -> Slot:
