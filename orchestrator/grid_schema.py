@@ -5,9 +5,9 @@ them changes the bytes of an adapter: where runs go, how often they save, when t
 """
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from trainer.config import Base, Dataset, Evaluate, Frozen, Samples, Validation
 from trainer.interval import MIN_S
@@ -49,6 +49,50 @@ class Metric(Frozen):
     goal: Literal["minimize", "maximize"] = "minimize"
 
 
+class Notices(Frozen):
+    """How a node learns of its own end before it comes. ``notices: aws`` is short for ``{service: aws}``."""
+
+    service: Literal["auto", "none", "aws", "gcp", "azure"] = "auto"
+    """``auto``: the cloud that the node finds itself in, if any."""
+    file: str | None = None
+    """A path on the node: while it is there, the node is about to end. It may say in how many seconds."""
+    command: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """A program on the node, run every two seconds: exit code 0 is a notice, what it prints may say more."""
+    url: str | None = None
+    """The same by a request: status 200 is a notice, 204 and 404 are none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, given: Any) -> Any:
+        return {"service": given} if isinstance(given, str) else given
+
+    @field_validator("command", mode="before")
+    @classmethod
+    def _listed(cls, command: Any) -> Any:
+        return tuple(command) if isinstance(command, list) else command
+
+    @field_validator("file")
+    @classmethod
+    def _absolute(cls, file: str | None) -> str | None:
+        if file is not None and not file.startswith("/"):
+            raise ValueError(f"must be an absolute path on the node, got {file!r}")
+        return file
+
+    @field_validator("url")
+    @classmethod
+    def _http(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("http://", "https://")):
+            raise ValueError(f"must begin with http:// or https://, got {url!r}")
+        return url
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        named = [key for key in ("file", "command", "url") if getattr(self, key) is not None]
+        if len(named) > 1 or (named and self.service != "auto"):
+            raise ValueError("resources.notices must name one of service, file, command and url")
+        return self
+
+
 class Resources(Frozen):
     """What one run needs."""
 
@@ -59,6 +103,8 @@ class Resources(Frozen):
     """Runs at the same time; by default as many as fit."""
     price_per_hour: Annotated[float, Field(ge=0)] | None = None
     """USD for an hour of what one run occupies."""
+    notices: Notices = Notices()
+    """Who tells a node that it is about to be taken away."""
 
 
 class Storage(Frozen):

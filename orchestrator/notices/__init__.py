@@ -1,0 +1,1 @@
+"""Notices: what a node is told of its own end before it comes."""

@@ -1,0 +1,80 @@
+"""Requests to a node's metadata service, and to a service of one's own: small, quick, and never by a proxy.
+
+A proxy would answer for another machine, or send what a cloud tells this one to a stranger.
+"""
+
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.message import Message
+from email.utils import parsedate_to_datetime
+from http.client import HTTPException
+
+LINK_LOCAL = "http://169.254.169.254"
+"""Where each of the clouds answers its own machines."""
+
+TIMEOUT_S = 2.0
+MAX_BYTES = 65_536
+
+
+class Unreachable(Exception):
+    """Whoever tells of notices does not answer, or not in its own words: nothing is known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A service's answer, whatever its status."""
+
+    status: int
+    text: str
+    headers: Mapping[str, str]
+    """By their names in lower case."""
+    at: datetime
+    """The service's clock, as far as it says; a node's own may be hours off."""
+
+    def left_s(self, moment: datetime) -> float:
+        """Seconds from this answer to a moment that it tells."""
+        return (_utc(moment) - self.at).total_seconds()
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *arguments: object, **options: object) -> None:
+        return None
+
+
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
+
+
+def ask(url: str, headers: Mapping[str, str] | None = None, *, method: str = "GET") -> Answer:
+    """Return what a service answers.
+
+    Raises:
+        Unreachable: It does not, in time.
+    """
+    request = urllib.request.Request(url, headers=dict(headers or {}), method=method)
+    try:
+        try:
+            with _opener.open(request, timeout=TIMEOUT_S) as reply:
+                return _answer(reply.status, reply.read(MAX_BYTES), reply.headers)
+        except urllib.error.HTTPError as error:
+            with error:
+                return _answer(error.code, error.read(MAX_BYTES), error.headers)
+    except (OSError, HTTPException, ValueError) as error:  # urllib's errors are OSErrors
+        reason = getattr(error, "reason", None) or error
+        raise Unreachable(f"{url.partition('?')[0]}: {reason}") from error
+
+
+def _answer(status: int, body: bytes, headers: Message) -> Answer:
+    try:
+        at = _utc(parsedate_to_datetime(headers["Date"] or ""))
+    except ValueError:
+        at = datetime.now(UTC)
+    return Answer(
+        status=status, text=body.decode(errors="replace").strip(), headers=dict(headers.items()), at=at
+    )
+
+
+def _utc(moment: datetime) -> datetime:
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

@@ -1,0 +1,121 @@
+"""Notices of one's own: a file that appears, a program that succeeds, a url that answers 200.
+
+What they say may be empty, a number of seconds, or a JSON object ``{"seconds": 30, "detail": "…", "kind":
+"maintenance"}``; whatever else it is, it is shown to people, and the notice counts.
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.training_process import SECRETS
+
+from .metadata import MAX_BYTES, Unreachable, ask
+from .notice import Kind, Notice
+
+COMMAND_S = 10.0
+"""A program that takes longer is stopped, and has said nothing."""
+
+MAX_DETAIL = 120
+
+
+class File:
+    """A file that is there while the node is about to end, as a preStop hook of Kubernetes leaves it.
+
+    Seconds in it count from its last change. Removing it withdraws the notice.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def poll(self) -> Notice | None:
+        try:
+            with self._path.open("rb") as file:
+                text = file.read(MAX_BYTES).decode(errors="replace")
+                age_s = time.time() - os.fstat(file.fileno()).st_mtime
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise Unreachable(f"{self._path}: {error.strerror}") from error
+        return said(text, f"file {self._path}", age_s=max(age_s, 0.0))
+
+
+class Command:
+    """A program that exits with 0 while the node is about to end. It gets none of the node's credentials."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = tuple(command)
+
+    def poll(self) -> Notice | None:
+        name = self._command[0]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(SECRETS)}
+        try:
+            process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                env=environment,
+            )
+        except OSError as error:
+            raise Unreachable(f"{name} cannot be started: {error.strerror}") from error
+        try:
+            output, _ = process.communicate(timeout=COMMAND_S)
+        except subprocess.TimeoutExpired as error:
+            raise Unreachable(f"{name} did not end within {COMMAND_S:.0f} s") from error
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what it left behind
+            process.wait()
+            if process.stdout:
+                process.stdout.close()
+        return said(output[:MAX_BYTES].decode(errors="replace"), name) if process.returncode == 0 else None
+
+
+class Url:
+    """A service that answers with status 200 while the node is about to end, otherwise with 204 or 404."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def poll(self) -> Notice | None:
+        answer = ask(self._url)
+        if answer.status == 200:
+            return said(answer.text, "url")
+        if answer.status in (204, 404):
+            return None
+        raise Unreachable(f"the url answers with status {answer.status}, expected 200, 204 or 404")
+
+
+def said(text: str, source: str, *, age_s: float = 0.0) -> Notice:
+    """Return the notice that such a text is."""
+    told: object = text.strip()
+    with contextlib.suppress(ValueError, RecursionError):
+        told = json.loads(text)
+    left_s, detail, kind = None, "", Kind.TERMINATE
+    match told:
+        case dict():
+            left_s, detail = _seconds(told.get("seconds")), str(told.get("detail", ""))
+            with contextlib.suppress(ValueError):
+                kind = Kind(str(told.get("kind")))
+        case bool():
+            detail = str(told)
+        case int() | float():
+            left_s = _seconds(told)
+        case _:
+            detail = str(told)
+    shown = "".join(c if c.isprintable() else " " for c in detail)[:MAX_DETAIL]
+    return Notice(kind=kind, source=source, detail=shown, left_s=None if left_s is None else left_s - age_s)
+
+
+def _seconds(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) < 1e9 and math.isfinite(value) else None
