@@ -8,21 +8,18 @@ everybody is done or dead, a calm successor takes the run to its end, which it m
 then ``invariants`` judges what is in the store. A seed that fails is printed.
 """
 
-import argparse
 import contextlib
-import json
-import logging
 import os
 import random
 import sys
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
+from proof.seeds import Verdict, command
 from support.invariants import Told, Witnessed, leftovers, violations
 from support.runs import RUN, read_files
 from support.unreliable_store import Interleaving, Seat
@@ -73,9 +70,6 @@ LAST_STEPS = (2, 2, 3)
 MOST_ATTEMPTS = 4
 TRIES = 3
 FAULTS = (0.0, 0.03, 0.1, 0.25)
-CHUNK = 250
-SHOWN = 20
-"""Of so many failed seeds it is told what failed, of the first one its history too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,15 +78,6 @@ class Mutation:
 
     torn_create: bool = False
     checkpoints: type[CheckpointStore] = CheckpointStore
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What became of one seed."""
-
-    seed: int
-    violations: list[str]
-    history: list[str]
 
 
 @dataclass(slots=True)
@@ -433,54 +418,5 @@ def _memory_disk() -> str | None:
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-# The command.
-
-
-def play_all(first: int, count: int, processes: int) -> tuple[int, list[Verdict]]:
-    """Play seeds, and return how many failed and the first few of those.
-
-    What is logged is not shown: that a spoilt checkpoint is not used, thousands of times.
-    """
-    failed, shown = 0, list[Verdict]()
-    with ProcessPoolExecutor(processes, initializer=logging.disable) as pool:
-        starts = range(first, first + count, CHUNK)
-        for chunk in pool.map(_chunk, starts, (min(CHUNK, first + count - start) for start in starts)):
-            failed += len(chunk)
-            shown += chunk[: max(0, SHOWN - len(shown))]
-    return failed, shown
-
-
-def _chunk(first: int, count: int) -> list[Verdict]:
-    return [verdict for seed in range(first, first + count) if (verdict := play(seed)).violations]
-
-
-def tell(failed: list[Verdict]) -> None:
-    """Print what failed, and the history of the first seed of those."""
-    for verdict in failed:
-        print(f"seed {verdict.seed} (again: make schedules N=1 SEED={verdict.seed}):")
-        for line in verdict.violations:
-            print(f"  {line}")
-    if failed:
-        print(f"the history of seed {failed[0].seed}:")
-        for line in play(failed[0].seed, record=True).history:
-            print(f"  {line}")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("-n", type=int, default=100_000, help="how many schedules")
-    parser.add_argument("--seed", type=int, default=1, help="the first seed; the others follow it")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    chosen = parser.parse_args()
-    failed, shown = play_all(chosen.seed, chosen.n, chosen.processes)
-    tell(shown)
-    if chosen.n == 1 and not shown:
-        print("\n".join(play(chosen.seed, record=True).history))
-    print(json.dumps({"schedules": chosen.n, "violations": failed}))
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(play, "schedules", __doc__))

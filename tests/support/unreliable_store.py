@@ -41,6 +41,7 @@ class Actor:
     asleep: int = 0
     """Turns of others that it sleeps through."""
     dead: bool = False
+    mortal: bool = True
 
 
 class Interleaving:
@@ -61,6 +62,7 @@ class Interleaving:
         deaths: float = DEATH,
         torn_create: bool = False,
         record: bool = False,
+        most_calls: int = MOST_CALLS,
     ) -> None:
         self.inner = inner
         self.chance = chance
@@ -68,6 +70,7 @@ class Interleaving:
         self.deaths = deaths
         self.torn_create = torn_create
         self.record = record
+        self.most_calls = most_calls
         self.history: list[str] = []
         self.turn = 0
         self.problems: list[str] = []
@@ -76,23 +79,23 @@ class Interleaving:
         self._hub = greenlet.getcurrent()
         self._thread = threading.get_ident()
 
-    def spawn(self, name: str, work: Callable[["Seat"], None]) -> None:
+    def spawn(self, name: str, work: Callable[["Seat"], None], *, mortal: bool = True) -> None:
         """Add an actor. An exception that leaves ``work`` is a problem, but for death."""
-        actor = Actor(name, greenlet(lambda: self._live(actor, work), self._hub))
+        actor = Actor(name, greenlet(lambda: self._live(actor, work), self._hub), mortal=mortal)
         self._actors.append(actor)
 
     def run(self) -> None:
         """Let everybody come to an end, then let what is still under way arrive."""
         while self._actors:
             self.turn += 1
-            if self.turn > MOST_CALLS:
+            if self.turn > self.most_calls:
                 self.problems.append("the schedule does not end")
                 self._kill_all()
                 return
             if self._late and self.chance.random() < LATE_ARRIVES:
                 self._arrive()
             actor = self._next()
-            if self.chance.random() < self.deaths:
+            if actor.mortal and self.chance.random() < self.deaths:
                 self._kill(actor)
             else:
                 actor.turns.switch()
@@ -107,6 +110,10 @@ class Interleaving:
         """What a sleep is here: everybody else may go on."""
         if threading.get_ident() == self._thread:
             self._hub.switch()
+
+    def later(self, what: str, effect: Callable[[], object]) -> None:
+        """Let something arrive at some time, or when all are done."""
+        self._late.append((what, effect))
 
     def note(self, line: str) -> None:
         if self.record:
