@@ -1,0 +1,173 @@
+"""Nothing trains on for nobody: not without its supervisor, and not for an attempt that is over."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from support import light_trainer
+from support.runs import RUN, claimed, ended, finished, incarnation
+
+from storage.errors import Fenced, Unavailable
+from storage.log import run_log
+from storage.memory import MemoryStore
+from storage.run_state import RunState
+from trainer import claim_watch
+from trainer.claim_watch import ClaimWatch
+from trainer.config import Base, Dataset, RunSpec
+from trainer.rundir import CheckpointPolicy, Options
+from trainer.supervisor import Assignment, Supervisor
+from trainer.training_process import TrainingProcess
+
+DEADLINE_S = 60.0
+
+TRAINER = """
+import ctypes, subprocess, sys
+sys.stdin.readline()
+from trainer.orphan import die_with_stdin
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+die_with_stdin()
+print(child.pid, flush=True)
+{then}
+"""
+HANGS_IN_A_LIBRARY = "ctypes.PyDLL(None).sleep(600)  # holds the interpreter's lock"
+SLEEPS = "import time; time.sleep(600)"
+
+SUPERVISOR = """
+import sys, time
+from pathlib import Path
+from trainer.training_process import TrainingProcess
+process = TrainingProcess([sys.executable, "-c", sys.argv[1]])
+process.begin(Path.cwd())
+print(process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        time.sleep(0.01)
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("then", "frozen"),
+    [
+        (SLEEPS, False),
+        pytest.param(
+            HANGS_IN_A_LIBRARY,
+            False,
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="Linux's kernel"),
+        ),
+        pytest.param(
+            SLEEPS, True, marks=pytest.mark.skipif(sys.platform != "linux", reason="Linux's kernel")
+        ),
+    ],
+    ids=["trains", "hangs in a library", "is stopped"],
+)
+def test_a_trainer_whose_supervisor_is_killed_ends_by_itself_with_its_children(
+    then: str, frozen: bool
+) -> None:
+    command = [sys.executable, "-c", SUPERVISOR, TRAINER.format(then=then)]
+    supervisor = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    assert supervisor.stdout is not None
+    with supervisor:
+        pids = [int(supervisor.stdout.readline()) for _ in range(2)]
+        assert not any(map(gone, pids))
+        if frozen:
+            os.kill(max(pids, key=lambda pid: psutil.Process(pid).ppid() == supervisor.pid), signal.SIGSTOP)
+
+        supervisor.kill()
+
+        for pid in pids:
+            wait_until(lambda pid=pid: gone(pid), f"{pid} is gone")  # type: ignore[misc]
+
+
+class Heard:
+    """A ledger that counts how often it is read, and may not answer; and what the watch said."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self._log = run_log(store, RUN)
+        self.reads = 0
+        self.away = False
+        self.said: list[Fenced] = []
+
+    def refresh(self) -> RunState:
+        self.reads += 1
+        if self.away:
+            raise Unavailable("away")
+        return self._log.refresh()
+
+    def append(self, record: object) -> RunState:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("over", ["a newer claim", "the run is over"])
+def test_a_superseded_attempt_learns_of_it_without_a_commit_also_after_the_store_was_away(over: str) -> None:
+    store = MemoryStore()
+    log = run_log(store, RUN)
+    log.append(claimed(1))
+    heard = Heard(store)
+    watch = ClaimWatch(heard, RUN, 1, incarnation(1), heard.said.append, every_s=0.005)
+    watch.start()
+    wait_until(lambda: heard.reads > 3, "it has looked")
+    assert heard.said == []
+    heard.away = True
+    before = heard.reads
+    wait_until(lambda: heard.reads > before + 2, "it has looked in vain")
+
+    if over == "a newer claim":
+        log.append(ended(1))
+        log.append(claimed(2))
+    else:
+        log.append(finished())
+    heard.away = False
+
+    wait_until(lambda: bool(heard.said), "it is told")
+    assert [str(error) for error in heard.said] == [f"{RUN}: attempt 1 is over, or was never claimed"]
+
+
+def test_an_attempt_that_never_commits_again_ends_once_it_is_superseded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claim_watch, "LOOK_S", 0.05)
+    store = MemoryStore()
+    log = run_log(store, RUN)
+    log.append(claimed(1))
+    process = TrainingProcess((sys.executable, light_trainer.__file__, "deaf"))
+    supervisor = Supervisor(
+        store,
+        Assignment(run_id=RUN, attempt=1, incarnation=incarnation(1)),
+        RunSpec(base=Base(model="owner/model"), dataset=Dataset(path="/data")),
+        Options(checkpoint=CheckpointPolicy(every_steps=1, every_s=None), threads=1),
+        scratch=tmp_path,
+        ledger=run_log(store, RUN),
+        process=process,
+    )
+    thread = threading.Thread(target=supervisor.run)
+    thread.start()
+    try:
+        wait_until(lambda: log.refresh().committed_step == 1, "its only step is committed")
+        log.append(ended(1))
+        log.append(claimed(2))
+    finally:
+        thread.join(DEADLINE_S)
+        supervisor.stop(0.0)
+        thread.join(DEADLINE_S)
+
+    assert (supervisor.progress.exit_code, supervisor.progress.superseded) == (-signal.SIGKILL, True)
+    assert gone(process.pid)
