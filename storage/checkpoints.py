@@ -35,7 +35,7 @@ from .local import (
     unreadable,
     verify,
 )
-from .object_store import ObjectStore
+from .object_store import FETCH_TRIES, ObjectStore
 from .records import (
     CheckpointRef,
     Committed,
@@ -46,9 +46,6 @@ from .records import (
 )
 from .run_state import RunState
 from .uploading import Uploader
-
-FETCH_TRIES = 2
-"""A file that arrives with the wrong digest is fetched again once: the network may be to blame."""
 
 logger = logging.getLogger(__name__)
 
@@ -219,8 +216,8 @@ class CheckpointStore:
     def sweep_orphans(self, state: RunState) -> int:
         """Delete uploaded data that no record names and none ever can; return how many objects that were.
 
-        See ``garbage.orphans``. Uploads that a dead node left half done are not objects yet, but cost as
-        much: they go once the run is over.
+        See ``garbage.rules.orphans``. Uploads that a dead node left half done are not objects yet, but cost
+        as much: they go once the run is over.
         """
         listed = self._store.list(layout.data_prefix(self._run_id))
         orphans = [info.key for info in garbage.orphans(self._run_id, state, listed)]
@@ -313,12 +310,12 @@ def _manifest(checkpoint: Committed) -> Manifest:
 
 def _holds(target: Path, checkpoint: Committed) -> bool:
     """Whether a directory already is this checkpoint, byte for byte."""
-    there = read_checkpoint(target)
-    if there is None or there.manifest != _manifest(checkpoint):
-        return False
     try:
+        there = read_checkpoint(target)
+        if there is None or there.manifest != _manifest(checkpoint):
+            return False
         verify(target, checkpoint.files)
-    except (Corrupt, Unavailable):
+    except (Corrupt, Unavailable, OSError):
         return False
     return True
 

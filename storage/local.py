@@ -123,9 +123,10 @@ def seal(temporary: Path, manifest: Manifest, target: Path) -> None:
     """Make a written directory complete: manifest, fsync, rename, fsync of the parent."""
     (temporary / MANIFEST).write_text(manifest.model_dump_json())
     _fsync_tree(temporary)
-    existing = read_checkpoint(target)
-    if existing and existing.manifest == manifest:
-        return
+    with contextlib.suppress(OSError):  # one that cannot be read is replaced
+        existing = read_checkpoint(target)
+        if existing and existing.manifest == manifest:
+            return
     if target.exists():
         remove(target)
     os.rename(temporary, target)
@@ -180,27 +181,46 @@ def check_listing(directory: Path, names: Sequence[str], metrics: Mapping[str, f
 
 
 def complete_checkpoints(root: Path) -> list[LocalCheckpoint]:
-    """The complete checkpoints in a directory, newest first. Temporary and torn ones are not there."""
+    """The complete checkpoints in a directory, newest first. Temporary and torn ones are not there.
+
+    Raises:
+        OSError: See ``read_checkpoint``.
+    """
+    return list(newest_first(root))
+
+
+def newest_first(root: Path) -> Iterator[LocalCheckpoint]:
+    """``complete_checkpoints``, each read when it is asked for: one that cannot be hides no newer one."""
     try:
         paths = sorted(root.iterdir(), reverse=True)
     except FileNotFoundError:
-        return []
-    found = (read_checkpoint(path) for path in paths)
-    return [checkpoint for checkpoint in found if checkpoint]
+        return
+    for path in paths:
+        if checkpoint := read_checkpoint(path):
+            yield checkpoint
 
 
 def read_checkpoint(path: Path) -> LocalCheckpoint | None:
-    """A complete checkpoint directory, or None if this is not one."""
+    """A complete checkpoint directory, or None if this is not one.
+
+    Raises:
+        OSError: That cannot be told now, see ``unreadable``: a good checkpoint must not be taken for none.
+    """
     named = _STEP_DIR.fullmatch(path.name)
     file = path / MANIFEST
-    if not named or path.is_symlink() or file.is_symlink():
+    if not named or path.is_symlink():
         return None
     try:
-        if file.stat().st_size > MAX_RECORD_BYTES:
+        status = file.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_RECORD_BYTES:
             return None
         manifest = Manifest.model_validate_json(file.read_bytes())
-    except (OSError, ValidationError):
+    except ValidationError:
         return None
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            return None
+        raise
     return LocalCheckpoint(path, manifest) if manifest.step == int(named[1]) else None
 
 

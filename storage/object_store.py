@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+FETCH_TRIES = 2
+"""A file that arrives with the wrong digest is fetched again once: the network may be to blame."""
+
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
@@ -20,7 +23,7 @@ class ObjectInfo:
     modified_s: float | None = field(default=None, compare=False)
     """When it was written, in Unix seconds of the store's own clock; None if the store does not tell."""
     etag: str | None = field(default=None, compare=False)
-    """What the store calls its bytes, see ``etag``; None if it does not tell."""
+    """What the store calls its bytes, see ``s3.etag``; None if it does not tell."""
 
 
 class ObjectStore(Protocol):

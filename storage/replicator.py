@@ -23,6 +23,7 @@ from .errors import Corrupt, Fenced, InvalidName
 from .local import (
     LocalCheckpoint,
     complete_checkpoints,
+    newest_first,
     remove,
     size_of,
     verify,
@@ -71,7 +72,6 @@ class Replicator:
         spool_limit_bytes: What older ones may take besides, while the store cannot be reached: should the
             newest turn out damaged, one of them is what is left. Published, they go.
         rescan_s: Seconds between looks that no event asked for: events can be missed.
-        after_step: Checkpoints up to this step are published already.
     """
 
     def __init__(
@@ -84,7 +84,6 @@ class Replicator:
         keep_local: int = 2,
         spool_limit_bytes: int = SPOOL_LIMIT_BYTES,
         rescan_s: float = 5.0,
-        after_step: int = 0,
     ) -> None:
         if keep_local < 1:
             raise ValueError(f"keep_local must be at least 1, got {keep_local}: the newest is never removed")
@@ -95,7 +94,7 @@ class Replicator:
         self._keep_local = keep_local
         self._spool_limit_bytes = spool_limit_bytes
         self._rescan_s = rescan_s
-        self._published_step = after_step
+        self._published_step = 0
         self._unusable: set[int] = set()
         self._problem: str | None = None
         self._draining = False
@@ -116,7 +115,7 @@ class Replicator:
     @property
     def pending(self) -> LocalCheckpoint | None:
         """The checkpoint to publish next: the newest complete one, if it is not published."""
-        for checkpoint in complete_checkpoints(self._directory):
+        for checkpoint in newest_first(self._directory):
             if checkpoint.step <= self._published_step:
                 return None
             if checkpoint.step not in self._unusable:
@@ -140,7 +139,7 @@ class Replicator:
                     return False
                 self._changed.wait(left_s)
         with contextlib.suppress(OSError):
-            newest = next(iter(complete_checkpoints(self._directory)), None)
+            newest = next(newest_first(self._directory), None)
             return newest is None or newest.step <= self._published_step
         return False
 

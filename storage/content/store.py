@@ -21,9 +21,15 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from .. import layout
-from ..errors import Corrupt, Fenced, StorageError, Unavailable
+from ..errors import (
+    Corrupt,
+    Fenced,
+    InvalidName,
+    StorageError,
+    Unavailable,
+)
 from ..log import Log
-from ..object_store import ObjectInfo, ObjectStore
+from ..object_store import FETCH_TRIES, ObjectInfo, ObjectStore
 from ..records import StoredFile
 from ..s3.etag import is_of_file
 from .state import (
@@ -48,13 +54,10 @@ T = TypeVar("T")
 ContentLog = Log[ContentState, ContentRecord]
 
 MAX_LISTING_BYTES = 64_000_000
-FETCH_TRIES = 2
-"""A file that arrives with the wrong digest is fetched again once: the network may be to blame."""
 _TRIES = 5
 _AT_ONCE = 8
 _IN_MEMORY_BYTES = 16_000_000
 """Files up to this size are sent as the very bytes that were hashed."""
-_DELETE_AT_ONCE = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,17 +123,19 @@ def store_for(
         Whether anything was uploaded.
 
     Raises:
+        InvalidName: A file's name is refused, or there are too many files; nothing was sent.
         Corrupt: A file changed while it was read.
         Unavailable, AccessDenied
     """
     layout.check_files(file.name for file in local.listing.files)
+    body = _listing_body(local)
     digest, uploaded = local.digest, False
     log = content_log(store, digest)
     log.refresh()
     for _ in range(_TRIES):
         if log.state.live is None:
             uploaded = True
-            _upload(store, log, digest, local, on_sent, clock)
+            _upload(store, log, digest, local, body, on_sent, clock)
             continue
         live = log.state.live
         if submitted and any(user.sweep == sweep for user in live.users):
@@ -202,18 +207,6 @@ def read_listing(store: ObjectStore, digest: str, stored: Stored) -> Listing:
     return listing
 
 
-def digests(store: ObjectStore) -> Iterator[str]:
-    """Yield the digest of each content in the store, in order, with one page of a listing for each."""
-    after = ""
-    while info := next(iter(store.list("content/", after)), None):
-        parsed = layout.parse_content(info.key)
-        if parsed:
-            yield parsed[0]
-            after = f"content/{parsed[0]}0"  # "0" is what follows "/": the next content's first key
-        else:
-            after = info.key
-
-
 def incarnations(store: ObjectStore, digest: str) -> dict[str, int]:
     """Return the bytes that lie in the store of each incarnation of a content."""
     found: dict[str, int] = {}
@@ -260,11 +253,22 @@ def reap(
     return count + sum(_delete(store, digest, incarnation) for incarnation in late)
 
 
+def _listing_body(local: LocalContent) -> bytes:
+    body = local.listing.model_dump_json().encode()
+    if len(body) > MAX_LISTING_BYTES:
+        raise InvalidName(
+            f"content {local.digest[:12]}: the names and digests of its {len(local.paths)} files take "
+            f"{len(body)} bytes, at most {MAX_LISTING_BYTES}: split it, or use fewer, larger files"
+        )
+    return body
+
+
 def _upload(
     store: ObjectStore,
     log: ContentLog,
     digest: str,
     local: LocalContent,
+    body: bytes,
     on_sent: Callable[[int], None],
     clock: Callable[[], float],
 ) -> None:
@@ -277,9 +281,6 @@ def _upload(
         with contextlib.suppress(Fenced):  # an object may hold other bytes than its name says
             log.append(Retired(incarnation=incarnation, at=clock()))
         raise
-    body = local.listing.model_dump_json().encode()
-    if len(body) > MAX_LISTING_BYTES:
-        raise Unavailable(f"{len(local.paths)} files are too many for one content")
     store.put(layout.content_listing(digest, incarnation), body)
     stored = Stored(
         incarnation=incarnation,
@@ -424,6 +425,5 @@ def _delete(store: ObjectStore, digest: str, incarnation: str) -> int:
     prefix = layout.content_data_prefix(digest, incarnation)
     store.abort_uploads(prefix)
     keys = [info.key for info in store.list(prefix)]
-    for start in range(0, len(keys), _DELETE_AT_ONCE):
-        store.delete(keys[start : start + _DELETE_AT_ONCE])
+    store.delete(keys)
     return len(keys)

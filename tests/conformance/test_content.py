@@ -12,6 +12,7 @@ from storage.content.hashing import hashed
 from storage.content.state import unreferenced
 from storage.content.store import content_log, fetch, store_for
 from storage.errors import Corrupt
+from storage.garbage.inventory import take
 from storage.object_store import ObjectStore
 from storage.s3.etag import is_of_file
 from trainer.model_files import model_content
@@ -48,7 +49,7 @@ def test_what_is_uploaded_is_fetched_and_goes_when_nobody_uses_it(
     local = model_content(model)
     assert store_for(store, "cat", local, submitted=False) is True
     assert store_for(store, "dog", local, submitted=False) is False
-    assert list(content.digests(store)) == [local.digest]
+    assert list(take(store).contents) == [local.digest]
 
     log = content_log(store, local.digest)
     stored = log.refresh().readable

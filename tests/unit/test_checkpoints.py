@@ -1,17 +1,16 @@
 """Publishing, fetching and deleting: a checkpoint exists exactly when its record says so."""
 
-import contextlib
 import errno
 import json
 import os
-import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.flaky_store import Fault, FlakyStore
+from support.open_files import no_files_to_open
 from support.runs import (
     RUN,
     claimed,
@@ -184,6 +183,9 @@ def test_a_directory_that_already_is_the_checkpoint_is_used_and_any_other_is_rep
     (target / "adapter.safetensors").write_bytes(b"X" + contents(10)["adapter.safetensors"][1:])
     world.checkpoints.fetch(committed, target)
     assert read_files(target) == contents(10)
+
+    with no_files_to_open(), pytest.raises(Unavailable, match="Too many open files"):
+        world.checkpoints.fetch(committed, target)
 
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil", "a\\b", "nul\0"])
@@ -723,17 +725,6 @@ def test_what_no_record_or_reader_could_hold_is_refused_before_anything_is_sent(
     with pytest.raises(InvalidName, match=reason):
         world.checkpoints.publish(local, 1, incarnation(1))
     assert store.puts == []
-
-
-@contextlib.contextmanager
-def no_files_to_open() -> Iterator[None]:
-    """As when another thread of the agent has taken them all."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.mark.parametrize("names", [("adapter.safetensors", "state.json"), ("state.json",)])

@@ -35,6 +35,7 @@ from storage.errors import (
     NotFound,
     Unavailable,
 )
+from storage.garbage.inventory import take
 from storage.memory import MemoryStore
 from storage.object_store import ObjectStore
 from storage.records import StoredFile
@@ -115,7 +116,18 @@ def test_a_stored_content_is_fetched_as_it_was(local: LocalContent, tmp_path: Pa
     assert store_for(store, "cat", local, submitted=False) is True
 
     assert_readable(store, local.digest, tmp_path / "node")
-    assert list(content.digests(store)) == [local.digest]
+    assert list(take(store).contents) == [local.digest]
+
+
+def test_more_files_than_a_listing_holds_are_refused_before_anything_is_sent(
+    local: LocalContent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(content, "MAX_LISTING_BYTES", 300)
+    store = MemoryStore()
+
+    with pytest.raises(InvalidName, match=r"its 4 files take \d+ bytes, at most 300: split it"):
+        store_for(store, "cat", local, submitted=False)
+    assert list(store.list("")) == []
 
 
 def test_a_content_is_sent_once_for_all_sweeps(local: LocalContent) -> None:

@@ -1,16 +1,19 @@
 """Checkpoint directories appear whole, are verified byte for byte, and half-written ones never show."""
 
+import errno
 import math
 import os
 from pathlib import Path
 
 import pytest
+from support.open_files import no_files_to_open
 from support.runs import contents, read_files, write_checkpoint
 
 from storage import local
 from storage.errors import Corrupt, InvalidName
 from storage.local import (
     complete_checkpoints,
+    newest_first,
     read_checkpoint,
     remove,
     remove_stale,
@@ -80,6 +83,9 @@ def test_what_is_no_complete_checkpoint_is_skipped(tmp_path: Path) -> None:
         if text is not None:
             (tmp_path / name / "manifest.json").write_text(text)
     (tmp_path / "step-000000008").write_text("a file")
+    (tmp_path / "step-000000010" / "manifest.json").mkdir(parents=True)
+    (tmp_path / "step-000000011").mkdir()
+    os.mkfifo(tmp_path / "step-000000011" / "manifest.json")
     (tmp_path / "step-000000009").symlink_to(good.path)
 
     assert complete_checkpoints(tmp_path) == [good]
@@ -95,6 +101,35 @@ def test_a_checkpoint_of_the_same_step_is_replaced_unless_it_is_the_same(tmp_pat
     write_checkpoint(tmp_path, 1, files={"other": b"x"})
     assert read_files(first.path) == {"other": b"x"}
     assert [p.name for p in tmp_path.iterdir()] == ["step-000000001"]
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_none(tmp_path: Path) -> None:
+    good = write_checkpoint(tmp_path, 1)
+    with no_files_to_open(), pytest.raises(OSError, match="Too many open files"):
+        read_checkpoint(good.path)
+    assert complete_checkpoints(tmp_path) == [good]
+
+
+def test_one_that_cannot_be_read_hides_no_newer_one_and_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, good = write_checkpoint(tmp_path, 1), write_checkpoint(tmp_path, 2)
+    readable = Path.read_bytes
+
+    def read(path: Path) -> bytes:
+        if path.parent == bad.path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return readable(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    assert next(newest_first(tmp_path)) == good
+    with pytest.raises(OSError, match="Input/output error"):
+        complete_checkpoints(tmp_path)
+
+    with staged_checkpoint(tmp_path, 1, metrics={}, final=False) as directory:
+        (directory / "other").write_bytes(b"x")
+    monkeypatch.undo()
+    assert read_files(bad.path) == {"other": b"x"}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The replicator: whatever it misses or has to wait for, the newest checkpoint reaches the store."""
 
+import errno
 import os
 import resource
 import threading
@@ -273,14 +274,27 @@ def test_a_store_that_is_away_does_not_fill_the_disk_nor_lose_the_newest(
     assert uplink.published == [30]
 
 
-def test_steps_up_to_where_the_attempt_began_are_not_published_again(
-    tmp_path: Path, uplink: Uplink, start: Start
+def test_a_newest_checkpoint_that_cannot_be_read_now_is_waited_for(
+    tmp_path: Path, uplink: Uplink, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Neither is it taken for published, nor is the one before it published in its place."""
     write_checkpoint(tmp_path, 10)
-    replicator = start(after_step=10)
-    assert replicator.pending is None
-    write_checkpoint(tmp_path, 20)
-    assert replicator.drain(10)
+    newest = write_checkpoint(tmp_path, 20).path
+    readable, broken = Path.read_bytes, threading.Event()
+
+    def read(path: Path) -> bytes:
+        if path.parent == newest and broken.is_set():
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return readable(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    broken.set()
+    replicator = start()
+    uplink.until(lambda: len(uplink.errors) > 0)
+    assert not replicator.drain(0.0)
+
+    broken.clear()
+    assert replicator.drain(20)
     assert uplink.published == [20]
 
 

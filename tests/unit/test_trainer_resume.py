@@ -1,10 +1,10 @@
 """An interrupted run ends in the same bytes as one that was never interrupted."""
 
-import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.open_files import no_files_to_open
 from support.tiny_world import tiny_spec
 from support.training import Lay, StopAtStep, contents, events, newest
 
@@ -106,15 +106,10 @@ def test_a_process_that_may_open_no_more_files_says_nothing_about_the_checkpoint
     run_dir = lay("run", spec_of(world, max_train_steps=1, lr_warmup_steps=0))
     run_attempt(run_dir, Stop())
     checkpoint = newest(run_dir)
-    usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     for read in (read_progress, read_adapter):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (0, most))
-        try:
-            with pytest.raises(OSError, match="Too many open files"):
-                read(checkpoint)
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (usual, most))
+        with no_files_to_open(), pytest.raises(OSError, match="Too many open files"):
+            read(checkpoint)
 
 
 def test_a_checkpoint_of_another_rank_is_refused(world: Path, lay: Lay) -> None:
