@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import click
 from rich.text import Text
@@ -96,11 +96,4 @@ def _word(check: Check) -> tuple[str, str]:
 def _cleaned(found: Iterable[Check]) -> Iterator[Check]:
     """A server's answers may carry anything."""
     for check in found:
-        yield Check(
-            name=check.name,
-            ok=check.ok,
-            said=redacted(printable(check.said)),
-            todo=check.todo,
-            cause=check.cause,
-            figures=check.figures,
-        )
+        yield replace(check, said=redacted(printable(check.said)))

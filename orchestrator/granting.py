@@ -25,7 +25,7 @@ class Unenforced(OrchestrateError):
 
 
 class SweepRuns:
-    """Implements ``grant_desk.Runs`` over a controller."""
+    """Implements ``storage.scoped.desk.Runs`` over a controller."""
 
     def __init__(self, sweep: Sweep, controller: Controller) -> None:
         self._controller = controller

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from ..errors import Corrupt, NotFound, StorageError
@@ -25,7 +26,7 @@ _LISTED = 5
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The result of a check; see ``doctor.Check``."""
+    """The result of a check; see ``examination.Check``."""
 
     said: str
     todo: str = ""
@@ -203,8 +204,8 @@ def throughput(bench: Bench) -> Finding:
         for size in TRANSFER_SIZES:
             key, file = bench.fresh_key(), Path(folder) / "file"
             file.write_bytes(os.urandom(size))
-            up_s = _timed(lambda key=key, file=file: bench.store.put(key, file))  # type: ignore[misc]
-            down_s = _timed(lambda key=key, file=file: bench.store.download(key, file))  # type: ignore[misc]
+            up_s = _timed(partial(bench.store.put, key, file))
+            down_s = _timed(partial(bench.store.download, key, file))
             bench.store.delete([key])
             spent_s += up_s + down_s
             if spent_s + 4 * (up_s + down_s) > TRANSFER_S:

@@ -146,7 +146,6 @@ def collect_run(
     Args:
         ledger: Where to append; None: this process may not, so only what needs no record goes.
     """
-    run = plan.run
     if plan.orphans:
         yield _delete(store, [(o.key, o.size_bytes) for o in plan.orphans])
     for prefix in plan.uploads:
@@ -154,7 +153,7 @@ def collect_run(
     if plan.reap:
         yield _attempted(lambda: _reap(store, plan.reap, ledger, clock))
     if plan.retire and ledger and plan.keep:
-        yield _attempted(lambda: _retire(run, plan, ledger, clock))
+        yield _attempted(lambda: _retire(plan, ledger, clock))
 
 
 def collect_loose(store: ObjectStore, infos: Iterable[ObjectInfo]) -> Collected:
@@ -309,7 +308,7 @@ def _reap(
     return done
 
 
-def _retire(run: str, plan: RunPlan, ledger: Ledger, clock: Callable[[], float]) -> Collected:
+def _retire(plan: RunPlan, ledger: Ledger, clock: Callable[[], float]) -> Collected:
     """Retire what is still superseded now."""
     assert plan.keep is not None
     planned = {d.checkpoint.ref for d in plan.retire}
@@ -323,4 +322,4 @@ def _retire(run: str, plan: RunPlan, ledger: Ledger, clock: Callable[[], float])
             return Collected(retired=len(refs))
         except Fenced:
             continue  # pinned, or retired by another, since it was read
-    return Collected(failed=f"{layout.run_log_prefix(run)}: changes too fast; the next gc looks again")
+    return Collected(failed=f"{layout.run_log_prefix(plan.run)}: changes too fast; the next gc looks again")

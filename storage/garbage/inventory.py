@@ -6,6 +6,7 @@ What no key of ``layout`` explains is counted and never touched: somebody else m
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 
 from .. import layout
 from ..errors import AccessDenied
@@ -16,7 +17,6 @@ _PROBE_KEY = re.compile(
     re.ASCII | re.DOTALL,
 )
 """What ``probe``, ``doctor`` and the grant desk's check write, and no key that a person would choose."""
-CONTENT_PREFIX = "content/"
 SWEEPS_PREFIX = "sweeps/"
 
 
@@ -64,9 +64,11 @@ class Inventory:
     @property
     def newest_s(self) -> float | None:
         """A moment that the store's clock has passed: the latest at which it wrote anything."""
-        infos = [*self.probes, *self.unknown]
+        infos = [*self.probes, *self.unknown, *chain.from_iterable(self.sweeps.values())]
         for run in self.runs.values():
             infos += [*run.log.values(), *run.data, *run.text, *run.samples, *run.rest]
+        for content in self.contents.values():
+            infos += [*content.log.values(), *chain.from_iterable(content.data.values())]
         return max((info.modified_s for info in infos if info.modified_s is not None), default=None)
 
 

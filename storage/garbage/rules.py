@@ -244,4 +244,4 @@ def _fenced_prefixes(run: str, state: RunState, unfinished: Sequence[ObjectInfo]
         return (layout.data_prefix(run),)
     keys = (layout.parse_data(info.key) for info in unfinished)
     fenced = {(k.attempt, k.incarnation) for k in keys if k and k.attempt < state.attempt}
-    return tuple(f"{layout.data_prefix(run)}{number:06d}-{who}/" for number, who in sorted(fenced))
+    return tuple(layout.attempt_prefix(run, number, who) for number, who in sorted(fenced))

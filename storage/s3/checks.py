@@ -1,8 +1,6 @@
 """Requests that only an examination of a bucket makes: what its server does with parts and checksums."""
 
-import base64
 import contextlib
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -19,6 +17,7 @@ from .errors import (
     status_of,
     translate,
 )
+from .file_slice import md5_of
 
 _PATIENCE_S = 30.0
 
@@ -62,7 +61,9 @@ class Bucket:
         """Whether a body that does not fit its ``Content-MD5`` is refused."""
         with self._translated(key):
             try:
-                self._ours.put_object(**self._at(key), Body=b"damaged on the way", ContentMD5=_md5(b"other"))
+                self._ours.put_object(
+                    **self._at(key), Body=b"damaged on the way", ContentMD5=md5_of(b"other")
+                )
             except FOREIGN as error:
                 if status_of(error) != 400:
                     raise
@@ -103,7 +104,7 @@ class Bucket:
 
     def _part(self, upload_id: str, key: str, body: bytes) -> str:
         answer = self._ours.upload_part(
-            **self._at(key), UploadId=upload_id, PartNumber=1, Body=body, ContentMD5=_md5(body)
+            **self._at(key), UploadId=upload_id, PartNumber=1, Body=body, ContentMD5=md5_of(body)
         )
         return str(answer["ETag"])
 
@@ -117,7 +118,3 @@ class Bucket:
                 yield
         except FOREIGN as error:
             raise translate(error, f"{key} in {self._url}") from error
-
-
-def _md5(body: bytes) -> str:
-    return base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()

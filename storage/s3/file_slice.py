@@ -66,3 +66,8 @@ class FileSlice:
 def content_md5(digest: bytes) -> str:
     """The value of the ``Content-MD5`` header."""
     return base64.b64encode(digest).decode()
+
+
+def md5_of(body: bytes) -> str:
+    """That value for a body."""
+    return content_md5(hashlib.md5(body, usedforsecurity=False).digest())

@@ -18,7 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from ..background import begin
 from ..errors import NotFound, StorageError, Unavailable
@@ -26,6 +26,7 @@ from .deadline import answered_within, current, until
 from .errors import NO_UPLOAD, code_of
 from .etag import of_parts
 from .file_slice import FileSlice, content_md5
+from .retry import Send
 from .uplink import (
     COMPLETE_ANSWER_S,
     COMPLETE_S,
@@ -46,12 +47,6 @@ T = TypeVar("T")
 
 class UploadForgotten(StorageError):
     """The server does not know the upload, or not its parts."""
-
-
-class Send(Protocol):
-    """Does one request to the store, with its tries; ``S3Store`` has it."""
-
-    def __call__(self, key: str, send: Callable[[Any], T], *, allow_s: float | None = None) -> T: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,15 +9,14 @@ handed to the one who asked and never logged.
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from ..errors import NotFound, Unavailable
 from .deadline import answered_within
 from .errors import FOREIGN, NO_UPLOAD, code_of
 from .file_slice import content_md5
+from .retry import Send
 from .uplink import COMPLETE_ANSWER_S, COMPLETE_S
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +38,6 @@ class Seen:
     etag: str
 
 
-class Send(Protocol):
-    """Does one request to the store, with its tries; ``S3Store`` has it."""
-
-    def __call__(self, key: str, send: Callable[[Any], T], *, allow_s: float | None = None) -> T: ...
-
-
 class Signer:
     """Signs for one bucket and prefix. Used from any thread.
 
@@ -60,12 +53,10 @@ class Signer:
     def get(self, key: str, expires_s: int) -> Presigned:
         return Presigned(self._sign("get_object", key, expires_s, {}), {})
 
-    def put(self, key: str, size_bytes: int, md5: str, expires_s: int, *, create: bool = True) -> Presigned:
-        """A write of exactly these bytes. ``md5`` is in hexadecimal digits."""
-        options: dict[str, object] = {"ContentLength": size_bytes, "ContentMD5": _header(md5)}
-        headers = {"Content-Length": str(size_bytes), "Content-MD5": _header(md5)}
-        if create:
-            options["IfNoneMatch"] = headers["If-None-Match"] = "*"
+    def put(self, key: str, size_bytes: int, md5: str, expires_s: int) -> Presigned:
+        """A write of exactly these bytes, where nothing is yet. ``md5`` is in hexadecimal digits."""
+        options = {"ContentLength": size_bytes, "ContentMD5": _header(md5), "IfNoneMatch": "*"}
+        headers = {"Content-Length": str(size_bytes), "Content-MD5": _header(md5), "If-None-Match": "*"}
         return Presigned(self._sign("put_object", key, expires_s, options), headers)
 
     def part(

@@ -8,8 +8,7 @@ from typing import Any, BinaryIO
 
 from .deadline import left_s, within
 from .errors import FOREIGN, STREAM_ERRORS, status_of
-from .multipart import Send
-from .retry import TRIES, RetryBudget, pause_s
+from .retry import TRIES, RetryBudget, Send, pause_s
 from .uplink import allowance_s
 
 _CHUNK_BYTES = 1 << 20

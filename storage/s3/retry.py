@@ -9,6 +9,7 @@ that happens is up to whoever calls again.
 import random
 import threading
 from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 TRIES = 4
 """Of one request within one call, the first included."""
@@ -16,6 +17,14 @@ FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 5.0
 BUDGET = 10
 """Repetitions that a store object may spend on requests that all fail."""
+
+T = TypeVar("T")
+
+
+class Send(Protocol):
+    """Does one request to the store, with its tries; ``S3Store`` has it."""
+
+    def __call__(self, key: str, send: Callable[[Any], T], *, allow_s: float | None = None) -> T: ...
 
 
 def pause_s(

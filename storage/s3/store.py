@@ -7,7 +7,6 @@ new ones. Large files go in parts and are resumed (``multipart``).
 """
 
 import contextlib
-import hashlib
 import io
 import threading
 import time
@@ -31,7 +30,7 @@ from .errors import (
     status_of,
     translate,
 )
-from .file_slice import content_md5
+from .file_slice import md5_of
 from .multipart import Uploads
 from .presigned import Signer
 from .ranged_get import Download
@@ -78,7 +77,7 @@ class S3Store:
         self._uploads = Uploads(bucket, self._request, request_s)
         self._renewing = threading.Lock()
         with self._translated("settings"):
-            self._signer = S3Client(endpoint, region)
+            self._client = S3Client(endpoint, region)
 
     @property
     def url(self) -> str:
@@ -100,7 +99,7 @@ class S3Store:
 
         def send(client: Any) -> None:
             with answered_within(answer_s(len(body))):
-                client.put_object(Bucket=self._bucket, Key=full, Body=body, ContentMD5=_md5(body))
+                client.put_object(Bucket=self._bucket, Key=full, Body=body, ContentMD5=md5_of(body))
 
         self._request(key, send, allow_s=self._request_s + allowance_s(len(body), None))
 
@@ -115,7 +114,7 @@ class S3Store:
         def send(client: Any) -> bool:
             try:
                 client.put_object(
-                    Bucket=self._bucket, Key=full, Body=body, ContentMD5=_md5(body), IfNoneMatch="*"
+                    Bucket=self._bucket, Key=full, Body=body, ContentMD5=md5_of(body), IfNoneMatch="*"
                 )
                 return True
             except FOREIGN as error:
@@ -167,7 +166,7 @@ class S3Store:
                 ),
             )
 
-        for answer in _pages(page, {"ContinuationToken": "NextContinuationToken"}):
+        for answer in _pages(self._named(prefix), page, {"ContinuationToken": "NextContinuationToken"}):
             for found in answer.get("Contents", ()):
                 key = found["Key"].removeprefix(self._prefix)
                 # Some servers ignore StartAfter.
@@ -217,10 +216,6 @@ class S3Store:
             return None
         return moment.replace(tzinfo=moment.tzinfo or UTC)
 
-    @property
-    def _client(self) -> Any:
-        return self._signer.requests
-
     def signer(self) -> Signer:
         """Signs requests on this bucket for whoever holds no credentials."""
         return Signer(self._bucket, self._key, self._request)
@@ -241,21 +236,22 @@ class S3Store:
         )
 
     def _uploads_under(self, prefix: str) -> Iterator[dict[str, Any]]:
-        def page(markers: dict[str, Any]) -> dict[str, Any]:
+        def page(marker: dict[str, Any]) -> dict[str, Any]:
             return (
                 self._request(
                     prefix,
                     lambda client: _unless(
                         _NO_UPLOADS,
                         lambda: client.list_multipart_uploads(
-                            Bucket=self._bucket, Prefix=self._prefix + prefix, **markers
+                            Bucket=self._bucket, Prefix=self._prefix + prefix, **marker
                         ),
                     ),
                 )
                 or {}
             )
 
-        for answer in _pages(page, {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}):
+        markers = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
+        for answer in _pages(self._named(prefix), page, markers):
             yield from answer.get("Uploads", ())
 
     def _request(
@@ -270,12 +266,12 @@ class S3Store:
         with self._translated(key), within(allow_s or self._request_s):
             failures = 0
             while True:
-                signer = self._signer
+                used = self._client
                 try:
-                    answer = send(signer.requests)
+                    answer = send(used.requests)
                 except FOREIGN as error:
-                    if refused is None and self._renewed(signer, error):
-                        refused = signer
+                    if refused is None and self._renewed(used, error):
+                        refused = used
                         continue
                     failures += 1
                     if failures >= tries or not self._wait_to_repeat(error, failures):
@@ -300,12 +296,12 @@ class S3Store:
         if not expired and status_of(error) not in (401, 403):
             return False
         with self._renewing:
-            if self._signer is not used:
+            if self._client is not used:
                 return True
             fresh = S3Client(self._endpoint, self._region)
             if fresh.same_credentials(used):
                 return expired
-            self._signer = fresh
+            self._client = fresh
             return True
 
     def _named(self, key: str) -> str:
@@ -322,7 +318,7 @@ class S3Store:
 
 
 def _pages(
-    page: Callable[[dict[str, Any]], dict[str, Any]], markers: dict[str, str]
+    named: str, page: Callable[[dict[str, Any]], dict[str, Any]], markers: dict[str, str]
 ) -> Iterator[dict[str, Any]]:
     """All pages of a listing, whose answers say by what markers to ask for the next one.
 
@@ -338,7 +334,7 @@ def _pages(
         following = {name: answer[field] for name, field in markers.items() if answer.get(field)}
         if not following or following == at:
             # What was not listed would count as not there.
-            raise Unavailable("the server has more to list and does not say how to ask for it")
+            raise Unavailable(f"{named}: the server has more to list and does not say how to ask for it")
         at = following
 
 
@@ -354,7 +350,3 @@ def _unless(codes: set[str], request: Callable[[], T]) -> T | None:
 
 def _unix(moment: datetime | None) -> float | None:
     return moment.timestamp() if moment else None
-
-
-def _md5(body: bytes) -> str:
-    return content_md5(hashlib.md5(body, usedforsecurity=False).digest())

@@ -26,12 +26,10 @@ from ..s3.deadline import (
 )
 from ..s3.file_slice import FileSlice
 from ..s3.presigned import Presigned
-from ..s3.uplink import answer_s
+from ..s3.uplink import allowance_s, answer_s
 
 REQUEST_S = 60.0
 CONNECT_S = 5.0
-SLOWEST_BYTES_PER_S = 64_000
-"""A transfer slower than this is taken for one that is stuck."""
 _CHUNK_BYTES = 1 << 20
 _AT_ONCE = 8
 
@@ -43,8 +41,7 @@ class Expired(AccessDenied):
 class PresignedHttp:
     """Connections to whatever servers the urls name. Used from any thread."""
 
-    def __init__(self, request_s: float = REQUEST_S) -> None:
-        self._request_s = request_s
+    def __init__(self) -> None:
         self._managers: dict[str | None, urllib3.PoolManager] = {}
 
     def put(self, key: str, signed: Presigned, body: bytes | FileSlice) -> int:
@@ -87,7 +84,7 @@ class PresignedHttp:
     ) -> Iterator[urllib3.BaseHTTPResponse]:
         try:
             with (
-                within(self._request_s + size / SLOWEST_BYTES_PER_S),
+                within(REQUEST_S + allowance_s(size, None)),
                 closing(
                     self._manager(signed.url).request(
                         method,

@@ -9,7 +9,6 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,6 +24,7 @@ from ..records import Committed, Record
 from ..run_state import RunState
 from ..s3.file_slice import FileSlice
 from ..s3.presigned import Presigned
+from ..s3.uplink import PARTS_AT_ONCE
 from .grants import (
     MAX_CHECKPOINT_BYTES,
     MAX_FILES,
@@ -54,7 +54,6 @@ from .http import Expired, PresignedHttp
 PART_BYTES = 16 << 20
 MULTIPART_BYTES = 64 << 20
 """Larger files are sent in parts, so that a cut connection costs one part."""
-_PARTS_AT_ONCE = 4
 _TRIES = 4
 
 Ask = Callable[[bytes], bytes]
@@ -117,11 +116,10 @@ class ScopedStore:
 
     def put(self, key: str, body: bytes | Path) -> None:
         """Write an object. One that is there already with these bytes is not sent again."""
-        with ExitStack() as stack:
-            if isinstance(body, bytes):
-                self._put(key, body, Write(key=key, size_bytes=len(body), md5=_md5(body)))
-                return
-            file = stack.enter_context(_opened(body))
+        if isinstance(body, bytes):
+            self._put(key, body, Write(key=key, size_bytes=len(body), md5=_md5(body)))
+            return
+        with body.open("rb", buffering=0) as file:
             self._put_file(key, file)
 
     def get(self, key: str) -> bytes:
@@ -213,7 +211,7 @@ class ScopedStore:
             raise Unavailable(f"{key}: the controller grants something else than was asked for")
         todo = [(part, granted) for part, granted in zip(slices, reply.parts, strict=True) if granted]
         # What a part that fails has cost is that part: the others are not asked for again.
-        statuses = each("part", lambda one: self._put_part(key, *one), todo, at_once=_PARTS_AT_ONCE)
+        statuses = each("part", lambda one: self._put_part(key, *one), todo, at_once=PARTS_AT_ONCE)
         failed = [status for status in statuses if status is not None]
         if failed:
             raise failed[0]
@@ -275,10 +273,6 @@ class ScopedLedger:
         if not isinstance(reply, Told):
             raise Unavailable("the controller answers something else than was asked")
         return reply.state
-
-
-def _opened(path: Path) -> BinaryIO:
-    return path.open("rb", buffering=0)
 
 
 def _presigned(key: str, reply: Reply) -> Presigned:

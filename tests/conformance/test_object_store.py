@@ -139,7 +139,7 @@ def test_uploads_that_a_dead_writer_left_are_aborted_under_a_prefix_and_nothing_
     store: S3Store, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     def begin(key: str) -> None:
-        store._client.create_multipart_upload(Bucket=store._bucket, Key=store._key(key))
+        store._client.requests.create_multipart_upload(Bucket=store._bucket, Key=store._key(key))
 
     store.put("runs/a/data/1", b"an object")
     for key in ("runs/a/data/2", "runs/a/data/3", "runs/b/data/1"):

@@ -26,7 +26,7 @@ from storage.scoped.store import ScopedLedger, ScopedStore
 
 @dataclass
 class LogRuns:
-    """Implements ``grant_desk.Runs`` over the logs of a store."""
+    """Implements ``storage.scoped.desk.Runs`` over the logs of a store."""
 
     store: ObjectStore
     limit: Limits = field(default_factory=Limits)

@@ -106,6 +106,24 @@ def planned(
     )
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        layout.sweep_spec("cat"),
+        layout.run_spec(RUN),
+        layout.log_entry(layout.run_log_prefix(RUN), 3),
+        layout.checkpoint_file(RUN, 1, incarnation(1), 10, "adapter.safetensors"),
+        layout.sample_key(RUN, 10, "0.png"),
+        layout.log_entry(layout.content_log_prefix("a" * 64), 0),
+        layout.content_listing("a" * 64, incarnation(1)),
+        "somebody/elses",
+    ],
+)
+def test_whatever_was_written_last_tells_the_time(key: str) -> None:
+    older = ObjectInfo(layout.run_spec("another"), 1, 100.0)
+    assert sort_out([ObjectInfo(key, 1, 200.0), older]).newest_s == 200.0
+
+
 # what is superseded
 
 
