@@ -30,15 +30,27 @@ from storage.records import (
     EndReason,
     Record,
 )
-from storage.run_state import FREE_ENDS, RunState
+from storage.run_state import RunState
 
 from . import silence
 from .cluster import Cluster, Health, Order, Slot
 from .draining import DrainBook, drain_record
 from .lifecycle import CancelAsked, Event, Exited, Lost, Phase, Policy, advance, phase, settle, wait_s
+from .loss import loss
+from .placing import (
+    Hold,
+    Outlook,
+    SlotNote,
+    bar,
+    claims,
+    free_slots,
+    note,
+    outlook,
+    queued_run,
+)
 from .pruning import delete_orphans, prune
 from .readers import PATIENCE_S, Readers
-from .scheduler import FreeSlot, Placement, QueuedRun, assign
+from .scheduler import Placement, QueuedRun, assign
 from .sweep import Sweep
 from .sweep_snapshot import SweepSnapshot
 from .term import SteppedDown, Term
@@ -65,9 +77,6 @@ RETRY_S = 5.0
 
 DAMAGED = 2
 """A log that was found damaged so often in a row is: the run has failed, and nothing is appended."""
-
-NODE_AT_FAULT = (EndReason.STORAGE_DOWN, EndReason.DISK_FULL)
-"""Whatever the run has achieved there: what the next attempt needs may not be better there soon."""
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +129,7 @@ class Controller:
         runs = tuple(self._runs.values())
         self._snapshot = SweepSnapshot(store, sweep.name, runs, self._readers, self._monotonic)
         self._drains = DrainBook(store, sweep.name, self._readers, self._monotonic)
+        self._last_notes: tuple[SlotNote, ...] = ()
         self._begun = False
 
     @property
@@ -185,6 +195,33 @@ class Controller:
             StorageError
         """
         self._drains.record(drain_record(node, grace_s, self._clock()))
+
+    def notes(self) -> tuple[SlotNote, ...]:
+        """What was thought of each slot when runs were last placed, or might have been."""
+        return self._last_notes
+
+    def outlook(self, run_id: str) -> Outlook:
+        """Why a run waits, by what was last decided.
+
+        Raises:
+            Fenced: It is not a run of this sweep.
+        """
+        run, notes = self._runs.get(run_id), self._last_notes
+        if run is None:
+            raise Fenced(f"{run_id} is not a run of sweep {self._sweep.name}")
+        if run.damage:
+            return Outlook(hold=Hold.LOG_DAMAGED, problem=run.damage, slots=notes)
+        if run.problem:
+            return Outlook(hold=Hold.LOG_UNREADABLE, problem=run.problem, slots=notes)
+        if phase(run.state) is not Phase.QUEUED or run.state.cancel_requested or run.state.result:
+            return Outlook(slots=notes)
+        return outlook(
+            queued_run(run_id, run.plan.index, run.state, self._not_before(run)),
+            self._queued(),
+            notes,
+            drains_known=self._drains.known,
+            now=self._monotonic(),
+        )
 
     def _cancel(self, run: TrackedRun) -> StorageError | None:
         try:
@@ -311,30 +348,28 @@ class Controller:
                 attempt=claimed.attempt,
                 code=mine.exit_code,
                 error=mine.error,
+                evidence=mine.evidence,
                 step=mine.step,
                 step_s=mine.step_s,
                 drained=self._drains.of(slot.node) is not None,
+                notice=str(mine.notice) if mine.notice else "",
+                saved_s=mine.saved_s,
             )
         silent_s = silence.silent_s(slot.silent_s, run.sign, self._monotonic())
-        reason = self._loss(slot, silent_s)
-        if reason is None:
+        drained = self._drains.of(slot.node) is not None
+        lost = loss(slot, silent_s, self._sweep.recovery.silence_s, drained=drained)
+        if lost is None:
             return None
+        reason, detail = lost
         return Lost(
             at=now,
             attempt=claimed.attempt,
             reason=reason,
-            detail=_loss_detail(reason, claimed.node, slot.silent_s),
+            detail=detail,
             step=max(mine.step if mine else 0, state.committed_step),
             step_s=mine.step_s if mine else 0.0,
             silent_s=silent_s,
         )
-
-    def _loss(self, slot: Slot, silent_s: float) -> EndReason | None:
-        if slot.health is Health.GONE:
-            return EndReason.NODE_LOST if slot.node_lost else EndReason.AGENT_LOST
-        if slot.health is Health.UNKNOWN and silent_s > self._sweep.recovery.silence_s:
-            return EndReason.NODE_UNREACHABLE
-        return None
 
     def _steer(self, run: TrackedRun, slot: Slot | None) -> None:
         """Make the slot do what the log says: repeat a lost order, or ask a cancelled run to stop."""
@@ -369,26 +404,29 @@ class Controller:
                 self._cluster.stop(slot.slot, work.run_id, work.attempt, grace_s=0.0)
 
     def _launch(self, slots: dict[str, Slot]) -> None:
-        taken = {
-            run.state.running.claimed.slot
-            for run in self._runs.values()
-            if run.state.running and not run.damage
-        }
-        free = [
-            FreeSlot(slot=s.slot, node=s.node, up_since=s.up_since)
-            for s in slots.values()
-            if s.free and s.slot not in taken and not self._drains.of(s.node)
-        ]
+        notes = self._notes(slots)
+        free = free_slots(notes)
+        self._last_notes = notes
         if not free or not self._drains.known:
             return
-        queued = [
-            QueuedRun(
-                run_id=run.plan.run_id,
-                index=run.plan.index,
-                committed_step=run.state.committed_step,
-                not_before=self._not_before(run),
-                avoid_node=_stalled_on(run.state),
-            )
+        queued = self._queued()
+        placements = {placed.run_id: placed for placed in assign(queued, free, self._monotonic())}
+        read = self._read(placements)
+        for run_id, placement in placements.items():
+            if run_id in read:
+                self._try(self._runs[run_id], partial(self._claim, self._runs[run_id], placement))
+
+    def _notes(self, slots: dict[str, Slot]) -> tuple[SlotNote, ...]:
+        """What is thought of each slot, and why."""
+        taken = claims({run_id: run.state for run_id, run in self._runs.items() if not run.damage})
+        return tuple(
+            note(slot, bar(slot, self._drains.state), taken.get(slot.slot)) for slot in slots.values()
+        )
+
+    def _queued(self) -> list[QueuedRun]:
+        """The runs that may be placed, once they are due."""
+        return [
+            queued_run(run.plan.run_id, run.plan.index, run.state, self._not_before(run))
             for run in self._runs.values()
             if phase(run.state) is Phase.QUEUED
             and not run.state.cancel_requested
@@ -396,11 +434,6 @@ class Controller:
             and run.problem is None  # its state may be anything, and another run can use the slot
             and not self._readers.busy(run.plan.run_id)
         ]
-        placements = {placed.run_id: placed for placed in assign(queued, free, self._monotonic())}
-        read = self._read(placements)
-        for run_id, placement in placements.items():
-            if run_id in read:
-                self._try(self._runs[run_id], partial(self._claim, self._runs[run_id], placement))
 
     def _not_before(self, run: TrackedRun) -> float:
         """When the run may be launched again. Of its last attempt's end only the age is believed, and only
@@ -422,11 +455,14 @@ class Controller:
             incarnation=secrets.token_hex(4),
             node=placement.node,
             slot=placement.slot,
+            because=placement.because,
             at=self._clock(),
         )
         run.log.append(claimed)
         run.sign = silence.look(run.sign, run.state, self._monotonic())
-        logger.info("%s: attempt %d on %s", run.plan.run_id, claimed.attempt, placement.node)
+        logger.info(
+            "%s: attempt %d on %s: %s", run.plan.run_id, claimed.attempt, placement.node, placement.because
+        )
         self._cluster.start(
             placement.slot,
             Order(run_id=run.plan.run_id, attempt=claimed.attempt, incarnation=claimed.incarnation),
@@ -450,9 +486,14 @@ class Controller:
         self._append_all(run, advance(run.state, event, self._policy))
 
     def _append_all(self, run: TrackedRun, records: tuple[Record, ...]) -> None:
+        """Append what was decided together. If somebody else's record came between, what is left was decided
+        on another state, in which the run was not complete, say: the next look decides anew."""
         for record in records:
+            position = run.log.next_seq
             run.log.append(record)
             logger.info("%s: %s", run.plan.run_id, record)
+            if run.log.next_seq != position + 1:
+                return
 
     def _try(self, run: TrackedRun, do: Callable[[], None]) -> None:
         """Do this under the run's lock; nothing while somebody else is at the run."""
@@ -489,23 +530,3 @@ class Controller:
             logger.warning("%s: %s; trying again", run.plan.run_id, problem, exc_info=foreign)
         run.problem = problem
         run.retry_at = self._monotonic() + (IDLE_REFRESH_S if run.damage else RETRY_S)
-
-
-def _stalled_on(state: RunState) -> str | None:
-    """The node to avoid: there the last attempt made no progress, or the node itself was at fault."""
-    if not state.attempts:
-        return None
-    last = state.attempts[-1]
-    reason = last.ended.reason if last.ended else None
-    stalled = reason is not None and reason not in FREE_ENDS and last.committed_step is None
-    return last.claimed.node if stalled or reason in NODE_AT_FAULT else None
-
-
-def _loss_detail(reason: EndReason, node: str, silent_s: float) -> str:
-    match reason:
-        case EndReason.NODE_LOST:
-            return f"{node} was lost without notice"
-        case EndReason.AGENT_LOST:
-            return f"the agent on {node} died"
-        case _:
-            return f"{node} did not answer for {silent_s:.0f} s"

@@ -32,6 +32,21 @@ from storage.records import (
 from trainer.config import Base, Dataset, RunSpec
 from trainer.rundir import EXIT_COMPLETE, EXIT_PREEMPTED, EXIT_STORE_UNREACHABLE
 
+_MISFORTUNES = (
+    "node",
+    "ghost",
+    "leave",
+    "come",
+    "agent",
+    "silence",
+    "freeze",
+    "hear",
+    "hear",
+    "order",
+    "kill",
+    "error",
+    "preempt",
+)
 FILE = "adapter.safetensors"
 KILLED = -9
 
@@ -223,6 +238,7 @@ class FakeCluster:
         slots_per_node: int = 1,
         commit_every: int = 2,
         name: str = "n",
+        now: float = 1000.0,
     ) -> None:
         self._store = store
         self._max_steps = {run.run_id: run.spec.base.max_train_steps for run in sweep.runs}
@@ -235,11 +251,13 @@ class FakeCluster:
         """Trainers that the cluster believes dead."""
         self._name = name
         self._nodes_added = 0
-        self.now = 1000.0
+        self.now = self.began = now
         self.lose_orders = 0
         """So many of the next orders do not arrive."""
         self.begun: list[Order] = []
         """Every attempt that began to train, in order."""
+        self.blamed: set[tuple[str, int]] = set()
+        """Attempts, by run and number, that ended such that the run itself may be to blame."""
         self.closed = False
         for _ in range(nodes):
             self.add_node()
@@ -300,6 +318,7 @@ class FakeCluster:
                 self._lose(agent, node_lost=True, ghost=ghosts)
 
     def lose_agent(self, slot: str) -> None:
+        self._blame(self._agents[slot].trainer)
         self._lose(self._agents[slot], node_lost=False, ghost=False)
 
     def silence(self, slot: str) -> None:
@@ -325,6 +344,7 @@ class FakeCluster:
         """The training process of a slot ends, as it is."""
         trainer = self._agents[slot].trainer
         assert trainer is not None
+        self._blame(trainer)
         trainer.exit_code, trainer.error = code, error
 
     def busy(self) -> list[str]:
@@ -336,27 +356,57 @@ class FakeCluster:
         (slot,) = [s for s in self.busy() if (t := self._agents[s].trainer) and t.order.run_id == run_id]
         return slot
 
-    def misfortune(self, rng: random.Random) -> None:
-        """Do one thing, drawn at random, that a cluster does to those who rely on it."""
+    def calm(self) -> None:
+        """From now on all that lives can be heard, orders arrive, and something lives."""
+        self.lose_orders = 0
+        self.hear_all()
+        if not self._living():
+            self.add_node()
+
+    def training_somewhere(self) -> list[Order]:
+        """What is trained, seen or unseen, also by those whom the cluster believes dead."""
+        seen = (agent.trainer for agent in self._living() if agent.trainer)
+        return [trainer.order for trainer in (*seen, *self.ghosts) if trainer.exit_code is None]
+
+    def misfortune(self, rng: random.Random) -> str:
+        """Do one thing, drawn at random, that a cluster does to those who rely on it, and say which."""
         living = self._living()
+        if not living:
+            return f"{self.add_node()} comes"
         agent = rng.choice(living)
-        match rng.choice(["node", "ghost", "agent", "silence", "hear", "order", "kill", "preempt"]):
-            case "node" | "ghost" as kind:
+        kind = rng.choice(_MISFORTUNES)
+        match kind:
+            case "node" | "ghost":
                 self.lose_node(agent.node, ghosts=kind == "ghost")
+                self.add_node()
+            case "leave":
+                self.lose_node(agent.node)
+            case "come":
                 self.add_node()
             case "agent":
                 self.lose_agent(agent.slot)
                 self.add_node()
             case "silence":
                 self.silence(agent.slot)
+            case "freeze":
+                self.freeze(agent.slot)
             case "hear":
                 self.hear_all()
             case "order":
                 self.lose_orders += 1
             case "kill" if agent.slot in self.busy():
                 self.exit(agent.slot, KILLED)
+            case "error" if agent.slot in self.busy():
+                self.exit(agent.slot, 1, f"RuntimeError: number {len(self.blamed)}")
             case "preempt" if agent.slot in self.busy() and agent.trainer:
                 agent.trainer.stopping = True
+            case _:
+                return f"no {kind}: nothing trains at {agent.slot}"
+        return f"{kind} at {agent.slot}"
+
+    def _blame(self, trainer: _Trainer | None) -> None:
+        if trainer:
+            self.blamed.add((trainer.order.run_id, trainer.order.attempt))
 
     def _living(self) -> list[_Agent]:
         return [agent for agent in self._agents.values() if not agent.gone]

@@ -213,6 +213,26 @@ def test_a_trainer_that_commits_within_any_call_of_the_controller_is_not_lost() 
         world.check()
 
 
+def test_a_run_that_completes_within_any_call_of_a_controller_that_gives_it_up_has_succeeded() -> None:
+    """The cluster takes its node for dead and a person cancels it, while it makes its last steps unseen."""
+    completed = 0
+    for at in range(1, CALLS + 1):
+        world = World()
+        run_id = world.sweep.runs[0].run_id
+        asking = world.controller()
+        for _ in range(3):
+            asking.tick()
+            world.cluster.advance()
+        asking.cancel([run_id])
+        world.cluster.lose_node("n1", ghosts=True)
+        world.live(world.controller(Interrupted(world.store, at, lambda c=world.cluster: c.advance(6))))
+
+        over = world.state(run_id)
+        completed += over.result is not None
+        assert over.outcome is (Outcome.SUCCEEDED if over.result else Outcome.CANCELLED)
+    assert 0 < completed < CALLS
+
+
 def test_a_cancel_within_any_call_of_the_controller_ends_the_run() -> None:
     for at in range(1, CALLS + 1):
         world = World()
