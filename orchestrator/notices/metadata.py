@@ -71,9 +71,8 @@ def _answer(status: int, body: bytes, headers: Message) -> Answer:
         at = _utc(parsedate_to_datetime(headers["Date"] or ""))
     except ValueError:
         at = datetime.now(UTC)
-    return Answer(
-        status=status, text=body.decode(errors="replace").strip(), headers=dict(headers.items()), at=at
-    )
+    names = {name.lower(): value for name, value in headers.items()}
+    return Answer(status=status, text=body.decode(errors="replace").strip(), headers=names, at=at)
 
 
 def _utc(moment: datetime) -> datetime:

@@ -1,0 +1,415 @@
+"""What a node is told of its end: read from services that play each provider, folded, and passed on."""
+
+import logging
+import os
+import stat
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.fake_metadata import INSTANCE, VM, FakeMetadata, announce, metadata_service, withdraw
+
+from orchestrator.grid_schema import Notices
+from orchestrator.notices.clouds import Aws, Azure, Gcp
+from orchestrator.notices.metadata import Unreachable
+from orchestrator.notices.notice import (
+    CALM_S,
+    LONGEST_CALM_S,
+    Kind,
+    Notice,
+    Standing,
+    after,
+    calm_s,
+    told,
+)
+from orchestrator.notices.own import Command, File, Url, said
+from orchestrator.notices.sources import AZURE_TAG, Auto, source_of, vendor
+from orchestrator.notices.watcher import LONGEST_POLL_S, PATIENCE, POLL_S, NoticeWatcher
+
+NOWHERE = "http://127.0.0.1:9"
+"""The discard port, at which nothing listens."""
+
+CLOUDS = {"aws": Aws, "gcp": Gcp, "azure": Azure}
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    return tmp_path / "notice.json"
+
+
+@pytest.fixture(params=["aws", "gcp", "azure"])
+def cloud(request: pytest.FixtureRequest, state: Path) -> Iterator[FakeMetadata]:
+    with metadata_service(request.param, state) as service:
+        yield service
+
+
+def spot(left_s: float | None = 120.0, kind: Kind = Kind.TERMINATE) -> Notice:
+    return Notice(kind=kind, source="AWS", left_s=left_s)
+
+
+# Providers.
+
+
+@pytest.mark.parametrize("in_s", [120, 30, 5])
+def test_each_cloud_tells_a_notice_and_its_end(cloud: FakeMetadata, state: Path, in_s: int) -> None:
+    source = source_of(Notices(service=cloud.provider), cloud.url)  # type: ignore[arg-type]
+    assert source is not None
+    assert source.poll() is None
+    announce(state, in_s)
+    notice = source.poll()
+    withdraw(state)
+    after_it = source.poll()
+
+    assert notice is not None
+    assert notice.kind is Kind.TERMINATE
+    assert notice.ends_node
+    assert notice.left_s is not None
+    if cloud.provider == "gcp":  # which tells no time
+        assert notice.left_s == 30.0
+    else:  # the service tells whole seconds, and its machine may be slow
+        assert in_s - 60 < notice.left_s <= in_s + 1
+    assert after_it is None
+
+
+def test_the_time_left_is_by_the_clock_of_the_service(state: Path) -> None:
+    with metadata_service("aws", state) as service:
+        service.skew_s = 3 * 3600.0
+        announce(state, 120)
+        notice = Aws(service.url).poll()
+    assert notice is not None
+    assert notice.left_s is not None
+    assert 60 < notice.left_s <= 121
+
+
+def test_aws_is_asked_with_a_token_that_is_renewed_when_it_is_over(state: Path) -> None:
+    with metadata_service("aws", state) as service:
+        source = Aws(service.url)
+        announce(state, 30)
+        first = source.poll()
+        service.tokens.clear()
+        second = source.poll()
+    assert first is not None
+    assert second is not None
+    assert first.detail == f"{INSTANCE}: terminate"
+    assert service.requests.count("PUT /latest/api/token") == 2
+
+
+def test_aws_tells_of_a_rebalance_which_ends_nothing(state: Path) -> None:
+    with metadata_service("aws", state) as service:
+        announce(state, 0, "rebalance")
+        notice = Aws(service.url).poll()
+    assert notice == Notice(kind=Kind.REBALANCE, source="AWS", detail=INSTANCE)
+    assert not notice.ends_node
+
+
+@pytest.mark.parametrize(
+    ("provider", "detail"), [("gcp", "TERMINATE_ON_HOST_MAINTENANCE"), ("azure", "vm-7: Redeploy")]
+)
+def test_maintenance_that_nothing_survives_is_a_notice(provider: str, detail: str, state: Path) -> None:
+    with metadata_service(provider, state) as service:
+        announce(state, 600, "maintenance")
+        notice = CLOUDS[provider](service.url).poll()
+    assert notice is not None
+    assert (notice.kind, notice.detail) == (Kind.MAINTENANCE, detail)
+
+
+def test_azure_tells_every_machine_of_a_set_about_all_of_them(state: Path) -> None:
+    with metadata_service("azure", state) as service:
+        announce(state, 60, "somebody else's, and a freeze of ours")
+        assert Azure(service.url).poll() is None
+        announce(state, 60)
+        notice = Azure(service.url).poll()
+    assert notice is not None
+    assert notice.detail == f"{VM}: Preempt"
+
+
+def test_a_service_that_is_away_or_broken_says_nothing(cloud: FakeMetadata, state: Path) -> None:
+    announce(state, 30)
+    cloud.broken = True
+    with pytest.raises(Unreachable):
+        CLOUDS[cloud.provider](cloud.url).poll()
+    with pytest.raises(Unreachable):
+        CLOUDS[cloud.provider](NOWHERE).poll()
+
+
+def test_a_proxy_is_never_asked(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, NOWHERE)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with metadata_service("aws", state) as service:
+        assert Aws(service.url).poll() is None
+
+
+def test_the_cloud_that_answers_is_found(cloud: FakeMetadata, state: Path, tmp_path: Path) -> None:
+    source = Auto(cloud.url, dmi=tmp_path / "no-dmi")
+    announce(state, 30)
+    notice = source.poll()
+    assert notice is not None
+    assert notice.source == CLOUDS[cloud.provider].name
+
+
+@pytest.mark.parametrize(
+    ("files", "cloud"),
+    [
+        ({"sys_vendor": "Amazon EC2\n"}, "AWS"),
+        ({"sys_vendor": "Xen\n", "bios_version": "4.11.amazon\n"}, "AWS"),
+        ({"sys_vendor": "Google\n", "product_name": "Google Compute Engine\n"}, "Google Cloud"),
+        ({"sys_vendor": "Microsoft Corporation\n", "chassis_asset_tag": AZURE_TAG}, "Azure"),
+        ({"sys_vendor": "Microsoft Corporation\n"}, None),
+        ({"sys_vendor": "Dell Inc.\n"}, None),
+        ({}, None),
+    ],
+)
+def test_a_machine_knows_whose_it_is(files: dict[str, str], cloud: str | None, tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert vendor(tmp_path) == cloud
+
+
+def test_where_no_cloud_answers_nothing_is_known(tmp_path: Path) -> None:
+    with pytest.raises(Unreachable):
+        Auto(NOWHERE, dmi=tmp_path).poll()
+
+
+# One's own.
+
+
+def test_a_file_is_a_notice_while_it_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "ending"
+    source = File(path)
+    assert source.poll() is None
+    path.write_text("")
+    assert source.poll() == Notice(kind=Kind.TERMINATE, source=f"file {path}")
+    path.write_text("45\n")
+    os.utime(path, (time.time() - 15, time.time() - 15))
+    aged = source.poll()
+    path.unlink()
+
+    assert source.poll() is None
+    assert aged is not None
+    assert aged.left_s is not None
+    assert -30 < aged.left_s <= 30
+
+
+def test_a_url_is_asked(state: Path) -> None:
+    with metadata_service("url", state) as service:
+        assert Url(service.url).poll() is None
+        announce(state, 30)
+        notice = Url(service.url).poll()
+        service.broken = True
+        with pytest.raises(Unreachable):
+            Url(service.url).poll()
+    assert notice is not None
+    assert notice.detail == "the host is sold"
+    assert notice.left_s is not None
+    assert 0 < notice.left_s <= 30
+
+
+def script(path: Path, body: str) -> tuple[str, ...]:
+    path.write_text(f"#!{sys.executable}\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return (str(path),)
+
+
+def test_a_command_that_succeeds_is_a_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
+    tells = script(
+        tmp_path / "tells",
+        'import os; print(\'{"seconds": 20, "detail": "%s"}\' % os.environ.get(\'AWS_SECRET_ACCESS_KEY\'))',
+    )
+    denies = script(tmp_path / "denies", "raise SystemExit(1)")
+
+    assert Command(tells).poll() == Notice(kind=Kind.TERMINATE, source=tells[0], left_s=20.0, detail="None")
+    assert Command(denies).poll() is None
+    with pytest.raises(Unreachable, match="cannot be started"):
+        Command((str(tmp_path / "missing"),)).poll()
+
+
+def test_a_command_that_never_ends_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.notices.own.COMMAND_S", 0.2)
+    with pytest.raises(Unreachable, match="did not end"):
+        Command(script(tmp_path / "hangs", "import time; time.sleep(600)")).poll()
+
+
+@pytest.mark.parametrize(
+    ("text", "left_s", "detail", "kind"),
+    [
+        ("", None, "", Kind.TERMINATE),
+        ("12.5\n", 12.5, "", Kind.TERMINATE),
+        ("Infinity", None, "", Kind.TERMINATE),
+        ("true", None, "True", Kind.TERMINATE),
+        ('{"seconds": "soon", "kind": "maintenance"}', None, "", Kind.MAINTENANCE),
+        ('{"seconds": 9, "kind": "party", "detail": 3}', 9.0, "3", Kind.TERMINATE),
+        ("going\x1b[31m away", None, "going [31m away", Kind.TERMINATE),
+        ("x" * 1000, None, "x" * 120, Kind.TERMINATE),
+    ],
+)
+def test_whatever_is_said_is_a_notice(text: str, left_s: float | None, detail: str, kind: Kind) -> None:
+    assert said(text, "here") == Notice(kind=kind, source="here", detail=detail, left_s=left_s)
+
+
+# What stands.
+
+
+def test_a_notice_counts_at_first_sight_and_keeps_what_was_said_first() -> None:
+    first = after(Standing(), spot(118.0), now=1000.0)
+    later = after(first, spot(100.0), now=1018.5)
+
+    assert told(first, 1000.0) == Notice(kind=Kind.TERMINATE, source="AWS", left_s=118.0, warning_s=118.0)
+    assert told(later, 1020.0) == Notice(kind=Kind.TERMINATE, source="AWS", left_s=98.0, warning_s=118.0)
+    assert str(told(later, 1020.0)) == "spot notice from AWS, 118 s warning"
+
+
+def test_a_withdrawn_notice_counts_until_it_has_been_calm() -> None:
+    standing = after(after(Standing(), spot(), now=0.0), None, now=10.0)
+    assert (notice := told(standing, 10.0)) is not None
+    assert notice.withdrawn
+    assert notice.ends_node
+    assert not notice.overdue
+
+    assert told(after(standing, None, now=10.0 + CALM_S - 1), 39.0) is not None
+    assert told(after(standing, None, now=10.0 + CALM_S), 40.0) is None
+
+
+def test_a_notice_that_comes_and_goes_is_one_notice_and_needs_more_calm_each_time() -> None:
+    standing, now = Standing(), 0.0
+    for _ in range(3):
+        standing = after(standing, spot(), now)
+        standing = after(standing, None, now + 10.0)
+        now += 20.0
+        assert told(standing, now) is not None
+    assert standing.withdrawals == 3
+    assert [calm_s(n) for n in (1, 2, 3)] == [CALM_S, 2 * CALM_S, 4 * CALM_S]
+    assert calm_s(1000) == LONGEST_CALM_S
+
+
+def test_a_rebalance_grows_into_a_notice_and_does_not_hide_its_withdrawal() -> None:
+    rebalance = spot(None, Kind.REBALANCE)
+    standing = after(after(Standing(), rebalance, 0.0), spot(120.0), 5.0)
+    assert (notice := told(standing, 5.0)) is not None
+    assert (notice.kind, notice.warning_s) == (Kind.TERMINATE, 120.0)
+
+    withdrawn = after(standing, rebalance, 10.0)
+    assert (notice := told(withdrawn, 10.0)) is not None
+    assert (notice.kind, notice.withdrawn) == (Kind.TERMINATE, True)
+    assert (notice := told(after(withdrawn, rebalance, 10.0 + CALM_S), 40.0)) is not None
+    assert (notice.kind, notice.withdrawn) == (Kind.REBALANCE, False)
+
+
+@pytest.mark.parametrize(
+    ("left_s", "grace_s"), [(120.0, 118.0), (30.0, 28.0), (5.0, 3.0), (0.0, 2.0), (-9.0, 2.0), (None, 28.0)]
+)
+def test_the_grace_ends_before_the_node_does(left_s: float | None, grace_s: float) -> None:
+    assert spot(left_s).grace_s == grace_s
+
+
+@given(st.lists(st.sampled_from(["told", "rebalance", "nothing"]), max_size=40), st.floats(0.5, 60.0))
+def test_no_history_uses_a_node_that_was_told_of_its_end_a_moment_ago(
+    polls: list[str], every_s: float
+) -> None:
+    answers = {"told": spot(), "rebalance": spot(None, Kind.REBALANCE), "nothing": None}
+    standing, now, last_told = Standing(), 0.0, None
+    for poll in polls:
+        now += every_s
+        standing = after(standing, answers[poll], now)
+        last_told = now if poll == "told" else last_told
+        notice = told(standing, now)
+        ends = notice is not None and notice.ends_node
+        if last_told is not None and now - last_told < CALM_S:
+            assert ends
+        if last_told is None:
+            assert not ends
+        if poll == "told":
+            assert notice is not None
+            assert not notice.withdrawn
+
+
+# The watcher.
+
+
+class Played:
+    """A source that gives what it is told to."""
+
+    def __init__(self) -> None:
+        self.answer: Notice | Exception | None = None
+
+    def poll(self) -> Notice | None:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@pytest.fixture
+def source() -> Played:
+    return Played()
+
+
+def test_the_watcher_passes_on_changes_only(source: Played) -> None:
+    heard: list[str] = []
+    now = [0.0]
+
+    def hear(notice: Notice | None) -> None:
+        heard.append("over" if notice is None else "withdrawn" if notice.withdrawn else str(notice))
+
+    watcher = NoticeWatcher(source, hear, clock=lambda: now[0])
+    notice = spot(120.0)
+    for at, answer in [
+        (0, None),
+        (2, notice),
+        (4, spot(118.0)),
+        (6, Unreachable("away")),
+        (8, None),
+        (10, None),
+        (12, spot(110.0)),
+        (14, None),
+        (100, None),
+        (102, None),
+    ]:
+        now[0], source.answer = float(at), answer
+        watcher.look()
+    told_once = "spot notice from AWS, 120 s warning"
+    assert heard == [told_once, "withdrawn", told_once, "withdrawn", "over"]
+
+
+def test_silence_withdraws_nothing_and_is_said_once(source: Played, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    watcher = NoticeWatcher(source, lambda notice: None)
+    source.answer = spot(None)
+    assert watcher.look() == POLL_S
+    source.answer = Unreachable("nobody answers")
+    waits = [watcher.look() for _ in range(PATIENCE + 8)]
+
+    assert watcher.notice is not None
+    assert waits[: PATIENCE - 1] == [POLL_S] * (PATIENCE - 1)
+    assert waits[-1] == LONGEST_POLL_S
+    assert [r.message for r in caplog.records if "nobody answers" in r.message] == [
+        "notices cannot be asked for; trying on, less often: nobody answers"
+    ]
+    source.answer = ValueError("an answer that nobody thought of")
+    assert watcher.look() == LONGEST_POLL_S
+    source.answer = None
+    assert watcher.look() == POLL_S
+
+
+def test_a_notice_is_heard_from_a_service_that_begins_to_tell_it(state: Path) -> None:
+    heard = threading.Event()
+    with metadata_service("aws", state) as service:
+        watcher = NoticeWatcher(Aws(service.url), lambda notice: heard.set())
+        watcher.look()
+        assert not heard.is_set()
+        announce(state, 5)
+        watcher.look()
+        assert heard.is_set()
+        assert watcher.notice is not None
+        assert watcher.notice.warning_s is not None
+
+
+def test_without_a_source_nothing_is_watched() -> None:
+    watcher = NoticeWatcher(source_of(Notices(service="none")), lambda notice: None)
+    watcher.start()
+    assert watcher.notice is None
