@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,7 +38,11 @@ from trainer.training_process import TrainingProcess
 
 from .appending import ArbitratedLedger
 from .cluster import Order, Work
+from .grid_schema import Notices
 from .metrics import AgentMetrics
+from .notices.notice import Notice
+from .notices.sources import source_of
+from .notices.watcher import NoticeWatcher
 from .submission import read_spec
 
 NAMESPACE = "orchestrate"
@@ -59,6 +63,8 @@ class AgentSetup:
     scoped."""
     scoped: bool = False
     """This agent holds no credentials: it reads and writes by what the controller grants."""
+    notices: Notices = field(default_factory=Notices)
+    """Who tells this node of its end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +75,16 @@ class Report:
     work: Work | None
     node_id: str
     up_since: float
+    notice: Notice | None = None
+    """What the node was told of its own end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """The attempt that is held was asked to stop, for this reason if it is a notice."""
+
+    at: float
+    notice: Notice | None = None
 
 
 class Agent:
@@ -92,10 +108,13 @@ class Agent:
         self._training: Order | None = None
         """The last order that was seen to make its first step."""
         self._orders: list[Order] = []
+        self._asked: _Asked | None = None
+        self._notices = NoticeWatcher(source_of(setup.notices), self._on_notice)
         # One thread starts every process: a training process dies with the pipe we hold, not with a thread,
         # but an orderly hand-over from spare to run needs a single owner.
         threading.Thread(target=self._serve, name="serve", daemon=True).start()
         threading.Thread(target=self._watch_raylet, args=(os.getppid(),), name="raylet", daemon=True).start()
+        self._notices.start()
 
     def __repr__(self) -> str:
         order = self._order
@@ -116,6 +135,8 @@ class Agent:
             supervisor = self._supervisor
         held = supervisor.assignment if supervisor else None
         if supervisor and held and (held.run_id, held.attempt) == (run_id, attempt):
+            with self._changed:
+                self._asked = self._asked or _Asked(at=time.time())
             supervisor.stop(grace_s)
 
     def report(self, known_version: int, wait_s: float) -> Report:
@@ -123,7 +144,11 @@ class Agent:
         with self._changed:
             self._changed.wait_for(lambda: self._version != known_version, timeout=wait_s)
             return Report(
-                version=self._version, work=self._work(), node_id=self._node_id, up_since=self._up_since
+                version=self._version,
+                work=self._work(),
+                node_id=self._node_id,
+                up_since=self._up_since,
+                notice=self._notices.notice,
             )
 
     def close(self) -> None:
@@ -143,7 +168,7 @@ class Agent:
                 with self._changed:
                     self._changed.wait_for(lambda: bool(self._orders))
                     order = self._orders.pop(0)
-                    self._order, self._final, self._supervisor = order, None, None
+                    self._order, self._final, self._supervisor, self._asked = order, None, None, None
                     self._bump()
                 self._train(order)
         except BaseException:  # no process can be started or reaped: a slot that serves nobody must not live
@@ -158,6 +183,7 @@ class Agent:
             supervisor = self._supervise(order, spec, store, ledger)
             with self._changed:
                 self._supervisor = supervisor
+            self._obey_notice()  # which may have come while the order was on its way
             final = supervisor.run()
         except (Unavailable, AccessDenied) as error:
             said = one_line(f"{type(error).__name__}: {error}")
@@ -205,6 +231,23 @@ class Agent:
             return self._store, hinted_log(self._store, run_id)
         return self._store, ArbitratedLedger(hinted_log(self._store, run_id), run_id, appending(arbiter))
 
+    def _on_notice(self, notice: Notice | None) -> None:
+        self._obey_notice()
+        with self._changed:
+            self._bump()
+
+    def _obey_notice(self) -> None:
+        """Let the attempt that is held save itself and end, if the node is about to."""
+        notice = self._notices.notice
+        if notice is None or not notice.ends_node or notice.withdrawn:
+            return
+        with self._changed:
+            supervisor = self._supervisor
+            if supervisor is None or self._final:
+                return
+            self._asked = self._asked or _Asked(at=time.time(), notice=notice)
+        supervisor.stop(notice.grace_s)
+
     def _on_progress(self, progress: Progress) -> None:
         with self._changed:
             order = self._order
@@ -220,6 +263,7 @@ class Agent:
         if self._order is None:
             return None
         progress = self._final or (self._supervisor.progress if self._supervisor else Progress())
+        asked, saved_at = self._asked, progress.storing.committed_at
         return Work(
             run_id=self._order.run_id,
             attempt=self._order.attempt,
@@ -230,7 +274,10 @@ class Agent:
             loss=progress.loss,
             exit_code=self._final.exit_code if self._final else None,
             error=progress.error,
+            evidence=progress.evidence,
             superseded=progress.superseded,
+            notice=asked.notice if asked else None,
+            saved_s=saved_at - asked.at if asked and saved_at >= asked.at else None,
         )
 
     def _bump(self) -> None:

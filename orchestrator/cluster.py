@@ -9,6 +9,10 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
+from trainer.evidence import NO_EVIDENCE, Evidence, plausible
+
+from .notices.notice import Notice
+
 MAX_STEP = 10**9 - 1
 MAX_ERROR_CHARACTERS = 2000
 
@@ -35,8 +39,14 @@ class Work:
     exit_code: int | None = None
     """Set once the process is gone and what it saved is pushed."""
     error: str = ""
+    evidence: Evidence = NO_EVIDENCE
+    """What was seen of its end."""
     superseded: bool = False
     """The agent stopped it because the log has moved on to a newer attempt."""
+    notice: Notice | None = None
+    """The agent stopped it because of this notice."""
+    saved_s: float | None = None
+    """From then until its last checkpoint was in the store; None if none came to be."""
 
 
 def recordable(work: Work) -> Work:
@@ -49,6 +59,8 @@ def recordable(work: Work) -> Work:
         first_step_at=first_step_at if first_step_at is not None and math.isfinite(first_step_at) else None,
         step_s=work.step_s if 0 <= work.step_s < math.inf else 0.0,
         error=work.error[:MAX_ERROR_CHARACTERS].encode(errors="replace").decode(),
+        saved_s=work.saved_s if work.saved_s is not None and 0 <= work.saved_s < math.inf else None,
+        evidence=plausible(work.evidence),
     )
 
 
@@ -64,6 +76,10 @@ class Slot:
     """Since it was last heard of."""
     node_lost: bool = False
     """GONE together with its node, not alone."""
+    preempted: bool = False
+    """GONE, and its node was known to be about to be taken away."""
+    notice: Notice | None = None
+    """What its node was last told of its own end."""
     work: Work | None = None
 
     def __post_init__(self) -> None:
@@ -73,7 +89,12 @@ class Slot:
     @property
     def free(self) -> bool:
         busy = self.work is not None and self.work.exit_code is None
-        return self.health is Health.ALIVE and not busy
+        return self.health is Health.ALIVE and not busy and not self.ending
+
+    @property
+    def ending(self) -> bool:
+        """Its node was told to be about to end, or was a moment ago: nothing new goes there."""
+        return self.notice is not None and self.notice.ends_node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ Preemption is an event, not a state: a preempted run is queued again. What count
 an attempt that ended through no machine's fault without a new committed step.
 """
 
-import signal
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import reduce
@@ -34,14 +34,15 @@ from storage.run_state import (
     apply,
     refusal,
 )
+from trainer.evidence import NO_EVIDENCE, Evidence, attributed, told
 from trainer.rundir import (
     EXIT_BAD_CHECKPOINT,
     EXIT_BAD_CONFIG,
     EXIT_COMPLETE,
     EXIT_PREEMPTED,
-    EXIT_STORE_UNREACHABLE,
-    end_reason,
 )
+
+from .blame import advised, proof
 
 AT_ONCE = 2
 """So many preemptions in a row without progress are followed by the next attempt without any wait."""
@@ -67,6 +68,14 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Wait:
+    """How long a queued run is left alone, and why."""
+
+    seconds: float = 0.0
+    because: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Exited:
     """The training process is gone and its checkpoints are pushed. ``code`` is negative for a signal."""
 
@@ -75,10 +84,15 @@ class Exited:
     code: int
     error: str = ""
     """The last exception, one line."""
+    evidence: Evidence = NO_EVIDENCE
     step: int = 0
     step_s: float = 0.0
     drained: bool = False
     """It ran on a node that is drained, and was asked to stop for that."""
+    notice: str = ""
+    """It was asked to stop because of this notice of its node's end."""
+    saved_s: float | None = None
+    """From being asked until its last checkpoint was in the store."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +124,14 @@ def phase(state: RunState) -> Phase:
     return Phase.RUNNING if state.running else Phase.QUEUED
 
 
-def advance(state: RunState, event: Event, policy: Policy) -> tuple[Record, ...]:
-    """Return what the event adds to the log; nothing for a ghost's event or one that was already recorded."""
+def advance(
+    state: RunState, event: Event, policy: Policy, suspects: Collection[str] = ()
+) -> tuple[Record, ...]:
+    """Return what the event adds to the log; nothing for a ghost's event or one that was already recorded.
+
+    Args:
+        suspects: Nodes in ill repute: what happens there proves nothing against a run.
+    """
     if state.finished:
         return ()
     if isinstance(event, CancelAsked):
@@ -131,9 +151,9 @@ def advance(state: RunState, event: Event, policy: Policy) -> tuple[Record, ...]
                 at=event.at,
             )
             settled = _settled(state, (ended,), event.at)
-            return (ended, *(settled or _given_up(state, (ended,), ended, policy)))
+            return (ended, *(settled or _given_up(state, (ended,), ended, policy, suspects)))
         case Exited():
-            return _after_exit(state, event, policy)
+            return _after_exit(state, event, policy, suspects)
         case _:
             assert_never(event)
 
@@ -150,21 +170,31 @@ def settle(state: RunState, now: float) -> tuple[Record, ...]:
 
 
 def wait_s(state: RunState, policy: Policy) -> float:
-    """Return how long after its last attempt's end the queued run may be launched again.
+    """Return how long after its last attempt's end the queued run may be launched again."""
+    return wait(state, policy).seconds
+
+
+def wait(state: RunState, policy: Policy) -> Wait:
+    """Return how long after its last attempt's end the queued run may be launched again, and why.
 
     A lost machine is replaced at once, and again; if nothing comes of that either, replacing it faster than
     the store, or whatever it is, recovers helps nobody.
     """
     last = state.attempts[-1].ended if state.attempts else None
     if last is None:
-        return 0.0
-    waits = state.fruitless - AT_ONCE
-    if last.reason not in FREE_ENDS | {EndReason.AGENT_LOST}:  # which may be how a lost node shows first
-        waits = max(waits, state.stalls)
+        return Wait()
+    waits, because = state.fruitless - AT_ONCE, f"{state.fruitless} attempts in a row committed nothing"
+    if (
+        last.reason not in FREE_ENDS | {EndReason.AGENT_LOST}  # which may be how a lost node shows first
+        and state.stalls >= waits
+    ):
+        waits = state.stalls
+        times = "an attempt" if waits == 1 else f"{waits} attempts in a row"
+        because = f"{times} failed without a new checkpoint"
     if waits <= 0:
-        return 0.0
+        return Wait()
     doublings = min(waits - 1, 64)  # the limit is long reached; 2.0 ** 1024 is no number
-    return min(policy.backoff_s * 2.0**doublings, policy.max_backoff_s)
+    return Wait(seconds=min(policy.backoff_s * 2.0**doublings, policy.max_backoff_s), because=because)
 
 
 def _settled(state: RunState, records: tuple[Record, ...], now: float) -> tuple[Record, ...]:
@@ -174,7 +204,9 @@ def _settled(state: RunState, records: tuple[Record, ...], now: float) -> tuple[
     return settle(state, now)
 
 
-def _after_exit(state: RunState, event: Exited, policy: Policy) -> tuple[Record, ...]:
+def _after_exit(
+    state: RunState, event: Exited, policy: Policy, suspects: Collection[str]
+) -> tuple[Record, ...]:
     if event.code == EXIT_COMPLETE and state.result:
         return (Finished(outcome=Outcome.SUCCEEDED, step=state.result.step, at=event.at),)
     if event.code == EXIT_BAD_CONFIG and not (state.result or state.cancel_requested):
@@ -182,21 +214,35 @@ def _after_exit(state: RunState, event: Exited, policy: Policy) -> tuple[Record,
         return (Finished(outcome=Outcome.FAILED, detail=detail, step=event.step, at=event.at),)
     ended = Ended(
         attempt=event.attempt,
-        reason=EndReason.DRAINED if _was_drained(event) else end_reason(event.code),
+        reason=_reason(event),
         detail=_detail(event),
         step=event.step,
         exit_code=event.code,
         step_s=event.step_s,
+        saved_s=event.saved_s,
+        memory_bytes=event.evidence.memory_bytes,
         at=event.at,
     )
     records: tuple[Record, ...] = (*_quarantine(state, event), ended)
     settled = _settled(state, records, event.at)
-    return (*records, *(settled or _given_up(state, records, ended, policy)))
+    return (*records, *(settled or _given_up(state, records, ended, policy, suspects)))
+
+
+def _reason(event: Exited) -> EndReason:
+    if _was_stopped(event) and event.notice:
+        return EndReason.SPOT_NOTICE
+    drained = _was_drained(event)
+    return EndReason.DRAINED if drained else attributed(event.code, event.evidence, event.error)
 
 
 def _was_drained(event: Exited) -> bool:
-    """Whether it ended because its node is drained; one that did not save itself in time was killed."""
-    return event.drained and (event.code < 0 or event.code == EXIT_PREEMPTED)
+    """Whether it ended because its node is drained."""
+    return event.drained and _was_stopped(event)
+
+
+def _was_stopped(event: Exited) -> bool:
+    """Whether it may have ended because it was asked to; one that did not save itself in time was killed."""
+    return event.code < 0 or event.code == EXIT_PREEMPTED
 
 
 def _quarantine(state: RunState, event: Exited) -> tuple[Quarantined, ...]:
@@ -211,12 +257,26 @@ def _quarantine(state: RunState, event: Exited) -> tuple[Quarantined, ...]:
 
 
 def _given_up(
-    state: RunState, records: tuple[Record, ...], ended: Ended, policy: Policy
+    state: RunState,
+    records: tuple[Record, ...],
+    ended: Ended,
+    policy: Policy,
+    suspects: Collection[str],
 ) -> tuple[Record, ...]:
-    """Return FAILED if this end was one stall too many, or the same trouble again without progress."""
-    after = reduce(apply, records, state)
-    if after.stalls == state.stalls:
+    """Return FAILED if this end was one stall too many, or shows that any further one would be the same."""
+    if ended.reason in FREE_ENDS:
         return ()
+    after = reduce(apply, records, state)
+    why = proof(state, ended, suspects) or _too_often(state, after, ended, policy)
+    if why is None:
+        return ()
+    detail = advised(ended.reason, f"{ended.detail}; {why} (step {after.committed_step})")
+    return (Finished(outcome=Outcome.FAILED, detail=detail, step=ended.step, at=ended.at),)
+
+
+def _too_often(state: RunState, after: RunState, ended: Ended, policy: Policy) -> str | None:
+    if after.stalls == state.stalls:
+        return None
     why = None
     # Who begins anew tries something that none of these attempts did.
     if after.stalls >= policy.max_failures and not (state.newest and after.newest is None):
@@ -229,10 +289,7 @@ def _given_up(
         times = sum(ref.step == step for ref, _ in after.quarantined)
         if times >= policy.max_failures:
             why = f"the checkpoint of step {step} was refused {times} times"
-    if why is None:
-        return ()
-    detail = f"{ended.detail}; {why} (step {after.committed_step})"
-    return (Finished(outcome=Outcome.FAILED, detail=detail, step=ended.step, at=ended.at),)
+    return why
 
 
 def _same_error(state: RunState, ended: Ended) -> bool:
@@ -247,23 +304,9 @@ def _same_error(state: RunState, ended: Ended) -> bool:
 
 
 def _detail(event: Exited) -> str:
-    said = f": {event.error}" if event.error else ""
+    if _was_stopped(event) and event.notice:
+        return event.notice
     if _was_drained(event):
         saved = "saved its state" if event.code == EXIT_PREEMPTED else "did not save itself in time"
         return f"the trainer was asked to stop, because its node is drained, and {saved}"
-    if event.code < 0:
-        return f"the trainer was killed by {_signal_name(-event.code)}"
-    if event.code == EXIT_PREEMPTED:
-        return "the trainer was asked to stop and saved its state"
-    if event.code == EXIT_COMPLETE:
-        return f"the trainer exited with code 0 but no final checkpoint was committed{said}"
-    if event.code == EXIT_STORE_UNREACHABLE:
-        return f"the trainer's node could not reach the store{said}"
-    return f"the trainer exited with code {event.code}{said}"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # real-time signals have no names
-        return f"signal {number}"
+    return told(event.code, event.evidence, event.error)

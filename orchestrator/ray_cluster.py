@@ -8,7 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from .agent import NAMESPACE, Agent, AgentSetup, Report
 from .cluster import Health, Listening, Order, Slot, Work
 from .grid_schema import Resources
+from .ray_drain import drain, draining
 
 REPORT_WAIT_S = 2.0
 """An agent with nothing new answers after this long; silence is measured in multiples of it."""
@@ -46,6 +47,7 @@ class _Member:
     """In seconds of ``Listening``."""
     health: Health = Health.ALIVE
     node_lost: bool = False
+    preempted: bool = False
     adopted: bool = False
 
 
@@ -71,6 +73,8 @@ class RayCluster:
         self._misfires: dict[str | None, int] = {}
         """Agents in a row that died on a node before they said a word."""
         self._no_agent_before: dict[str | None, float] = {}
+        self._drained: set[str] = set()
+        """Nodes that Ray was asked to drain, for a notice."""
         self.slots: tuple[Slot, ...] = ()
         self._adopt()
 
@@ -148,6 +152,8 @@ class RayCluster:
         everywhere = sum(m.health is not Health.GONE for m in self._members.values())
         wanted = slots_on(node["Resources"], self._resources) - here
         limit = self._resources.max_concurrent
+        if wanted > 0 and node["NodeID"] in draining():
+            return  # Ray would not let them come up
         for _ in range(wanted if limit is None else min(wanted, limit - everywhere)):
             self._create(node)
 
@@ -186,6 +192,8 @@ class RayCluster:
         except (ActorDiedError, ActorUnschedulableError) as error:
             member.health = Health.GONE
             member.node_lost = not self._node_alive(member.node_id)
+            # At first sight: asked again, Ray may have forgotten it.
+            member.preempted = bool(getattr(error, "preempted", False))
             if member.report is None:
                 self._misfires[member.node_id] = self._misfires.get(member.node_id, 0) + 1
                 pause_s = min(2.0 ** self._misfires[member.node_id], LONGEST_PAUSE_S)
@@ -203,10 +211,18 @@ class RayCluster:
             member.heard_at = self._listening.seconds
             member.node_id = report.node_id
             member.up_since = report.up_since
+            self._heed(report)
             if member.node == "?":
                 member.node = next(
                     (node_name(n) for n in self._nodes if n["NodeID"] == report.node_id), report.node_id[:8]
                 )
+
+    def _heed(self, report: Report) -> None:
+        """Let Ray know, once, that a node is about to be taken away."""
+        notice = report.notice
+        if notice and notice.ends_node and not notice.withdrawn and report.node_id not in self._drained:
+            self._drained.add(report.node_id)
+            drain(report.node_id, str(notice), notice.left_s)
 
     def _node_alive(self, node_id: str | None) -> bool:
         return any(n["NodeID"] == node_id and n["Alive"] for n in ray.nodes())
@@ -215,6 +231,9 @@ class RayCluster:
         silent_s = self._listening.seconds - member.heard_at
         unheard = member.report is None or silent_s > 3 * REPORT_WAIT_S
         work: Work | None = member.report.work if member.report else None
+        notice = member.report.notice if member.report else None
+        if notice and notice.left_s is not None:
+            notice = replace(notice, left_s=notice.left_s - silent_s)
         return Slot(
             slot=member.name,
             node=member.node,
@@ -222,6 +241,8 @@ class RayCluster:
             health=Health.UNKNOWN if unheard and member.health is Health.ALIVE else member.health,
             silent_s=silent_s,
             node_lost=member.node_lost,
+            preempted=member.preempted,
+            notice=notice,
             work=work,
         )
 

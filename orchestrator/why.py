@@ -28,10 +28,17 @@ _CAUSES = {
     EndReason.BAD_CONFIG: "the trainer refused its configuration",
     EndReason.KILLED: "the trainer on {node} was killed",
     EndReason.CKPT_INVALID: "the trainer on {node} could not use its checkpoint",
+    EndReason.OOM_GPU: "the GPU of {node} has too little memory",
+    EndReason.OOM_HOST: "{node} has too little memory",
+    EndReason.CUDA_ERROR: "the GPU or its driver failed on {node}",
+    EndReason.STALLED: "the trainer on {node} hung",
+    EndReason.NAN_LOSS: "the loss was not finite on {node}",
+    EndReason.NODE_UNFIT: "{node} is not fit to train",
     EndReason.USER_CANCEL: "cancelled",
 }
 """Others tell of such an end; the step is what the attempt had reported, if who heard it is still there."""
 _TRAINER = "the trainer "
+_NOTICE = " notice from "
 NO_TIME = "(no time)"
 
 
@@ -163,6 +170,8 @@ def _sentence(cut: Interruption, price_per_hour: float | None, clock: Callable[[
         resumed = f"reached {least}step {cut.reached_step}"
     else:
         resumed = f"resumed from step {cut.resumed_step} of {least}{cut.reached_step}"
+    if ended.saved_s is not None and cut.attempt.committed_step is not None:
+        resumed = f"saved step {cut.attempt.committed_step} in {ended.saved_s:.1f} s"
     if cut.unreported:
         cost += " (nobody reported more)"
     times = [f"{cut.detect_s:.1f} s to notice"] if cut.detect_s else []
@@ -175,6 +184,9 @@ def _sentence(cut: Interruption, price_per_hour: float | None, clock: Callable[[
 def _cause(ended: Ended, node: str) -> str:
     if ended.detail.startswith(_TRAINER):  # what it did says more than our name for it
         return f"{_TRAINER}on {node} {ended.detail.removeprefix(_TRAINER)}"
+    if ended.reason is EndReason.SPOT_NOTICE and _NOTICE in ended.detail:
+        kind, said = ended.detail.split(_NOTICE, 1)
+        return f"{kind} notice on {node} ({said})"
     return _CAUSES[ended.reason].format(node=node)
 
 

@@ -34,6 +34,12 @@ class EndReason(StrEnum):
     BAD_CONFIG = "BAD_CONFIG"
     KILLED = "KILLED"
     CKPT_INVALID = "CKPT_INVALID"
+    OOM_GPU = "OOM_GPU"
+    OOM_HOST = "OOM_HOST"
+    CUDA_ERROR = "CUDA_ERROR"
+    STALLED = "STALLED"
+    NAN_LOSS = "NAN_LOSS"
+    NODE_UNFIT = "NODE_UNFIT"
     USER_CANCEL = "USER_CANCEL"
 
 
@@ -89,6 +95,8 @@ class Claimed(_Frozen):
     incarnation: Incarnation
     node: str
     slot: str
+    because: str = ""
+    """Why there, in words."""
     at: float
 
 
@@ -127,7 +135,9 @@ class Ended(_Frozen):
     """An attempt is over without the run being over.
 
     ``step`` is the last step it was seen to reach, ``silent_s`` how long it had not been heard of when its
-    end was noticed, ``step_s`` its seconds per step: together they say what the end cost.
+    end was noticed, ``step_s`` its seconds per step: together they say what the end cost. ``saved_s`` is what
+    it took, once it was asked to stop, to bring its last checkpoint into the store, and ``memory_bytes`` the
+    size of the memory that it ran out of.
     """
 
     kind: Literal["ended"] = "ended"
@@ -138,6 +148,8 @@ class Ended(_Frozen):
     exit_code: int | None = None
     silent_s: float = 0.0
     step_s: float = 0.0
+    saved_s: Annotated[float, Field(ge=0)] | None = None
+    memory_bytes: Annotated[int, Field(ge=0)] | None = None
     at: float
 
 

@@ -38,6 +38,7 @@ FREE_ENDS = frozenset(
         EndReason.SUPERSEDED,
         EndReason.DRAINED,
         EndReason.STORAGE_DOWN,
+        EndReason.NODE_UNFIT,
     }
 )
 """Ends that say nothing about the run: the machine went, or its way to the store. They are never stalls.

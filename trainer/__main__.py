@@ -37,13 +37,13 @@ from storage.run_state import RunState
 from storage.snapshots import hinted_log
 
 from .config import RunSpec
+from .evidence import attributed
 from .rundir import (
     EXIT_BAD_CHECKPOINT,
     EXIT_BAD_CONFIG,
     EXIT_COMPLETE,
     CheckpointPolicy,
     Options,
-    end_reason,
 )
 from .supervisor import Assignment, Progress, Supervisor
 
@@ -196,11 +196,12 @@ def _end(state: RunState, attempt: int, progress: Progress) -> tuple[Record, ...
         return (Finished(outcome=Outcome.FAILED, detail=progress.error, step=progress.step, at=now),)
     ended = Ended(
         attempt=attempt,
-        reason=end_reason(code),
+        reason=attributed(code, progress.evidence, progress.error),
         detail=progress.error,
         step=progress.step,
         exit_code=code,
         step_s=progress.step_s,
+        memory_bytes=progress.evidence.memory_bytes,
         at=now,
     )
     has_spoken = state.running.committed_step is not None or state.running.refused

@@ -22,6 +22,7 @@ from .loop import Loop, Parts
 from .methods import attach
 from .model_files import model_digest
 from .optim import build_optimizer
+from .pulse import Pulse
 from .randomness import make_deterministic
 from .rundir import Options, RunDir, StartOrder, cache_folder
 from .sample import sample_texts
@@ -37,6 +38,7 @@ def run_attempt(run_dir: RunDir, stop: Stop) -> int:
     Raises:
         TrainerError: Whatever ended the attempt; its ``exit_code`` says what that means.
     """
+    stop.alive = Pulse(run_dir.alive)
     with _in_words_of(read_spec(run_dir), read_options(run_dir)):
         parts = prepare(run_dir, stop)
     order = wait_for_order(run_dir)
@@ -71,8 +73,9 @@ def prepare(run_dir: RunDir, stop: Stop) -> Parts:
             f"the pixels of a latent of {spec.base.model}"
         )
     cache = Cache(cache_dir or default_cache_dir())
-    text = encode_texts(family, cache, ["", *(example.caption for example in examples), *sample_texts(spec)])
-    images = encode_images(family, cache, examples, spec)
+    captions = ["", *(example.caption for example in examples), *sample_texts(spec)]
+    text = encode_texts(family, cache, captions, stop.alive)
+    images = encode_images(family, cache, examples, spec, stop.alive)
     family.rest_encoders()
     train, validation = split(len(images), held_out(len(images), spec.dataset.val_fraction))
     method = attach(spec.base, family)

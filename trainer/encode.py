@@ -6,7 +6,7 @@ of its latents, in steps of one latent.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import numpy as np
@@ -26,10 +26,16 @@ from .randomness import platform_fingerprint
 Shape = Literal["square", "whole"]
 
 
-def encode_texts(family: Family, cache: Cache, texts: Iterable[str]) -> dict[str, Tensor]:
-    """Return the states (L, D) of each text."""
+def encode_texts(
+    family: Family, cache: Cache, texts: Iterable[str], alive: Callable[[], None] = lambda: None
+) -> dict[str, Tensor]:
+    """Return the states (L, D) of each text; ``alive`` is called after each."""
     identity = family.text_identity()
-    return {text: _encode_text(family, cache, text, identity) for text in sorted(set(texts))}
+    states = {}
+    for text in sorted(set(texts)):
+        states[text] = _encode_text(family, cache, text, identity)
+        alive()
+    return states
 
 
 def _encode_text(family: Family, cache: Cache, text: str, identity: str) -> Tensor:
@@ -39,15 +45,23 @@ def _encode_text(family: Family, cache: Cache, text: str, identity: str) -> Tens
 
 
 def encode_images(
-    family: Family, cache: Cache, examples: Iterable[Example], spec: RunSpec
+    family: Family,
+    cache: Cache,
+    examples: Iterable[Example],
+    spec: RunSpec,
+    alive: Callable[[], None] = lambda: None,
 ) -> list[EncodedImage]:
-    """Return the latents of each example, in the same order.
+    """Return the latents of each example, in the same order; ``alive`` is called after each.
 
     Raises:
         BadInput: An image is damaged, or the VAE gives NaN for it. The message names it.
     """
     identity = family.image_identity()
-    return [_encode_image(family, cache, example, spec, identity) for example in examples]
+    images = []
+    for example in examples:
+        images.append(_encode_image(family, cache, example, spec, identity))
+        alive()
+    return images
 
 
 def _encode_image(

@@ -16,10 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from storage.records import EndReason
+
 from .config import Evaluate, RunSpec
 from .data import Batch, EncodedImage, TrainingSet
 from .errors import Diverged, EvaluationFailed
 from .evaluate import evaluate
+from .evidence import ADVICE
 from .families import Family
 from .methods import Method
 from .objective import add_noise, loss, target
@@ -31,6 +34,8 @@ from .sample import draw_images, write_samples
 from .snapshot import CheckpointWriter, Progress
 from .stop import Stop, Stopped
 from .validate import METRIC, validation_loss
+
+LOWER_RATE = ADVICE[EndReason.NAN_LOSS]
 
 LOSS_WINDOW = 100
 """Steps that the reported training loss averages over."""
@@ -72,7 +77,7 @@ class Loop:
             parts.optimizer,
             self._on_written,
             on_disk_full=lambda problem: self._event("disk_full", message=problem),
-            give_up=lambda: parts.stop.requested,
+            give_up=self._wait_no_longer,
         )
         fp16 = self._base.mixed_precision == "fp16"
         self._scaler = torch.amp.GradScaler(parts.family.device.type, enabled=fp16)
@@ -139,6 +144,7 @@ class Loop:
         passes, size = self._base.gradient_accumulation_steps, self._base.train_batch_size
         total = torch.zeros((), device=self.parts.family.device)
         for micro in range(passes):
+            self.parts.stop.alive()
             n = step * passes + micro
             batch = self.parts.training.batch(n * size, size)
             seed_layers(self._base.seed, "dropout", n)
@@ -164,7 +170,7 @@ class Loop:
         if not math.isfinite(mean_loss) or not (math.isfinite(norm) or overflow):
             raise Diverged(
                 f"step {step + 1}: loss {mean_loss}, gradient norm {norm}",
-                "lower base.learning_rate, or set base.max_grad_norm",
+                LOWER_RATE,
             )
         self._scaler.step(optimizer)
         self._scaler.update()
@@ -208,7 +214,7 @@ class Loop:
             stop=parts.stop,
         )
         if not math.isfinite(value):
-            raise Diverged(f"step {self.progress.step}: {METRIC} is {value}", "lower base.learning_rate")
+            raise Diverged(f"step {self.progress.step}: {METRIC} is {value}", LOWER_RATE)
         self._metrics[METRIC] = value
         self.progress = self.progress.model_copy(update={"validated_step": self.progress.step})
         self._event("validation", **{METRIC: value})
@@ -221,10 +227,26 @@ class Loop:
         self._event("samples", folder=folder.name)
         return folder
 
+    def _wait_no_longer(self) -> bool:
+        """Whether a checkpoint that waits for room on the disk is given up. Waiting for that is no hang."""
+        self.parts.stop.alive()
+        return self.parts.stop.requested
+
     def _save(self, *, final: bool = False) -> None:
+        self._check_adapter()
         metrics = {"train/loss": self.progress.train_loss, **self._metrics}
         self._writer.snapshot(self.progress, metrics=metrics, final=final)
         self._saved_step, self._saved_at = self.progress.step, time.monotonic()
+
+    def _check_adapter(self) -> None:
+        """Make sure that what is saved is worth resuming from: the last update may have been one too many.
+
+        Raises:
+            Diverged
+        """
+        norm = float(torch.nn.utils.get_total_norm([parameter.data for parameter in self._parameters]))
+        if not math.isfinite(norm):
+            raise Diverged(f"step {self.progress.step}: the adapter holds {norm}", LOWER_RATE)
 
     def _finish(self) -> None:
         """Validate, sample and score the finished adapter; then write the final checkpoint."""

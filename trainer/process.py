@@ -5,17 +5,20 @@ be kept warm. It lives no longer than whoever holds the other end of its stdin.
 """
 
 import contextlib
+import faulthandler
 import json
 import logging
 import os
 import signal
 import sys
-import threading
 import traceback
 from pathlib import Path
 
 from storage.local import DISK_UNUSABLE
+from storage.records import EndReason
 
+from .evidence import ADVICE, by_exception
+from .orphan import die_with_stdin
 from .rundir import EXIT_DISK_FULL, RunDir, append_event
 from .stop import Stop
 
@@ -26,13 +29,15 @@ def main() -> int:
     stop = Stop()
     stop.exit_at_once = True
     stop.listen()
+    # Written by the signal's handler itself, to whatever stderr is then: also when no Python code can run.
+    faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
     _import_everything()
     line = _read_line()
     if line is None:
         return 0
     run_dir = RunDir(Path(json.loads(line)["run_dir"]))
     _redirect_output(run_dir.log)
-    _die_with_stdin()
+    die_with_stdin()
     return serve(run_dir, stop)
 
 
@@ -45,18 +50,34 @@ def serve(run_dir: RunDir, stop: Stop) -> int:
         return run_attempt(run_dir, stop)
     except TrainerError as error:
         return _failed(run_dir, error, error.hint, error.exit_code)
+    except MemoryError as error:
+        return _failed(run_dir, error, ADVICE[EndReason.OOM_HOST], 1)
     except OSError as error:
         code = EXIT_DISK_FULL if error.errno in DISK_UNUSABLE else 1
         return _failed(run_dir, error, f"see {run_dir.log.name}", code)
     except Exception as error:
-        return _failed(run_dir, error, f"see {run_dir.log.name}", 1)
+        reason = by_exception(type(error).__name__, str(error))
+        hint = ADVICE.get(reason) if reason else None
+        return _failed(run_dir, error, hint or f"see {run_dir.log.name}", 1)
 
 
 def _failed(run_dir: RunDir, error: Exception, hint: str, code: int) -> int:
     with contextlib.suppress(OSError):  # the disk of the log may be the very one that is full
         traceback.print_exception(error)
-    append_event(run_dir.events, "error", type=type(error).__name__, message=str(error), hint=hint)
+    kind, message = type(error).__name__, str(error)
+    size = _gpu_bytes() if by_exception(kind, message) is EndReason.OOM_GPU else None
+    told = {"memory_bytes": size} if size else {}
+    append_event(run_dir.events, "error", type=kind, message=message, hint=hint, **told)
     return code
+
+
+def _gpu_bytes() -> int | None:
+    """The size of the GPU that was too small, if it can still say so."""
+    import torch
+
+    with contextlib.suppress(Exception):
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return None
 
 
 def _import_everything() -> None:
@@ -88,19 +109,6 @@ def _redirect_output(log: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-
-
-def _die_with_stdin() -> None:
-    """When stdin ends, kill this process's group: the process and all that it started."""
-    if os.getpgrp() != os.getpid():
-        os.setpgid(0, 0)  # never kill the group of whoever started us
-
-    def watch() -> None:
-        while os.read(0, 4096):
-            pass
-        os.killpg(os.getpgrp(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True, name="stdin").start()
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@
       checkpoints/     step-000000100/ appears by rename, complete, with a manifest.json
       samples/         step-000000100/ appears by rename: images and index.json
       events.jsonl     one JSON object a line, see Event
+      alive            touched in long work between two events; only its time means anything
       log.txt          stdout and stderr
 
 The training process is started as ``python -m trainer.process``, reads one line from stdin, the run
 directory, and kills its own process group when stdin reaches its end: it cannot outlive its supervisor.
-SIGTERM means: finish the step, checkpoint, exit 75. Imports no torch.
+SIGTERM means: finish the step, checkpoint, exit 75; SIGUSR1: write the stacks of all threads into the log.
+Imports no torch.
 """
 
 import contextlib
@@ -43,6 +45,9 @@ EXIT_BAD_CHECKPOINT = 65
 EXIT_DISK_FULL = 73
 """The node's disk has no room for a checkpoint, and nobody made any; or it cannot be written at all."""
 
+EXIT_UNFIT = 71
+"""Said before anything was tried: this node cannot train now, its GPU or disk does not work."""
+
 EXIT_STORE_UNREACHABLE = 69
 """Said by the supervisor: what the attempt needed, or had saved, did not get from or to the store."""
 
@@ -58,7 +63,7 @@ LOG_FILE = "log.txt"
 
 
 def end_reason(code: int) -> EndReason:
-    """What an attempt's exit code, negative for a signal, says about why it ended."""
+    """What an attempt's exit code alone, negative for a signal, says about why it ended: see ``evidence``."""
     if code < 0:
         return EndReason.KILLED
     return {
@@ -67,6 +72,7 @@ def end_reason(code: int) -> EndReason:
         EXIT_BAD_CONFIG: EndReason.BAD_CONFIG,
         EXIT_STORE_UNREACHABLE: EndReason.STORAGE_DOWN,
         EXIT_DISK_FULL: EndReason.DISK_FULL,
+        EXIT_UNFIT: EndReason.NODE_UNFIT,
     }.get(code, EndReason.APP_ERROR)
 
 
@@ -89,6 +95,8 @@ class Options(Frozen):
     """Where latents, text embeddings, hub files and fetched content are kept on this node."""
     content: dict[str, str] = Field(default_factory=dict)
     """Copies of datasets and base models on this node, verified, by digest; see ``trainer.inputs``."""
+    stall_timeout_s: float | None = Field(default=600.0, gt=0)
+    """Seconds without any sign of progress after which the process hangs and is killed; None: never."""
     lifetimes: Lifetimes = Lifetimes()
     """How long nodes of this kind live, as the sweep has seen it."""
 
@@ -119,6 +127,7 @@ class RunDir:
         self.events = root / EVENTS_FILE
         self.interval = root / "interval.json"
         self.log = root / LOG_FILE
+        self.alive = root / "alive"
 
     def order_start(self, order: StartOrder) -> None:
         """Release the waiting process."""
@@ -134,7 +143,7 @@ def append_event(path: Path, event: str, **fields: Any) -> None:
 
     ``started`` carries ``step`` (resumed from); ``step`` carries ``step``, ``loss``, ``lr``, ``step_s``;
     ``checkpoint`` carries ``step``, ``stall_s``, ``write_s``, ``inflation_s``; ``interval`` carries
-    ``every_s``, ``why``; ``error`` carries ``type``, ``message``, ``hint``.
+    ``every_s``, ``why``; ``error`` carries ``type``, ``message``, ``hint``, ``memory_bytes``.
     One write of one line: a reader never sees two lines mixed. On a full disk the event is lost: a run must
     not end for want of something to tell.
     """

@@ -5,6 +5,7 @@ Until the first step there is nothing to save: then the handler ends the process
 
 import os
 import signal
+from collections.abc import Callable
 
 from .rundir import EXIT_PREEMPTED
 
@@ -19,6 +20,8 @@ class Stop:
     def __init__(self) -> None:
         self.exit_at_once = False
         """While true, a signal ends the process without another instruction of ours."""
+        self.alive: Callable[[], None] = lambda: None
+        """Called where long work gets on."""
         self._requested = False
 
     @property
@@ -26,7 +29,8 @@ class Stop:
         return self._requested
 
     def check(self) -> None:
-        """Raise ``Stopped`` if a stop was requested."""
+        """Raise ``Stopped`` if a stop was requested. Being here is a sign of life."""
+        self.alive()
         if self.requested:
             raise Stopped
 

@@ -33,7 +33,9 @@ from storage.object_store import ObjectStore
 from storage.records import Committed, Started
 from storage.replicator import Replicator
 
+from .claim_watch import ClaimWatch, superseded
 from .config import RunSpec
+from .evidence import NO_EVIDENCE, Evidence
 from .inputs import Find, with_inputs
 from .pacing import Pacer
 from .patience import one_line, patiently
@@ -50,6 +52,7 @@ from .rundir import (
 )
 from .shipper import Shipper
 from .training_process import TrainingProcess
+from .vigil import Vigil
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +113,7 @@ class Progress:
     step_s: float = 0.0
     loss: float | None = None
     error: str = ""
+    evidence: Evidence = NO_EVIDENCE
     exit_code: int | None = None
     superseded: bool = False
 
@@ -149,6 +153,9 @@ class Supervisor:
         )
         self._shipper = Shipper(store, assignment.run_id, assignment.attempt, self._run_dir)
         self._pacer = Pacer(self._run_dir, options)
+        self._claim_watch = ClaimWatch(
+            ledger, assignment.run_id, assignment.attempt, assignment.incarnation, self._on_fenced
+        )
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._stop_by: float | None = None
@@ -208,11 +215,13 @@ class Supervisor:
             self._order_start()
             replicator.start()
             shipper.start()
+            self._claim_watch.start()
             code = self._watch(process)
         finally:
             process.kill()  # whatever it started must not outlive it, nor write on
             pushed = self._push(replicator)
             replicator.stop()
+            self._claim_watch.stop()
             shipper.finish(timeout_s=30.0)
         if code == EXIT_COMPLETE and not pushed and not self._fenced.is_set():
             self._fail(
@@ -252,6 +261,7 @@ class Supervisor:
         self._run_dir.checkpoints.mkdir(parents=True)
         self._run_dir.spec.write_text(self._spec.model_dump_json())
         self._run_dir.options.write_text(self._options.model_dump_json())
+        self._run_dir.alive.touch()
         self._pacer.review()  # before the process looks for the first time
 
     def _order_start(self) -> None:
@@ -264,16 +274,16 @@ class Supervisor:
     def _fetch(self) -> tuple[Committed | None, Path | None]:
         """Fetch what to resume from, if this attempt may run at all: its order may have come late."""
         state = self._ledger.refresh()
-        running = state.running.claimed if state.running else None
-        mine = (self.assignment.attempt, self.assignment.incarnation)
-        if running is None or (running.attempt, running.incarnation) != mine:
-            raise Fenced(f"{self.assignment.run_id}: attempt {mine[0]} is over, or was never claimed")
+        assigned = self.assignment
+        if error := superseded(state, assigned.run_id, assigned.attempt, assigned.incarnation):
+            raise error
         if state.result:  # committed by an older attempt just before this one was claimed
             raise Fenced(f"{self.assignment.run_id}: the final checkpoint is committed already")
         return self._checkpoints.fetch_newest(state, self._run_dir.resume, attempt=self.assignment.attempt)
 
     def _watch(self, process: TrainingProcess) -> int:
         asked = False
+        vigil = Vigil(process, self._run_dir, self._options.stall_timeout_s)
         while (code := process.exit_code) is None:
             self._read_events()
             self._pacer.review()
@@ -285,8 +295,12 @@ class Supervisor:
                     asked = True
                 if time.monotonic() > self._stop_by:
                     process.kill()
+            elif vigil.hangs(training=self.progress.first_step_at is not None, step_s=self.progress.step_s):
+                self._update(error=one_line(vigil.end()))
             time.sleep(POLL_S)
         self._read_events()
+        if code != EXIT_COMPLETE and not asked and not self._fenced.is_set():  # else it was us
+            self._update(evidence=vigil.evidence(self.progress.evidence))
         # It was asked before it listened, so there is nothing that it could have saved.
         return EXIT_PREEMPTED if asked and code == -signal.SIGTERM else code
 
@@ -304,6 +318,7 @@ class Supervisor:
             raise
         if local.final:
             self._unusable_result = None
+        self._claim_watch.valid()
         self._pacer.uploaded(done.seconds)
         self._push_error = None
         self._update_storing(
@@ -341,7 +356,12 @@ class Supervisor:
                     logger.warning("%s: DISK_FULL: %s", self.assignment.run_id, one_line(message))
                 case {"event": "error", "type": str(kind), "message": str(message)}:
                     hint = event.get("hint")
-                    self._update(error=one_line(f"{kind}: {message}" + (f" ({hint})" if hint else "")))
+                    told = event.get("memory_bytes")
+                    size = told if isinstance(told, int) else None
+                    self._update(
+                        error=one_line(f"{kind}: {message}" + (f" ({hint})" if hint else "")),
+                        evidence=Evidence(error_type=kind, memory_bytes=size),
+                    )
 
     def _on_step(self, step: int, event: dict[str, object]) -> None:
         first = self.progress.first_step_at is None

@@ -57,6 +57,11 @@ class TrainingProcess:
         if self.exit_code is None:
             self._process.send_signal(signal.SIGTERM)
 
+    def dump(self) -> None:
+        """Ask it to write the stacks of all its threads into its log."""
+        if self.exit_code is None:
+            self._process.send_signal(signal.SIGUSR1)
+
     def kill(self) -> None:
         """End it and everything it started, at once."""
         with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -3,7 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.scheduler import FreeSlot, Placement, QueuedRun, assign
+from orchestrator.scheduler import Avoided, FreeSlot, Placement, QueuedRun, assign
+
+OLD = Avoided(node="old", because="it stalled there")
 
 
 def queued(index: int, **changes: object) -> QueuedRun:
@@ -43,7 +45,7 @@ def test_a_run_that_waits_after_a_stall_is_not_placed_before_its_time() -> None:
 
 
 def test_a_run_avoids_the_node_on_which_it_stalled() -> None:
-    run = queued(0, avoid_node="old")
+    run = queued(0, avoid=OLD)
 
     assert assign([run], [free("old/0", 1.0), free("young/0", 2.0)], now=0.0) == [
         Placement("cat-0", "young/0", "young")
@@ -53,7 +55,22 @@ def test_a_run_avoids_the_node_on_which_it_stalled() -> None:
 def test_a_run_takes_the_node_on_which_it_stalled_if_there_is_no_other() -> None:
     slots = [free("old/0"), free("old/1")]
 
-    assert assign([queued(0, avoid_node="old")], slots, now=0.0) == [Placement("cat-0", "old/0", "old")]
+    assert assign([queued(0, avoid=OLD)], slots, now=0.0) == [Placement("cat-0", "old/0", "old")]
+
+
+def test_a_placement_says_why_there() -> None:
+    old, young = free("old/0", 1.0), free("young/0", 2.0)
+
+    def because(run: QueuedRun, *slots: FreeSlot) -> str:
+        return assign([run], slots, now=0.0)[0].because
+
+    assert because(queued(0), old) == "the only free slot"
+    assert because(queued(0), young, old) == "up longest of 2 free slots"
+    assert because(queued(0, avoid=OLD), young, old) == (
+        "up longest of the free slots that are not on old: it stalled there"
+    )
+    assert because(queued(0, avoid=OLD), old) == "no slot was free on another node, although it stalled there"
+    assert because(queued(0, avoid=OLD), young) == "the only free slot"
 
 
 def test_a_waiting_run_does_not_keep_a_slot_from_the_next() -> None:
@@ -64,7 +81,11 @@ def test_a_waiting_run_does_not_keep_a_slot_from_the_next() -> None:
 
 RUNS = st.lists(
     st.builds(
-        lambda committed, not_before, avoid: (committed, not_before, avoid),
+        lambda committed, not_before, avoid: (
+            committed,
+            not_before,
+            avoid and Avoided(node=avoid, because=""),
+        ),
         st.sampled_from([0, 3]),
         st.sampled_from([0.0, 5.0, 20.0]),
         st.sampled_from([None, "n0", "n1"]),
@@ -76,10 +97,10 @@ SLOTS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), unique=True, m
 
 @given(RUNS, SLOTS)
 def test_no_run_and_no_slot_is_placed_twice_and_none_is_left_idle(
-    runs: list[tuple[int, float, str | None]], slots: list[tuple[int, int]]
+    runs: list[tuple[int, float, Avoided | None]], slots: list[tuple[int, int]]
 ) -> None:
     due = [
-        queued(n, committed_step=committed, not_before=not_before, avoid_node=avoid)
+        queued(n, committed_step=committed, not_before=not_before, avoid=avoid)
         for n, (committed, not_before, avoid) in enumerate(runs)
     ]
     there = [free(f"n{node}/{number}", up_since=node) for node, number in slots]
