@@ -7,6 +7,7 @@ from storage.errors import StorageError
 from storage.log import RunLog, run_log
 from storage.object_store import ObjectStore
 
+from .appending import append_decided
 from .cluster import RemoteController
 from .errors import OrchestrateError
 from .lifecycle import CancelAsked, Policy, advance
@@ -43,8 +44,8 @@ def ask_to_cancel(
 def _asked(log: RunLog, *, here: bool) -> str:
     """Ask a run, unless its controller is ``here`` and did; what became of it."""
     state = log.refresh()
-    for record in () if here else advance(state, CancelAsked(at=time.time()), Policy()):
-        state = log.append(record)
+    for _ in () if here else append_decided(log, advance(state, CancelAsked(at=time.time()), Policy())):
+        state = log.state
     if state.finished:
         return state.finished.outcome.value
     return (

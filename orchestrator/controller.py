@@ -33,6 +33,7 @@ from storage.records import (
 from storage.run_state import RunState
 
 from . import silence
+from .appending import append_decided
 from .cluster import Cluster, Health, Order, Slot
 from .draining import DrainBook, drain_record
 from .lifecycle import CancelAsked, Event, Exited, Lost, Phase, Policy, advance, phase, settle, wait_s
@@ -486,14 +487,8 @@ class Controller:
         self._append_all(run, advance(run.state, event, self._policy))
 
     def _append_all(self, run: TrackedRun, records: tuple[Record, ...]) -> None:
-        """Append what was decided together. If somebody else's record came between, what is left was decided
-        on another state, in which the run was not complete, say: the next look decides anew."""
-        for record in records:
-            position = run.log.next_seq
-            run.log.append(record)
+        for record in append_decided(run.log, records):
             logger.info("%s: %s", run.plan.run_id, record)
-            if run.log.next_seq != position + 1:
-                return
 
     def _try(self, run: TrackedRun, do: Callable[[], None]) -> None:
         """Do this under the run's lock; nothing while somebody else is at the run."""

@@ -24,6 +24,7 @@ from support.fake_cluster import FakeCluster, small_sweep
 from support.unreliable_store import Interleaving, Seat
 
 from orchestrator import sweep_snapshot
+from orchestrator.appending import append_decided
 from orchestrator.cluster import Health, Order, Slot
 from orchestrator.controller import Controller
 from orchestrator.grid_schema import Checkpoint, Recovery
@@ -271,8 +272,8 @@ def cancel(world: World, seat: Seat) -> None:
         world.interleaving.pause()
     log = run_log(seat, world.chance.choice(world.sweep.runs).run_id, sleep=world.interleaving.pause)
     with contextlib.suppress(Fenced, Unavailable):
-        for record in advance(log.refresh(), CancelAsked(at=world.now), Policy()):
-            log.append(record)
+        for _ in append_decided(log, advance(log.refresh(), CancelAsked(at=world.now), Policy())):
+            pass
 
 
 def settle(world: World) -> list[str]:

@@ -1,0 +1,56 @@
+"""Hundreds of random histories of a sweep keep what is promised; of a controller that is wrong, some do not.
+
+``make simulate`` plays a hundred thousand.
+"""
+
+import pytest
+from proof.control import play
+from support.runs import claimed, committed
+
+from orchestrator.appending import append_decided
+from orchestrator.lifecycle import CancelAsked, Policy, advance
+from storage.log import run_log
+from storage.memory import MemoryStore
+from storage.records import CancelRequested
+
+SCHEDULES = 300
+ENOUGH = 400
+"""A wrong controller is found out within so many schedules."""
+
+
+def test_random_histories_of_a_sweep_violate_nothing() -> None:
+    failed = [verdict for seed in range(SCHEDULES) if (verdict := play(seed)).violations]
+
+    assert not failed, f"make simulate N=1 SEED={failed[0].seed}: {failed[0].violations}"
+
+
+def test_a_seed_is_one_history() -> None:
+    def told(seed: int) -> list[str]:
+        """What happened, without the random parts of keys and entries."""
+        return [line[:40] for line in play(seed, record=True).history]
+
+    for seed in range(20, 30):
+        assert told(seed) == told(seed)
+
+
+def test_a_controller_that_lets_the_silent_train_on_beside_their_successors_is_found_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("storage.run_state._refuse_attempt", lambda state, attempt: None)
+
+    assert any(play(seed).violations for seed in range(ENOUGH))
+
+
+def test_what_was_decided_together_is_not_appended_once_somebody_else_came_between() -> None:
+    """A person cancels a run that nobody works on, and a controller begins it meanwhile."""
+    store = MemoryStore()
+    log, other = run_log(store, "run"), run_log(store, "run")
+    decided = advance(log.refresh(), CancelAsked(at=1.0), Policy())
+    other.append(claimed())
+    other.append(committed(10, final=True))
+
+    appended = list(append_decided(log, decided))
+
+    assert len(decided) == 2
+    assert appended == [CancelRequested(at=1.0)]
+    assert log.state.finished is None
