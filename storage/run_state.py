@@ -225,6 +225,8 @@ def refusal(state: RunState, record: Record) -> str | None:
             # attempt is of the same. Within one attempt both would have the same keys.
             if (step, final) <= (state.committed_step, bool(state.result)) or state.restorable(record.ref):
                 return f"step {state.committed_step} is already committed"
+            if state.result:
+                return f"the final checkpoint, of step {state.result.step}, is already committed"
             if any(ref == record.ref for ref, _ in state.quarantined):
                 return f"{record.ref} is quarantined"  # and could not be given up once more
             if any(c.ref == record.ref for c in state.retired):
