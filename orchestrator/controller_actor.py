@@ -174,6 +174,7 @@ class ControllerActor:
                 options=options.model_copy(update={"lifetimes": self._lifetimes()}),
                 arbiter=controller_name(setup.sweep) if setup.arbitrated or setup.scoped else None,
                 scoped=setup.scoped,
+                notices=sweep.resources.notices,
             )
 
         self._cluster = RayCluster(setup.sweep, sweep.resources, agent_setup)

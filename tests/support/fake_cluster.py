@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from orchestrator.cluster import Health, Order, Slot, Work
 from orchestrator.controller import Controller
 from orchestrator.grid_schema import Checkpoint, Metric, Recovery, Storage
+from orchestrator.notices.notice import Kind, Notice, Standing, after, told
 from orchestrator.sweep import PlannedRun, Sweep
 from storage import layout
 from storage.errors import Corrupt, Fenced, Unavailable
@@ -46,6 +47,8 @@ _MISFORTUNES = (
     "kill",
     "error",
     "preempt",
+    "warn",
+    "withdraw",
 )
 FILE = "adapter.safetensors"
 KILLED = -9
@@ -109,6 +112,10 @@ class _Trainer:
     error: str = ""
     superseded: bool = False
     stopping: bool = False
+    notice: Notice | None = None
+    """It was asked to stop because of this."""
+    asked_at: float = 0.0
+    saved_s: float | None = None
     started: bool = False
     acknowledged: list[Committed] = field(default_factory=list)
     """What the log has told it to have committed."""
@@ -153,6 +160,7 @@ class _Trainer:
         if self.stopping:
             if self.step > self.log.refresh().committed_step:
                 self._commit(now)
+                self.saved_s = now - self.asked_at
             self._exit(EXIT_PREEMPTED)
             return
         if self.step < self.max_steps:
@@ -202,7 +210,14 @@ class _Trainer:
             exit_code=self.exit_code,
             error=self.error,
             superseded=self.superseded,
+            notice=self.notice,
+            saved_s=self.saved_s if self.notice else None,
         )
+
+    def heed(self, notice: Notice, now: float) -> None:
+        """Begin to save what there is, unless it is all over."""
+        if self.exit_code is None:
+            self.stopping, self.notice, self.asked_at = True, notice, now
 
 
 @dataclass(slots=True)
@@ -219,6 +234,7 @@ class _Agent:
     frozen: bool = False
     gone: bool = False
     node_lost: bool = False
+    standing: Standing = field(default_factory=Standing)
 
 
 class FakeCluster:
@@ -297,6 +313,8 @@ class FakeCluster:
         for _ in range(seconds):
             self.now += 1.0
             for agent in self._agents.values():
+                if agent.standing.withdrawn_at is not None:
+                    agent.standing = after(agent.standing, None, self.now)
                 self._take_order(agent)
                 if agent.trainer and not agent.frozen:
                     agent.trainer.train(self.now)
@@ -320,6 +338,27 @@ class FakeCluster:
     def lose_agent(self, slot: str) -> None:
         self._blame(self._agents[slot].trainer)
         self._lose(self._agents[slot], node_lost=False, ghost=False)
+
+    def warn(self, node: str, left_s: float | None = 30.0, kind: Kind = Kind.TERMINATE) -> None:
+        """A node is told that it is about to be taken away."""
+        for agent in self._living():
+            if agent.node == node:
+                notice = Notice(kind=kind, source="AWS", left_s=left_s)
+                agent.standing = after(agent.standing, notice, self.now)
+                notice = told(agent.standing, self.now) or notice
+                if agent.trainer and notice.ends_node:
+                    agent.trainer.heed(notice, self.now)
+
+    def withdraw(self, node: str) -> None:
+        """A node is not told so any more; asked again each second, it is used again when it has been calm."""
+        for agent in self._living():
+            if agent.node == node:
+                agent.standing = after(agent.standing, None, self.now)
+
+    def lift_notices(self) -> None:
+        """Every node that lives is known to live on."""
+        for agent in self._living():
+            agent.standing = Standing()
 
     def silence(self, slot: str) -> None:
         """A slot cannot be reached from now on; its trainer knows nothing of it."""
@@ -360,6 +399,7 @@ class FakeCluster:
         """From now on all that lives can be heard, orders arrive, and something lives."""
         self.lose_orders = 0
         self.hear_all()
+        self.lift_notices()
         if not self._living():
             self.add_node()
 
@@ -400,6 +440,10 @@ class FakeCluster:
                 self.exit(agent.slot, 1, f"RuntimeError: number {len(self.blamed)}")
             case "preempt" if agent.slot in self.busy() and agent.trainer:
                 agent.trainer.stopping = True
+            case "warn":
+                self.warn(agent.node, rng.choice((5.0, 30.0, None)))
+            case "withdraw":
+                self.withdraw(agent.node)
             case _:
                 return f"no {kind}: nothing trains at {agent.slot}"
         return f"{kind} at {agent.slot}"
@@ -428,6 +472,9 @@ class FakeCluster:
         agent.trainer = _Trainer(self._store, log, order, self._max_steps[order.run_id], self._commit_every)
         self.trainers.append(agent.trainer)
         agent.trainer.begin()
+        notice = told(agent.standing, self.now)
+        if notice and notice.ends_node and not notice.withdrawn:  # the order was on its way when it came
+            agent.trainer.heed(notice, self.now)
 
     def _slot(self, agent: _Agent) -> Slot:
         heard = agent.silent_since is None and not agent.gone
@@ -441,6 +488,7 @@ class FakeCluster:
             health=health,
             silent_s=0.0 if agent.silent_since is None else self.now - agent.silent_since,
             node_lost=agent.node_lost,
+            notice=told(agent.standing, self.now),
             work=replace(agent.reported) if agent.reported else None,
         )
 
@@ -462,6 +510,7 @@ def run_to_end(
             cluster.misfortune(misfortunes)
         if misfortunes and tick == 60:
             cluster.hear_all()
+            cluster.lift_notices()
         cluster.advance()
     raise AssertionError(f"not done after 1000 ticks: {controller.states}")
 
