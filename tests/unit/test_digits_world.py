@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,13 +22,24 @@ DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 
 
 @pytest.fixture(scope="module")
-def world() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("digits_world", DIGITS / "world.py")
+def world() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield loaded("world", patch)
+
+
+@pytest.fixture(scope="module")
+def score(world: ModuleType) -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield loaded("score", patch)
+
+
+def loaded(name: str, patch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, DIGITS / f"{name}.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up by name
-    sys.modules[spec.name] = module
+    # dataclasses look their module up by name, and the judge imports the world
+    patch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
     return module
 
@@ -51,13 +63,18 @@ def pipeline() -> Any:
     return loaded
 
 
-def judged(folder: Path, samples: list[tuple[Image.Image, str]]) -> dict[str, float]:
-    """Return what ``score.py`` prints about these images and the prompts that they are to show."""
+def laid_out(folder: Path, samples: list[tuple[Image.Image, str]]) -> Path:
+    """Write these images, and the prompts that they are to show, as a trainer leaves its samples."""
     index = []
     for number, (image, prompt) in enumerate(samples):
         image.save(folder / f"{number:03d}.png")
         index.append({"file": f"{number:03d}.png", "prompt": prompt, "seed": 1})
     (folder / "index.json").write_text(json.dumps(index))
+    return folder
+
+
+def printed(folder: Path) -> dict[str, float]:
+    """Return what ``score.py`` prints about samples."""
     done = subprocess.run(
         [sys.executable, DIGITS / "score.py", folder],
         capture_output=True,
@@ -87,7 +104,7 @@ def test_the_tokenizer_gives_captions_back_word_for_word(world: ModuleType, pipe
 # diffusers' scheduler meets NumPy 2 in a way that works and warns
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_the_base_model_draws_old_digits_and_no_nine(
-    world: ModuleType, pipeline: Any, tmp_path: Path
+    world: ModuleType, score: ModuleType, pipeline: Any, tmp_path: Path
 ) -> None:
     import torch
 
@@ -103,37 +120,39 @@ def test_the_base_model_draws_old_digits_and_no_nine(
         ).images
         samples += [(image, prompt) for image in images]
 
-    figures = judged(tmp_path, samples)
+    figures = score.score(laid_out(tmp_path, samples))
 
     assert figures["old_digits"] > 0.9
     assert figures["new_digit"] < 0.4
 
 
-def test_real_images_that_no_model_has_seen_score_high(world: ModuleType, tmp_path: Path) -> None:
+def test_real_images_that_no_model_has_seen_score_high(
+    world: ModuleType, score: ModuleType, tmp_path: Path
+) -> None:
     _, test = world.load()
     samples = [
         (world.to_image(scan), world.caption(label))
         for scan, label in zip(test.images, test.labels, strict=True)
     ]
-    figures = judged(tmp_path, samples)
+    figures = score.score(laid_out(tmp_path, samples))
     assert min(figures.values()) > 0.95
 
 
-def test_noise_scores_low(world: ModuleType, tmp_path: Path) -> None:
+def test_noise_scores_low(world: ModuleType, score: ModuleType, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     side = world.RESOLUTION
     samples = [
         (Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)), world.caption(index % 10))
         for index in range(100)
     ]
-    assert judged(tmp_path, samples)["score"] < 0.3
+    assert score.score(laid_out(tmp_path, samples))["score"] < 0.3
 
 
 def test_an_adapter_that_draws_nines_for_every_prompt_wins_nothing(world: ModuleType, tmp_path: Path) -> None:
     train, _ = world.load()
     nine = world.to_image(train.only(9).images[0])
     samples = [(nine, world.caption(digit)) for digit in range(10)]
-    assert judged(tmp_path, samples) == {"score": 0.0, "new_digit": 1.0, "old_digits": 0.0}
+    assert printed(laid_out(tmp_path, samples)) == {"score": 0.0, "new_digit": 1.0, "old_digits": 0.0}
 
 
 def test_a_prompt_that_names_no_single_digit_is_refused(world: ModuleType) -> None:
