@@ -183,7 +183,12 @@ def netns_cluster(folder: Path, workers: int) -> Iterator[NetnsCluster]:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), **store.environment)
         nodes = {name: Node(net.add(name), short / name) for name in ("head", *_names(workers))}
         head = nodes.pop("head")
-        yield NetnsCluster(net, store, folder, head, nodes, environment)
+        cluster = NetnsCluster(net, store, folder, head, nodes, environment)
+        try:
+            yield cluster
+        finally:
+            for node in (head, *nodes.values()):
+                node.power_off()
 
 
 def _names(count: int) -> list[str]:

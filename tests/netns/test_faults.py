@@ -1,0 +1,211 @@
+"""Real faults on real machines of a network: a row each, and what it cost.
+
+Each row is a sweep of two runs on three nodes: one is hit, the other must not notice.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.netns_cluster import NetnsCluster
+from support.rows import RowResult
+from support.trial import Trial
+
+from storage.run_state import RunState
+
+pytestmark = [pytest.mark.netns, pytest.mark.timeout(600)]
+
+BEFORE = 20
+"""Steps that are committed when the fault strikes."""
+
+Strike = Callable[[Trial, str], None]
+"""Lets a fault happen to the node of a run, for as long as it lasts."""
+
+
+def node_killed(trial: Trial, run_id: str) -> None:
+    node = trial.node_of(run_id)
+    trial.look()
+    for pid in node.machine.freeze():  # so that no step is made between the look and the kill
+        assert pid
+    trial.look()
+    node.power_off()
+
+
+def node_frozen(seconds: float) -> Strike:
+    def strike(trial: Trial, run_id: str) -> None:
+        machine = trial.node_of(run_id).machine
+        machine.freeze()
+        trial.watch(seconds)
+        machine.thaw()
+
+    return strike
+
+
+def link_down(seconds: float) -> Strike:
+    def strike(trial: Trial, run_id: str) -> None:
+        machine = trial.node_of(run_id).machine
+        machine.unplug()
+        trial.watch(seconds)
+        machine.plug_in()
+
+    return strike
+
+
+def way_lost(seconds: float, to: str) -> Strike:
+    """The node reaches either the head or the store, not both."""
+
+    def strike(trial: Trial, run_id: str) -> None:
+        machine, net = trial.node_of(run_id).machine, trial.cluster.net
+        other = trial.cluster.head.machine if to == "head" else net.hub
+        machine.lose_way_to(other)
+        trial.watch(seconds)
+        machine.find_way_to(other)
+
+    return strike
+
+
+# Without a restart: the fault is over before anybody may take the node for dead.
+@pytest.mark.parametrize(
+    ("fault", "profile", "strike"),
+    [
+        ("link down 5 s", "fast", link_down(5)),
+        ("link down 20 s", "patient", link_down(20)),
+        ("node frozen 20 s", "patient", node_frozen(20)),
+        ("store cut off 30 s", "patient", way_lost(30, "store")),
+    ],
+)
+def test_what_passes_restarts_nothing(
+    fault: str,
+    profile: str,
+    strike: Strike,
+    cluster: NetnsCluster,
+    world: Path,
+    calm: Callable[[], dict[int, str]],
+    rows: list[RowResult],
+    tmp_path: Path,
+) -> None:
+    cluster.mend(profile)
+    trial = Trial.begin(cluster, world, tmp_path, runs=2)
+    trial.wait_until_training(BEFORE)
+    before = trial.trainer_pids()
+    strike(trial, trial.run_ids[0])
+    healed = [trial.state(run_id).committed_step for run_id in trial.run_ids]
+    trial.wait_for("a new commit", lambda: trial.state(trial.run_ids[0]).committed_step > healed[0], 120)
+    assert trial.trainer_pids() == before
+    row = conclude(trial, fault, profile, calm, restarts=0)
+    rows.append(row)
+    assert row.holds, row
+
+
+# With one restart: the node is gone, or nobody can tell that it is not.
+@pytest.mark.parametrize(
+    ("fault", "profile", "strike"),
+    [
+        ("node killed", "fast", node_killed),
+        ("node frozen 30 s", "fast", node_frozen(30)),
+        ("link down 20 s", "fast", link_down(20)),
+        ("link down 90 s", "patient", link_down(90)),
+        ("head cut off 90 s", "patient", way_lost(90, "head")),
+    ],
+)
+def test_what_is_lost_is_replaced_once(
+    fault: str,
+    profile: str,
+    strike: Strike,
+    cluster: NetnsCluster,
+    world: Path,
+    calm: Callable[[], dict[int, str]],
+    rows: list[RowResult],
+    tmp_path: Path,
+) -> None:
+    cluster.mend(profile)
+    trial = Trial.begin(cluster, world, tmp_path, runs=2)
+    trial.wait_until_training(BEFORE)
+    old = trial.node_of(trial.run_ids[0]).trainers
+    at = time.time()
+    strike(trial, trial.run_ids[0])
+    back_at = time.time()
+    trial.wait_for(
+        "a first step of the next attempt",
+        lambda: len(trial.state(trial.run_ids[0]).attempts) == 2 and trial.attempt(trial.run_ids[0]).started,
+        180,
+    )
+    trial.wait_for("the old trainer's end", lambda: not any(p.is_running() for p in old), 120)
+    zombie_s = max(0.0, time.time() - max(back_at, trial.attempt(trial.run_ids[0]).started.at))
+    row = conclude(trial, fault, profile, calm, restarts=1, at=at, zombie_s=zombie_s)
+    rows.append(row)
+    assert row.holds, row
+
+
+def test_a_killed_controller(
+    cluster: NetnsCluster,
+    world: Path,
+    calm: Callable[[], dict[int, str]],
+    rows: list[RowResult],
+    tmp_path: Path,
+) -> None:
+    cluster.mend("fast")
+    trial = Trial.begin(cluster, world, tmp_path, runs=2)
+    trial.wait_until_training(BEFORE)
+    before = trial.trainer_pids()
+    controller = cluster.controller()
+    assert controller is not None
+    at = time.time()
+    os.kill(controller.pid, signal.SIGKILL)
+
+    def successor() -> bool:
+        found = cluster.controller()
+        return found is not None and found.pid != controller.pid
+
+    trial.wait_for("another controller", successor, 60)
+    back_s = time.time() - at
+    assert trial.trainer_pids() == before
+    row = conclude(trial, "controller killed", "fast", calm, restarts=0, detect_s=back_s)
+    rows.append(row)
+    assert row.holds, row
+
+
+def conclude(
+    trial: Trial,
+    fault: str,
+    profile: str,
+    calm: Callable[[], dict[int, str]],
+    *,
+    restarts: int,
+    at: float | None = None,
+    detect_s: float | None = None,
+    zombie_s: float | None = None,
+) -> RowResult:
+    """Let the sweep end, and say what the fault did to its first run."""
+    states = trial.finish()
+    hit = states[0]
+    if at is not None and len(hit.attempts) > 1:
+        ended, started = hit.attempts[0].ended, hit.attempts[1].started
+        detect_s = ended.at - at if ended else None
+    again_s = started.at - at if at is not None and len(hit.attempts) > 1 and started else None
+    made = sum(len(state.attempts) - 1 for state in states)
+    return RowResult(
+        fault=fault,
+        profile=profile,
+        recovered=trial.same_bytes(calm()),
+        restarts=made,
+        lost_steps=lost_steps(trial, states),
+        detect_s=detect_s,
+        again_s=again_s,
+        zombie_commits=trial.zombie_commits(),
+        zombie_s=zombie_s,
+        needless_restarts=max(0, made - restarts),
+        left_behind=len(trial.left_behind()),
+    )
+
+
+def lost_steps(trial: Trial, states: list[RunState]) -> int:
+    """Steps that an attempt made and its successor made again."""
+    return sum(
+        max(0, trial.reached.get((run_id, attempt.number), 0) - following.resumed_from)
+        for run_id, state in zip(trial.run_ids, states, strict=True)
+        for attempt, following in zip(state.attempts, state.attempts[1:], strict=False)
+    )
