@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.fake_metadata import announce
 from support.netns_cluster import NetnsCluster
 from support.rows import RowResult
-from support.trial import Trial
+from support.trial import POLL_S, Trial
 
+from storage.records import EndReason
 from storage.run_state import RunState
 
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(600)]
@@ -166,6 +168,70 @@ def test_a_killed_controller(
     row = conclude(trial, "controller killed", "fast", calm, restarts=0, detect_s=back_s)
     rows.append(row)
     assert row.holds, row
+
+
+def test_a_killed_head(
+    cluster: NetnsCluster,
+    world: Path,
+    calm: Callable[[], dict[int, str]],
+    rows: list[RowResult],
+    tmp_path: Path,
+) -> None:
+    """GCS, dashboard, controller, all at once; the head's machine comes up again and runs ``supervise``."""
+    cluster.mend("fast")
+    trial = Trial.begin(cluster, world, tmp_path, runs=2)
+    trial.wait_until_training(BEFORE)
+    old = [process for node in cluster.workers.values() for process in node.trainers]
+    at = time.time()
+    cluster.head.power_off()
+    supervisor = trial.supervise()
+
+    def train_again() -> bool:
+        cluster.keep_workers_up()
+        states = [trial.state(run_id) for run_id in trial.run_ids]
+        return all(len(s.attempts) > 1 and s.attempts[-1].started for s in states)
+
+    trial.wait_for("both runs to train again", train_again, 240)
+    trial.wait_for("the old trainers' end", lambda: not any(p.is_running() for p in old), 120)
+    row = conclude(trial, "head killed", "fast", calm, restarts=2, at=at)
+    supervisor.wait(timeout=60)
+    rows.append(row)
+    assert row.holds, row
+    assert supervisor.returncode == 0
+
+
+@pytest.mark.parametrize("warning_s", [120, 30, 5])
+def test_a_notice(
+    warning_s: int,
+    cluster: NetnsCluster,
+    world: Path,
+    calm: Callable[[], dict[int, str]],
+    rows: list[RowResult],
+    tmp_path: Path,
+) -> None:
+    """By AWS's metadata service at its own address; the power goes when it said so, or once all is safe."""
+    cluster.mend("fast")
+    trial = Trial.begin(cluster, world, tmp_path, runs=2)
+    trial.wait_until_training(BEFORE)
+    run_id, node = trial.run_ids[0], trial.node_of(trial.run_ids[0])
+    at = time.time()
+    announce(cluster.notice_file(node), warning_s)
+
+    def trains_elsewhere() -> bool:
+        state = trial.state(run_id)
+        return len(state.attempts) > 1 and state.attempts[1].started is not None
+
+    while time.time() < at + warning_s and not trains_elsewhere():
+        trial.watch(POLL_S)
+    node.power_off()
+    trial.wait_for("a first step of the next attempt", trains_elsewhere, 120)
+    row = conclude(trial, f"notice {warning_s} s", "fast", calm, restarts=1, at=at)
+    rows.append(row)
+    assert row.holds, row
+    assert row.lost_steps == 0
+    ended = trial.state(run_id).attempts[0].ended
+    assert ended is not None
+    assert ended.reason is EndReason.SPOT_NOTICE
 
 
 def conclude(

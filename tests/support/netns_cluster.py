@@ -5,7 +5,6 @@ keep it: what falls is started again by ``mend``, and nothing else is.
 """
 
 import contextlib
-import json
 import os
 import secrets
 import shutil
@@ -13,19 +12,21 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from support import fake_metadata
 from support.cluster import TRAINER, wait_for
+from support.fake_metadata import withdraw
 from support.namespaces import Machine, Network, network
 from support.s3_servers import S3Server, radosgw_server, rclone_server, why_no_radosgw
 
-from orchestrator.local_ray import FAST_DETECTION
+from orchestrator.detection import as_environment
 
 PORT = 6379
-PROFILES: dict[str, dict[str, int]] = {"fast": FAST_DETECTION, "patient": {}}
-"""Ray's health checks: ours for local clusters, and Ray's own."""
+METADATA = "169.254.169.254"
+"""Where every cloud's node finds its metadata service; here it plays AWS."""
 OBJECT_STORE_BYTES = 80_000_000
 
 
@@ -65,7 +66,6 @@ class NetnsCluster:
     environment: Mapping[str, str]
     profile: str = ""
     generation: int = 0
-    _logs: list[Path] = field(default_factory=list)
 
     @property
     def address(self) -> str:
@@ -78,22 +78,35 @@ class NetnsCluster:
                 node.power_off()
             self.profile = profile
             self.start_head()
-        for node in self.workers.values():
-            if not node.up:
-                self.start_worker(node)
+        self.keep_workers_up()
         self.wait_until_up()
 
     def start_head(self) -> None:
         self.head.power_off()
-        options = ["--head", f"--port={PORT}", "--num-cpus=0", "--include-dashboard=false"]
-        system = json.dumps(PROFILES[self.profile])
-        self._start(self.head, [*options, f"--system-config={system}"])
+        self._start(self.head, self.head_command())
         wait_for("the head", lambda: self._alive_nodes() >= 1, 90)
 
+    def head_command(self) -> list[str]:
+        """What a service manager, or ``orchestrate supervise``, starts on the head's machine."""
+        return self._ray(self.head, "--head", f"--port={PORT}", "--num-cpus=0", "--include-dashboard=false")
+
     def start_worker(self, node: Node) -> None:
-        """Start Ray on a machine on which nothing of it is left."""
+        """Start Ray on a machine on which nothing of it is left, and its cloud's metadata service."""
         node.power_off()
-        self._start(node, [f"--address={self.address}", "--num-cpus=1"])
+        self._start(node, self._ray(node, f"--address={self.address}", "--num-cpus=1"))
+        withdraw(self.notice_file(node))
+        service = [sys.executable, fake_metadata.__file__, "aws", METADATA, "80", str(self.notice_file(node))]
+        node.machine.start(service, self.environment, subprocess.DEVNULL)
+
+    def notice_file(self, node: Node) -> Path:
+        """What the node's metadata service tells, see ``fake_metadata.announce``."""
+        return node.disk.with_name(f"{node.machine.name}-notice.json")
+
+    def keep_workers_up(self) -> None:
+        """Start what has ended by itself again, as each machine's service manager would."""
+        for node in self.workers.values():
+            if not node.up:
+                self.start_worker(node)
 
     def wait_until_up(self) -> None:
         wanted = 1 + len(self.workers)
@@ -120,17 +133,23 @@ class NetnsCluster:
                     return process
         return None
 
-    def _start(self, node: Node, options: list[str]) -> None:
-        node.disk.mkdir(parents=True, exist_ok=True)
-        self.generation += 1
-        log = self.folder / f"{node.machine.name}-{self.generation}.log"
-        command = [
+    def _ray(self, node: Node, *options: str) -> list[str]:
+        return [
             *(str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"),
             *(f"--node-ip-address={node.machine.address}", "--num-gpus=0"),
             *(f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={node.disk / 'ray'}", *options),
         ]
-        with log.open("wb") as output:
-            node.unit = node.machine.start(command, {**self.environment, "TMPDIR": str(node.disk)}, output)
+
+    def _start(self, node: Node, command: list[str]) -> None:
+        node.unit = self.start_process(node, command)
+
+    def start_process(self, node: Node, command: list[str]) -> subprocess.Popen[bytes]:
+        """Start something on a machine, with its output in a file of its own."""
+        node.disk.mkdir(parents=True, exist_ok=True)
+        self.generation += 1
+        environment = {**self.environment, **as_environment(self.profile), "TMPDIR": str(node.disk)}
+        with (self.folder / f"{node.machine.name}-{self.generation}.log").open("wb") as output:
+            return node.machine.start(command, environment, output)
 
     def _alive_nodes(self) -> int:
         """As the GCS has it."""
@@ -183,6 +202,8 @@ def netns_cluster(folder: Path, workers: int) -> Iterator[NetnsCluster]:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), **store.environment)
         nodes = {name: Node(net.add(name), short / name) for name in ("head", *_names(workers))}
         head = nodes.pop("head")
+        for node in nodes.values():
+            node.machine.add_address(METADATA)
         cluster = NetnsCluster(net, store, folder, head, nodes, environment)
         try:
             yield cluster

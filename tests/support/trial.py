@@ -2,6 +2,9 @@
 
 import contextlib
 import secrets
+import shlex
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +42,7 @@ base: {{model: {world / "base"}, resolution: 32, max_train_steps: {steps}, train
   optimizer: adamw}}
 dataset: {{path: {world / "images"}, val_fraction: 0.2, caption_dropout: 0.2, random_flip: true}}
 storage: {{url: "{store_url}"}}
-resources: {{gpus: 0, cpus: 1}}
+resources: {{gpus: 0, cpus: 1, notices: aws}}
 checkpoint: {{every: {EVERY}, grace_s: 1}}
 recovery: {{max_failures: 50, backoff_s: 0.1, max_backoff_s: 0.5}}
 {extra}
@@ -68,12 +71,13 @@ class Trial:
         cluster.orchestrate("sweep", str(folder / "grid.yaml"), "-y", "-d", "--address", cluster.address)
         return cls(cluster, sweep, folder, open_store(sweep.storage.url))
 
-    def resume(self) -> None:
-        """What a supervisor of the head does when the controller is gone."""
-        url = self.sweep.storage.url
-        self.cluster.orchestrate(
-            "resume", self.sweep.name, "-d", "--store", url, "--address", self.cluster.address
-        )
+    def supervise(self) -> subprocess.Popen[bytes]:
+        """Start what keeps the head and the controller up, on a head's machine that is empty."""
+        cluster = self.cluster
+        command = [sys.executable, "-m", "orchestrator", "supervise", self.sweep.name]
+        options = ["--store", self.sweep.storage.url, "--address", cluster.address]
+        head = ["--head", shlex.join(cluster.head_command()), "--detection", cluster.profile]
+        return cluster.start_process(cluster.head, [*command, *options, *head])
 
     @property
     def run_ids(self) -> list[str]:
