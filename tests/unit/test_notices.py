@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.fake_metadata import INSTANCE, VM, FakeMetadata, announce, metadata_service, withdraw
 
-from orchestrator.grid_schema import Notices
+from orchestrator.errors import InvalidFile
+from orchestrator.grid_schema import Notices, Resources
 from orchestrator.notices.clouds import Aws, Azure, Gcp
 from orchestrator.notices.metadata import Unreachable
 from orchestrator.notices.notice import (
@@ -30,6 +31,7 @@ from orchestrator.notices.notice import (
 from orchestrator.notices.own import Command, File, Url, said
 from orchestrator.notices.sources import AZURE_TAG, Auto, source_of, vendor
 from orchestrator.notices.watcher import LONGEST_POLL_S, PATIENCE, POLL_S, NoticeWatcher
+from orchestrator.sweep import validate
 
 NOWHERE = "http://127.0.0.1:9"
 """The discard port, at which nothing listens."""
@@ -50,6 +52,62 @@ def cloud(request: pytest.FixtureRequest, state: Path) -> Iterator[FakeMetadata]
 
 def spot(left_s: float | None = 120.0, kind: Kind = Kind.TERMINATE) -> Notice:
     return Notice(kind=kind, source="AWS", left_s=left_s)
+
+
+# The sweep file.
+
+GRID = "parameters: {rank: {values: [4]}}\nbase: {model: owner/model}\ndataset: {path: photos}\n"
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("none", Notices(service="none")),
+        ("aws", Notices(service="aws")),
+        ("{file: /run/ending}", Notices(file="/run/ending")),
+        ("{command: [check, --now]}", Notices(command=("check", "--now"))),
+        ("{url: http://10.0.0.1/ending}", Notices(url="http://10.0.0.1/ending")),
+    ],
+)
+def test_a_sweep_file_names_who_tells(written: str, expected: Notices, tmp_path: Path) -> None:
+    file = tmp_path / "grid.yaml"
+    file.write_text(f"{GRID}resources: {{notices: {written}}}\n")
+    resources = validate(file).grid.resources
+    assert resources.notices == expected
+    assert Resources.model_validate_json(resources.model_dump_json()) == resources
+    assert source_of(Notices()) is not None
+
+
+@pytest.mark.parametrize(
+    ("written", "complaint"),
+    [
+        (
+            "awss",
+            "4:22 E2111 resources.notices.service must be 'auto', 'none', 'aws', 'gcp' or 'azure', got 'awss'"
+            " — did you mean 'aws'?",
+        ),
+        (
+            "{file: run/ending}",
+            "4:29 E2111 resources.notices.file must be an absolute path on the node, got 'run/ending'",
+        ),
+        (
+            "{url: ftp://x}",
+            "4:28 E2111 resources.notices.url must begin with http:// or https://, got 'ftp://x'",
+        ),
+        ("{fil: /x}", "4:23 E2103 unknown key 'fil' in resources.notices — did you mean 'file'?"),
+        (
+            "{file: /x, command: [y]}",
+            "4:22 E2111 resources.notices must name one of service, file, command and url",
+        ),
+        ("{command: check}", "4:32 E2110 'command: check' must be a list — write command: [check]"),
+    ],
+)
+def test_a_mistake_is_told_where_it_is(written: str, complaint: str, tmp_path: Path) -> None:
+    file = tmp_path / "grid.yaml"
+    file.write_text(f"{GRID}resources: {{notices: {written}}}\n")
+    with pytest.raises(InvalidFile) as error:
+        validate(file)
+    assert str(error.value).splitlines()[0] == f"{file}:{complaint}"
 
 
 # Providers.

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import InvalidFile, Unknown
-from orchestrator.grid_schema import BLOCKS, Checkpoint, Grid, Metric, Recovery, Resources, Storage
+from orchestrator.grid_schema import BLOCKS, Checkpoint, Grid, Metric, Notices, Recovery, Resources, Storage
 from orchestrator.sweep import Sweep, differences, load, validate
 from trainer.config import RunSpec
 from trainer.dataset_files import dataset_digest
@@ -368,7 +368,7 @@ def replaced(value: Any, draw: st.DrawFn) -> Any:
     return draw(VALUES)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     st.composite(
         lambda draw: {**FULL, (key := draw(st.sampled_from(sorted(FULL)))): replaced(FULL[key], draw)}
@@ -401,7 +401,7 @@ def test_the_reference_names_every_key() -> None:
     named = {
         word for words in re.findall(r"`([^`\n]+)`", REFERENCE) for word in re.findall(r"[a-z0-9_]+", words)
     }
-    models = [Grid, Metric, Resources, Storage, Checkpoint, Recovery, *BLOCKS.values()]
+    models = [Grid, Metric, Resources, Notices, Storage, Checkpoint, Recovery, *BLOCKS.values()]
     assert {key for model in models for key in model.model_fields} - named == set()
 
 
