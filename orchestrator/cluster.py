@@ -7,11 +7,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from trainer.evidence import NO_EVIDENCE, Evidence, plausible
 
 from .notices.notice import Notice
+
+if TYPE_CHECKING:  # which is made of what is here
+    from .placing import Outlook, SlotNote
 
 MAX_STEP = 10**9 - 1
 MAX_ERROR_CHARACTERS = 2000
@@ -170,6 +173,12 @@ class RemoteController(Protocol):
         Raises:
             OrchestrateError: The controller does not answer.
         """
+
+    def notes(self) -> "Sequence[SlotNote]":
+        """What is thought of each slot; empty if the controller does not answer."""
+
+    def outlook(self, run_id: str) -> "Outlook | None":
+        """What is thought of a run; None if the controller does not answer."""
 
     def drain(self, node: str, grace_s: float | None) -> None:
         """Ask for a node to be left alone, see ``draining.ask_to_drain``.

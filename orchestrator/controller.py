@@ -36,6 +36,7 @@ from . import silence
 from .appending import append_decided
 from .cluster import Cluster, Health, Order, Slot
 from .draining import DrainBook, drain_record
+from .grid_schema import Recovery
 from .lifecycle import CancelAsked, Event, Exited, Lost, Phase, Policy, advance, phase, settle, wait_s
 from .loss import loss
 from .placing import (
@@ -82,6 +83,15 @@ DAMAGED = 2
 logger = logging.getLogger(__name__)
 
 
+def policy_of(recovery: Recovery) -> Policy:
+    """How patient a sweep's file wants its controller to be."""
+    return Policy(
+        max_failures=recovery.max_failures,
+        backoff_s=recovery.backoff_s,
+        max_backoff_s=recovery.max_backoff_s,
+    )
+
+
 class Controller:
     """One sweep's controller. ``tick`` is called by one thread; ``append`` and ``cancel`` by any."""
 
@@ -112,11 +122,7 @@ class Controller:
         self._monotonic = monotonic or clock or time.monotonic
         self._term = term
         self._term_checked_at = self._monotonic()
-        self._policy = Policy(
-            max_failures=sweep.recovery.max_failures,
-            backoff_s=sweep.recovery.backoff_s,
-            max_backoff_s=sweep.recovery.max_backoff_s,
-        )
+        self._policy = policy_of(sweep.recovery)
         self._readers = readers or Readers()
         track = partial(
             TrackedRun.of,

@@ -25,6 +25,7 @@ from .cluster import Work
 from .controller import Controller
 from .errors import OrchestrateError
 from .granting import Unenforced, check_store, desk_for
+from .placing import Outlook, SlotNote
 from .ray_cluster import RayCluster
 from .submission import load_submitted
 from .term import SteppedDown, Term
@@ -105,6 +106,14 @@ class ControllerActor:
 
     def cancel(self, run_ids: list[str]) -> None:
         self._working().cancel(run_ids)
+
+    def notes(self) -> tuple[SlotNote, ...]:
+        """What is thought of each slot."""
+        return self._controller.notes() if self._controller else ()
+
+    def outlook(self, run_id: str) -> Outlook | None:
+        """What is thought of a run."""
+        return self._controller.outlook(run_id) if self._controller else None
 
     def drain(self, node: str, grace_s: float | None) -> None:
         self._working().drain(node, grace_s)

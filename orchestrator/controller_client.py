@@ -10,6 +10,7 @@ from .agent import NAMESPACE
 from .cluster import Work
 from .controller_actor import ControllerActor, ControllerSetup, controller_name
 from .errors import OrchestrateError
+from .placing import Outlook, SlotNote
 
 # Every head has one of this resource, by Ray's convention, and no worker has. The controller must not go with
 # a worker, which a soft node affinity allows when the head is busy for a moment, and must start again on a
@@ -32,6 +33,18 @@ class ControllerClient:
 
     def cancel(self, run_ids: Sequence[str]) -> None:
         self._call("cancel", list(run_ids))
+
+    def notes(self) -> tuple[SlotNote, ...]:
+        try:
+            return cast("tuple[SlotNote, ...]", ray.get(self._handle.notes.remote(), timeout=5.0))
+        except RayError:
+            return ()
+
+    def outlook(self, run_id: str) -> Outlook | None:
+        try:
+            return cast("Outlook | None", ray.get(self._handle.outlook.remote(run_id), timeout=5.0))
+        except RayError:
+            return None
 
     def drain(self, node: str, grace_s: float | None) -> None:
         self._call("drain", node, grace_s)

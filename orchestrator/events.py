@@ -19,7 +19,7 @@ from storage.object_store import ObjectStore
 from storage.records import Record, RunEntry
 
 from .draining import DrainLog, drain_log
-from .why import NO_TIME, moment_of, shown_line, told
+from .why import date_and_time, shown_line, told
 
 AnyEntry = RunEntry | DrainEntry
 
@@ -79,12 +79,6 @@ def in_words(record: Record | DrainRecord) -> str:
             return f"node {record.node} may be used again"
         case _:
             return told(record)
-
-
-def date_and_time(seconds: float) -> str:
-    """Format a time as a person here reads it."""
-    moment = moment_of(seconds)
-    return moment.strftime("%Y-%m-%d %H:%M:%S") if moment else NO_TIME
 
 
 class EventReader:

@@ -126,6 +126,12 @@ def moment_of(seconds: float) -> datetime | None:
         return None
 
 
+def date_and_time(seconds: float) -> str:
+    """Format a time as a person here reads it."""
+    moment = moment_of(seconds)
+    return moment.strftime("%Y-%m-%d %H:%M:%S") if moment else NO_TIME
+
+
 def _time_of_day(seconds: float) -> str:
     moment = moment_of(seconds)
     return moment.strftime("%H:%M:%S") if moment else NO_TIME
@@ -159,7 +165,7 @@ def _times(count: int) -> str:
 def _sentence(cut: Interruption, price_per_hour: float | None, clock: Callable[[float], str]) -> str:
     ended = cut.attempt.ended
     assert ended is not None
-    cause = _cause(ended, cut.attempt.claimed.node)
+    because = cause(ended, cut.attempt.claimed.node)
     least = "at least " if cut.unreported else ""
     cost = f"lost {least}{cut.lost_steps} step{'' if cut.lost_steps == 1 else 's'}"
     if cut.lost_s:
@@ -178,10 +184,11 @@ def _sentence(cut: Interruption, price_per_hour: float | None, clock: Callable[[
     if cut.again_s is not None:
         times.append(f"{cut.again_s:.1f} s to be training again")
     took = f"; {', '.join(times)}" if times else ""
-    return f"{clock(ended.at)} {cause}: {resumed}, {cost}{took}."
+    return f"{clock(ended.at)} {because}: {resumed}, {cost}{took}."
 
 
-def _cause(ended: Ended, node: str) -> str:
+def cause(ended: Ended, node: str) -> str:
+    """Return why an attempt ended, in words."""
     if ended.detail.startswith(_TRAINER):  # what it did says more than our name for it
         return f"{_TRAINER}on {node} {ended.detail.removeprefix(_TRAINER)}"
     if ended.reason is EndReason.SPOT_NOTICE and _NOTICE in ended.detail:
