@@ -188,7 +188,8 @@ class Replicator:
 
     def _run(self) -> None:
         with contextlib.suppress(OSError):  # on Linux this is the thread's own, and of those it starts
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+            thread = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
         try:
             self._replicate()
         finally:

@@ -4,12 +4,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from support.training import Lay
 
     from trainer.config import RunSpec
     from trainer.rundir import RunDir
+
+# A machine may be as slow as it likes: an example that takes long shows nothing.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import InvalidFile
@@ -122,7 +122,6 @@ def test_an_override_replaces_a_value_and_its_place() -> None:
 YAML_LIKE = st.text(alphabet=st.sampled_from("ab:-[]{}!&*#'\"%\n\t ,|>?1.~é\x07"), max_size=40)
 
 
-@settings(deadline=None)
 @given(YAML_LIKE | st.text(max_size=40))
 def test_any_text_is_read_or_refused(text: str) -> None:
     try:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import tempfile
 import tracemalloc
 from pathlib import Path
 
@@ -71,20 +72,19 @@ def test_bytes_of_one_place_lie_side_by_side() -> None:
     st.sampled_from(("<f4", "<f8", "<f2", "<i8", "u1")),
     st.integers(0, 2**32 - 1),
 )
-def test_any_array_comes_back_bit_by_bit(
-    tmp_path_factory: pytest.TempPathFactory, size: int, width: int, dtype: str, seed: int
-) -> None:
-    folder = tmp_path_factory.mktemp("packed")
+def test_any_array_comes_back_bit_by_bit(size: int, width: int, dtype: str, seed: int) -> None:
     numbers = np.random.default_rng(seed).standard_normal(size // 2 + 1) * 100
     body = numbers.astype(dtype).tobytes()[:size]
 
-    file = packed_file(folder, body, width)
-    unpack(folder / "packed", folder / "out", file)
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        file = packed_file(folder, body, width)
+        unpack(folder / "packed", folder / "out", file)
+        out, lying_there = (folder / "out").read_bytes(), (folder / "packed").read_bytes()
 
     assert file.packed is not None
     assert file.packed.codec == codec_of(width)
-    assert (folder / "out").read_bytes() == body
-    lying_there = (folder / "packed").read_bytes()
+    assert out == body
     assert (len(lying_there), hashlib.sha256(lying_there).hexdigest()) == (
         file.packed.size_bytes,
         file.packed.sha256,

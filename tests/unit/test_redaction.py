@@ -65,7 +65,7 @@ def test_what_a_terminal_would_obey_is_taken_out(text: str, shown: str) -> None:
 
 @pytest.mark.parametrize("unit", ["a-", "://a:", "secret", "sk-", "\x1b]", "Bearer ", "x"])
 def test_no_text_is_slow_to_redact(unit: str) -> None:
-    text = unit * (400_000 // len(unit))
+    text = unit * (200_000 // len(unit))
     began = time.process_time()
     printable(redacted(text))
     assert time.process_time() - began < 20, "the time grows faster than the text"
