@@ -5,11 +5,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
+from support.fake_cluster import small_sweep
 from support.runs import claimed
 
+from orchestrator.cli import main
 from orchestrator.trainer_logs import read_lines
 from orchestrator.why import timeline, why
 from storage import layout
+from storage.directory import DirectoryStore
+from storage.log import run_log
 from storage.memory import MemoryStore
 from storage.records import Ended, EndReason, Entry
 from storage.run_state import RunState, apply
@@ -77,3 +82,26 @@ def test_an_evaluate_command_sees_no_credentials(tmp_path: Path, monkeypatch: py
     scores = evaluate(Evaluate(command=(sys.executable, "-c", program)), tmp_path, Stop())
 
     assert scores == {"seen": 0.0, "harmless": 1.0}
+
+
+def test_the_previous_attempts_log_is_there_when_its_node_is_gone(tmp_path: Path) -> None:
+    store, sweep = DirectoryStore(tmp_path), small_sweep(runs=1)
+    store.create(layout.sweep_spec(sweep.name), sweep.to_json())
+    run_id = sweep.runs[0].run_id
+    log = run_log(store, run_id)
+    log.append(claimed(1))
+
+    def logs(*options: str) -> Result:
+        return CliRunner().invoke(main, ["logs", "cat/0", *options, "--store", store.url])
+
+    assert (logs("--previous").exit_code, "no attempt before its newest" in logs("--previous").output) == (
+        4,
+        True,
+    )
+    store.put(layout.log_text_key(run_id, 1, 0), b"the first\n")
+    log.append(Ended(attempt=1, reason=EndReason.NODE_LOST, at=0.0))
+    log.append(claimed(2))
+    assert (logs("--previous").output, logs().output) == ("the first\n", "the first\n")
+    store.put(layout.log_text_key(run_id, 2, 0), b"the second\n")
+    assert (logs("--previous").output, logs().output) == ("the first\n", "the second\n")
+    assert logs("--previous", "--attempt", "1").exit_code == 2
