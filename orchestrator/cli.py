@@ -243,6 +243,7 @@ def cancel(name: str, yes: bool, store_url: str, address: str | None) -> None:
 @click.option(
     "--attempt", type=click.IntRange(min=1), help="Which attempt; by default the newest that wrote anything."
 )
+@click.option("--previous", is_flag=True, help="The attempt before the newest one.")
 @click.option(
     "-n",
     "--tail",
@@ -253,15 +254,21 @@ def cancel(name: str, yes: bool, store_url: str, address: str | None) -> None:
 )
 @click.option("--events", is_flag=True, help="The trainer's events (JSON lines) instead of its output.")
 @store_option
-def logs(run: str, attempt: int | None, tail: int, events: bool, store_url: str) -> None:
+def logs(run: str, attempt: int | None, previous: bool, tail: int, events: bool, store_url: str) -> None:
     """Print what a run's trainer wrote, also when its node is gone."""
+    from storage.log import run_log
     from storage.url import open_store
 
+    from .errors import Unknown
     from .submission import find_run
     from .trainer_logs import read_lines
 
+    if previous and attempt:
+        raise click.UsageError("--previous and --attempt both say which attempt: give one of them")
     store = open_store(store_url)
     _, run_id = find_run(store, run)
+    if previous and (attempt := run_log(store, run_id).refresh().attempt - 1) < 1:
+        raise Unknown(f"{run_id} has no attempt before its newest one")
     for line in read_lines(store, run_id, attempt=attempt, events=events, tail=tail):
         click.echo(line)
 
