@@ -10,12 +10,13 @@ JOBS   ?= 3
 N      ?= 100000
 SEED   ?= 1
 SECONDS ?= 60
+MINUTES ?= 10
 
 # Ray would otherwise ask at the first start, and then send, how it is used.
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help wheel venv demo test check format e2e schedules race gpu netns bench-newest bench-recovery bench-stall bench-steps bench-storage lock clean
+.PHONY: help wheel venv demo test check format e2e schedules race gpu netns storm bench-newest bench-recovery bench-stall bench-steps bench-storage lock clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [ARGS='...'] [PYTHON=python3.12]"
@@ -69,8 +70,11 @@ race: $(READY) ## eight writers for SECONDS on each real store; the last line is
 gpu: $(READY) ## tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-netns: $(READY) ## tests that cut networks: root and Linux network namespaces
+netns: $(READY) ## real faults on network namespaces, a row each; needs root; the last line is JSON
 	$(BIN)/python -m pytest -m netns $(ARGS)
+
+storm: $(READY) ## random faults on namespaces over a sweep for MINUTES, from SEED on; needs root
+	@PYTHONPATH=tests $(BIN)/python -m proof.storm --seed $(SEED) --minutes $(MINUTES) $(ARGS)
 
 bench-newest: $(READY) ## starting from a snapshot of long logs and many runs, beside reading them
 	@$(BIN)/python benchmarks/newest.py $(ARGS)

@@ -16,7 +16,6 @@ from support.rows import RowResult
 from support.trial import POLL_S, Trial
 
 from storage.records import EndReason
-from storage.run_state import RunState
 
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(600)]
 
@@ -258,20 +257,11 @@ def conclude(
         profile=profile,
         recovered=trial.same_bytes(calm()),
         restarts=made,
-        lost_steps=lost_steps(trial, states),
+        lost_steps=sum(trial.lost_steps()),
         detect_s=detect_s,
         again_s=again_s,
         zombie_commits=trial.zombie_commits(),
         zombie_s=zombie_s,
         needless_restarts=max(0, made - restarts),
         left_behind=len(trial.left_behind()),
-    )
-
-
-def lost_steps(trial: Trial, states: list[RunState]) -> int:
-    """Steps that an attempt made and its successor made again."""
-    return sum(
-        max(0, trial.reached.get((run_id, attempt.number), 0) - following.resumed_from)
-        for run_id, state in zip(trial.run_ids, states, strict=True)
-        for attempt, following in zip(state.attempts, state.attempts[1:], strict=False)
     )

@@ -195,7 +195,7 @@ def netns_cluster(folder: Path, workers: int) -> Iterator[NetnsCluster]:
             "HOME": str(short / "home"),
             "RAY_USAGE_STATS_ENABLED": "0",
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path if path),
         }
         (short / "home").mkdir()
         # This process asks the GCS too, and Ray reads these when it is imported.

@@ -1,6 +1,7 @@
 """A small sweep on machines of a network, watched from outside: logs, trainers, and the events they write."""
 
 import contextlib
+import itertools
 import secrets
 import shlex
 import subprocess
@@ -64,10 +65,21 @@ class Trial:
     _offsets: dict[Path, int] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, cluster: NetnsCluster, world: Path, folder: Path, *, runs: int, **options: Any) -> "Trial":
-        """Submit the sweep and let its controller go to work."""
+    def begin(
+        cls,
+        cluster: NetnsCluster,
+        world: Path,
+        folder: Path,
+        *,
+        runs: int,
+        steps: int = STEPS,
+        held: bool = True,
+    ) -> "Trial":
+        """Submit the sweep and let its controller go to work; ``held``: no run ends before ``finish``."""
         folder = folder / f"sweep-{secrets.token_hex(3)}"
-        sweep = plan(world, folder, cluster.store.url_of("netns"), runs=runs, **options)
+        sweep = plan(world, folder, cluster.store.url_of("netns"), runs=runs, steps=steps)
+        if not held:
+            (folder / "go").touch()
         cluster.orchestrate("sweep", str(folder / "grid.yaml"), "-y", "-d", "--address", cluster.address)
         return cls(cluster, sweep, folder, open_store(sweep.storage.url))
 
@@ -179,6 +191,14 @@ class Trial:
         data = [key for run_id in self.run_ids for key in litter(self.store, run_id, self.state(run_id))]
         uploads = self.store.abort_uploads("runs/")
         return [*self._processes(), *data, *(f"upload {n}" for n in range(uploads))]
+
+    def lost_steps(self) -> list[int]:
+        """For each attempt that had a successor, the steps that it made and that were made again."""
+        return [
+            max(0, self.reached.get((run_id, attempt.number), 0) - following.resumed_from)
+            for run_id in self.run_ids
+            for attempt, following in itertools.pairwise(self.state(run_id).attempts)
+        ]
 
     def zombie_commits(self) -> int:
         return sum(zombie_commits(self.entries(run_id)) for run_id in self.run_ids)
