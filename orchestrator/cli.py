@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
-from . import operating_commands, storage_commands
+from . import operating_commands, storage_commands, supervise_command
 from .options import DEFAULT_STORE, output_option, store_option
 
 address_option = click.option(
@@ -344,7 +344,7 @@ def demo(kill: bool, out: Path) -> None:
     run_demo(out, kill=kill)
 
 
-for command in (*storage_commands.COMMANDS, *operating_commands.COMMANDS):
+for command in (*storage_commands.COMMANDS, *operating_commands.COMMANDS, supervise_command.supervise):
     main.add_command(command)
 
 

@@ -10,14 +10,39 @@ import os
 import secrets
 import socket
 import time
+from dataclasses import dataclass
 
 from storage import layout
-from storage.errors import NotFound, Unavailable
+from storage.errors import Corrupt, NotFound, Unavailable
 from storage.object_store import ObjectStore
 
 
 class SteppedDown(Exception):
     """A newer controller works on the sweep: this one must leave it alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """Where the controller runs, or ran, that took office last."""
+
+    host: str
+    pid: int
+
+
+def in_office(store: ObjectStore, sweep: str) -> Holder | None:
+    """Return who took office last; None if nobody did.
+
+    Raises:
+        StorageError: The store does not say.
+    """
+    keys = [info.key for info in store.list(layout.terms_prefix(sweep))]
+    if not keys:
+        return None
+    try:
+        body = json.loads(store.get(max(keys)))
+        return Holder(host=str(body["host"]), pid=int(body["pid"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise Corrupt(f"{max(keys)} in {store.url}: is not what a controller writes") from error
 
 
 class Term:

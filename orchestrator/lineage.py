@@ -1,0 +1,59 @@
+"""The processes that descend from one that we started, remembered also when their parents are gone.
+
+A cluster's host that is killed leaves its processes to nobody. Whoever started it may end them, and only
+them: a process is known by its pid and by when it began, so a pid that was given out again is left alone.
+"""
+
+import contextlib
+
+import psutil
+
+
+class Lineage:
+    """A process and everything that was seen to descend from it."""
+
+    def __init__(self, pid: int) -> None:
+        self._known: set[psutil.Process] = set()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._known.add(psutil.Process(pid))
+
+    def look(self) -> None:
+        """Learn of those that began since the last look, and forget those that are gone."""
+        self._known = {process for process in self._known if _lives(process)}
+        children: dict[int, list[psutil.Process]] = {}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                children.setdefault(process.ppid(), []).append(process)
+        todo = list(self._known)
+        while todo:
+            parent = todo.pop()
+            for child in children.get(parent.pid, ()):
+                if child not in self._known:
+                    self._known.add(child)
+                    todo.append(child)
+
+    def living(self) -> list[psutil.Process]:
+        """Those that were known at the last look and live."""
+        return [process for process in self._known if _lives(process)]
+
+    def kill(self, timeout_s: float = 10.0) -> int:
+        """End what lives of it, and return how many that were."""
+        killed: set[psutil.Process] = set()
+        for _ in range(3):  # what they start while they are being killed is seen by the next look
+            self.look()
+            doomed = self.living()
+            if not doomed:
+                break
+            for process in doomed:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            psutil.wait_procs(doomed, timeout=timeout_s)
+            killed.update(doomed)
+        return len(killed)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

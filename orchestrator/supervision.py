@@ -1,0 +1,59 @@
+"""What ``orchestrate supervise`` does next, by how its child, ``orchestrate resume``, ended: pure functions.
+
+exit 0, 100  the sweep is over            -> end with that code
+exit 2, 4    no retry can help            -> end with that code
+anything else                             -> again, after a pause that doubles with each failure in a row
+"""
+
+from dataclasses import dataclass
+
+OVER = (0, 100)
+HOPELESS = (2, 4)
+
+EXIT_TAKEN_OVER = 8
+"""A controller of another cluster has taken over the sweep: two that take it from each other help nobody."""
+
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 30.0
+
+STEADY_S = 120.0
+"""A child that worked for so long begins a new count of failures when it ends."""
+
+HEAD_SUSPECT = 3
+"""After so many failures in a row the head is started anew, if it is ours: it may answer and do nothing."""
+
+EXIT_PREFLIGHT = 3
+"""For example: no worker has joined yet. A new head would send those away that have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tries:
+    """Failures in a row, of the child or of the head."""
+
+    failures: int = 0
+    suspicious: int = 0
+    """Those of them that may be the head's doing."""
+
+    @property
+    def pause_s(self) -> float:
+        """How long to wait before the next try."""
+        if not self.failures:
+            return 0.0
+        return min(FIRST_PAUSE_S * 2.0 ** min(self.failures - 1, 64), LONGEST_PAUSE_S)
+
+    @property
+    def head_is_suspect(self) -> bool:
+        return self.suspicious > 0 and self.suspicious % HEAD_SUSPECT == 0
+
+
+def final(code: int) -> int | None:
+    """Return what the supervisor exits with because its child exited with ``code``; None: it goes on."""
+    return code if code in OVER or code in HOPELESS else None
+
+
+def failed(tries: Tries, code: int | None, lasted_s: float) -> Tries:
+    """Return the count after a child that exited with ``code``, or after a head that did not start (None)."""
+    if lasted_s >= STEADY_S:
+        tries = Tries()
+    mine = code is not None and code != EXIT_PREFLIGHT
+    return Tries(failures=tries.failures + 1, suspicious=tries.suspicious + 1 if mine else tries.suspicious)
