@@ -25,6 +25,7 @@ from .cluster import Work
 from .controller import Controller
 from .errors import OrchestrateError
 from .granting import Unenforced, check_store, desk_for
+from .metrics import ControllerMetrics
 from .placing import Outlook, SlotNote
 from .ray_cluster import RayCluster
 from .submission import load_submitted
@@ -34,6 +35,7 @@ LINGER_S = 3.0
 """Between the last run's end, or a failed start, and the actor's: whoever waits gets the last word."""
 
 RETRY_S = 2.0
+METRICS_EVERY_S = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +175,11 @@ class ControllerActor:
                 # passed when the sweep began may have given one strange answer.
                 logger.warning("%s; trying again", error)
             time.sleep(RETRY_S)
-        options = Options(checkpoint=sweep.checkpoint.policy, threads=int(sweep.resources.cpus))
+        options = Options(
+            checkpoint=sweep.checkpoint.policy,
+            threads=int(sweep.resources.cpus),
+            stall_timeout_s=sweep.recovery.stall_timeout_s,
+        )
 
         def agent_setup(name: str) -> AgentSetup:
             return AgentSetup(
@@ -198,9 +204,13 @@ class ControllerActor:
         return learned(lives(states, time.time()))
 
     def _work(self, controller: Controller) -> None:
+        metrics, measured_at = ControllerMetrics(self._setup.sweep), float("-inf")
         while not controller.done:
             try:
                 controller.tick()
+                if time.monotonic() - measured_at >= METRICS_EVERY_S:
+                    measured_at = time.monotonic()
+                    metrics.observe(controller.states, controller.notes(), time.time())
             except SteppedDown as error:
                 logger.warning("%s: this one steps down", error)
                 return

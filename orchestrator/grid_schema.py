@@ -175,6 +175,19 @@ class Recovery(Frozen):
     """Seconds without a sign of life after which an attempt is replaced."""
     stop_grace_s: Annotated[float, Field(gt=0)] = 25.0
     """Seconds from SIGTERM to SIGKILL. The last checkpoint must fit."""
+    stall_timeout: str = "10m"
+    """A trainer that shows no sign of progress for so long hangs: it tells its stacks and is killed."""
+
+    @field_validator("stall_timeout")
+    @classmethod
+    def _a_time(cls, stall_timeout: str) -> str:
+        if not seconds(stall_timeout):
+            raise ValueError(f"must be a time ('90s', '10m', '1h'), got {stall_timeout!r}")
+        return stall_timeout
+
+    @property
+    def stall_timeout_s(self) -> float | None:
+        return seconds(self.stall_timeout)
 
 
 class Grid(Frozen):

@@ -62,6 +62,8 @@ class Attempt:
     started: Started | None = None
     committed_step: int | None = None
     """The last step that this attempt committed."""
+    committed_at: float | None = None
+    """When, by its own clock."""
     refused: CheckpointRef | None = None
     """The checkpoint that this attempt could not use."""
     ended: Ended | None = None
@@ -149,7 +151,7 @@ def apply(state: RunState, record: Record) -> RunState:
             return replace(state, salvaged=(*state.salvaged, record))
         case Committed():
             return replace(
-                _on_last_attempt(state, committed_step=record.step),
+                _on_last_attempt(state, committed_step=record.step, committed_at=record.at),
                 checkpoints=(*state.checkpoints, record),
                 salvaged=tuple(c for c in state.salvaged if c.ref != record.ref),  # it is part of this one
                 stalls=0,

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.grid_schema import Recovery
 from trainer.evidence import Evidence, attributed
 from trainer.hang import LONG_STEPS, LONGEST_LOOK_S, Quiet, Signs, hangs, looked, signs_of, where
 from trainer.pulse import Pulse
@@ -130,3 +131,10 @@ def test_every_end_has_a_reason_and_an_orderly_one_is_never_held_against_the_run
         assert reason == "APP_ERROR", "complete, and yet without a result"
     if evidence == Evidence() and code < 0:
         assert reason == "KILLED"
+
+
+def test_how_long_a_trainer_may_be_quiet_is_a_time_in_the_sweeps_file() -> None:
+    assert Recovery().stall_timeout_s == 600.0
+    assert Recovery(stall_timeout="90s").stall_timeout_s == 90.0
+    with pytest.raises(ValueError, match="must be a time"):
+        Recovery(stall_timeout="soon")

@@ -216,8 +216,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_reaches_the_adapter(wo
     )
     run_dir = lay("run", spec, every_steps=1)
 
+    with pytest.raises(Diverged, match=r"step 1: the adapter's norm is inf"):
+        run_attempt(run_dir, Stop())
+    assert list(run_dir.checkpoints.iterdir()) == [], "nobody can go on from there"
+
+    run_dir = lay("saved at the end only", spec)
     with pytest.raises(Diverged, match=r"step \d+: loss nan"):
         run_attempt(run_dir, Stop())
+    assert list(run_dir.checkpoints.iterdir()) == []
 
 
 def test_training_lowers_the_validation_loss(world: Path, lay: Lay) -> None:
