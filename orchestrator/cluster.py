@@ -92,7 +92,7 @@ class Slot:
     @property
     def free(self) -> bool:
         busy = self.work is not None and self.work.exit_code is None
-        return self.health is Health.ALIVE and not busy and not self.ending
+        return self.health is Health.ALIVE and not busy
 
     @property
     def ending(self) -> bool:

@@ -44,9 +44,6 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
-
-
 def ask(url: str, headers: Mapping[str, str] | None = None, *, method: str = "GET") -> Answer:
     """Return what a service answers.
 
@@ -54,9 +51,10 @@ def ask(url: str, headers: Mapping[str, str] | None = None, *, method: str = "GE
         Unreachable: It does not, in time.
     """
     request = urllib.request.Request(url, headers=dict(headers or {}), method=method)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
     try:
         try:
-            with _opener.open(request, timeout=TIMEOUT_S) as reply:
+            with opener.open(request, timeout=TIMEOUT_S) as reply:
                 return _answer(reply.status, reply.read(MAX_BYTES), reply.headers)
         except urllib.error.HTTPError as error:
             with error:

@@ -198,7 +198,8 @@ def test_a_service_that_is_away_or_broken_says_nothing(cloud: FakeMetadata, stat
 def test_a_proxy_is_never_asked(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, NOWHERE)
-    monkeypatch.delenv("no_proxy", raising=False)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     with metadata_service("aws", state) as service:
         assert Aws(service.url).poll() is None
 
