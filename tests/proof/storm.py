@@ -78,9 +78,8 @@ def storm(
         trials.append(Trial.begin(cluster, world, folder, runs=runs, steps=STEPS, held=False))
         weather.rage(trials[-1])
         took.append(time.monotonic() - began)
-        say(
-            f"sweep {len(trials)} is over after {took[-1]:.0f} s, {sum(weather.struck.values())} faults so far"
-        )
+        faults = sum(weather.struck.values())
+        say(f"sweep {len(trials)} is over after {took[-1]:.0f} s, {faults} faults so far")
     weather.clear()
     lost = [steps for trial in trials for steps in trial.lost_steps()]
     left = [thing for trial in trials for thing in trial.left_behind()]

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -37,6 +37,8 @@ class Node:
     machine: Machine
     disk: Path
     unit: subprocess.Popen[bytes] | None = None
+    others: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    """What was started here beside it."""
 
     @property
     def trainers(self) -> list[psutil.Process]:
@@ -49,8 +51,10 @@ class Node:
     def power_off(self) -> None:
         """Power cut: everything killed at once, and the disk is lost with it."""
         self.machine.power_off()
-        if self.unit:
-            self.unit.wait()
+        for process in (self.unit, *self.others):
+            if process:
+                process.wait()
+        self.others.clear()
         shutil.rmtree(self.disk, ignore_errors=True)
 
 
@@ -96,7 +100,7 @@ class NetnsCluster:
         self._start(node, self._ray(node, f"--address={self.address}", "--num-cpus=1"))
         withdraw(self.notice_file(node))
         service = [sys.executable, fake_metadata.__file__, "aws", METADATA, "80", str(self.notice_file(node))]
-        node.machine.start(service, self.environment, subprocess.DEVNULL)
+        node.others.append(node.machine.start(service, self.environment, subprocess.DEVNULL))
 
     def notice_file(self, node: Node) -> Path:
         """What the node's metadata service tells, see ``fake_metadata.announce``."""
