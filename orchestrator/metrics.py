@@ -1,8 +1,16 @@
-"""Counters of an agent, exported with Ray's own metrics as ``ray_orch_…``. Labels are bounded."""
+"""Numbers of agents and controllers, exported with Ray's own metrics as ``ray_orch_…``. Labels are bounded."""
+
+from collections import Counter as Count
+from collections.abc import Iterable, Mapping
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from storage.run_state import RunState
 from trainer.supervisor import Storing
+
+from .placing import SlotNote, Standing
+from .tally import Tally, added, goodput, tally
+from .view import Status, status
 
 SECONDS = [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000]
 
@@ -13,7 +21,7 @@ class AgentMetrics:
     def __init__(self, sweep: str) -> None:
         self._sweep = {"sweep": sweep}
         self._steps = Counter("orch_steps_total", "Optimizer steps trained.", tag_keys=("sweep",))
-        self._attempts = Counter("orch_attempts_total", "Attempts started.", tag_keys=("sweep",))
+        self._attempts = Counter("orch_attempts_started_total", "Attempts started.", tag_keys=("sweep",))
         self._fenced = Counter("orch_fenced_total", "Attempts stopped by a newer one.", tag_keys=("sweep",))
         self._step = Gauge("orch_run_step", "The run's newest step.", tag_keys=("sweep", "run"))
         self._state_bytes = Counter(
@@ -76,3 +84,62 @@ class AgentMetrics:
 
     def fenced(self) -> None:
         self._fenced.inc(tags=self._sweep)
+
+
+class ControllerMetrics:
+    """What a controller knows of its sweep as a whole.
+
+    Counters begin with the controller: what attempts came to before, an earlier one has counted.
+    """
+
+    def __init__(self, sweep: str) -> None:
+        self._sweep = {"sweep": sweep}
+        by_reason = ("sweep", "reason")
+        self._ends = Counter("orch_attempts_total", "Attempts that ended, by why.", tag_keys=by_reason)
+        self._lost_steps = Counter("orch_lost_steps_total", "Steps that were trained again.", by_reason)
+        self._lost_s = Counter("orch_lost_seconds_total", "Seconds of such steps.", tag_keys=by_reason)
+        self._notices = Counter(
+            "orch_notice_total", "Notices of a node's end, by what came of them.", ("sweep", "outcome")
+        )
+        self._goodput = Gauge(
+            "orch_goodput_ratio", "Preserved training time by allocated time.", tag_keys=("sweep",)
+        )
+        self._runs = Gauge("orch_runs", "Runs, by status.", tag_keys=("sweep", "status"))
+        self._slots = Gauge("orch_slots", "Slots, by what they can do now.", tag_keys=("sweep", "standing"))
+        self._alive_at = Gauge(
+            "orch_controller_timestamp", "Unix time of the controller's last look.", tag_keys=("sweep",)
+        )
+        self._states: dict[str, RunState] = {}
+        self._tallies: dict[str, Tally] = {}
+
+    def observe(self, states: Mapping[str, RunState], notes: Iterable[SlotNote], now: float) -> None:
+        """Say how things are, and count what has changed since the last time."""
+        for run_id, state in states.items():
+            if state is not self._states.get(run_id):
+                self._count(run_id, state)
+        self._states = dict(states)
+        ratio = goodput(states, now)
+        if ratio is not None:
+            self._goodput.set(ratio, tags=self._sweep)
+        statuses, standings = Count(map(status, states.values())), Count(note.standing for note in notes)
+        for word in Status:
+            self._runs.set(statuses[word], tags=self._sweep | {"status": word})
+        for standing in Standing:
+            self._slots.set(standings[standing], tags=self._sweep | {"standing": standing})
+        self._alive_at.set(now, tags=self._sweep)
+
+    def _count(self, run_id: str, state: RunState) -> None:
+        total = tally(state)
+        known, self._tallies[run_id] = self._tallies.get(run_id), total
+        if known is None:
+            return  # as the controller found it
+        new = added(total, known)
+        for counter, amounts in (
+            (self._ends, new.ends),
+            (self._lost_steps, new.lost_steps),
+            (self._lost_s, new.lost_s),
+        ):
+            for reason, amount in amounts.items():
+                counter.inc(amount, tags=self._sweep | {"reason": str(reason)})
+        for outcome, times in new.notices.items():
+            self._notices.inc(times, tags=self._sweep | {"outcome": outcome})
