@@ -1,4 +1,4 @@
-"""Numbers of agents and controllers, exported with Ray's own metrics as ``ray_orch_…``. Labels are bounded."""
+"""Numbers of agents and controllers, exported with Ray's metrics as ``ray_orch_…``. Labels are bounded."""
 
 from collections import Counter as Count
 from collections.abc import Iterable, Mapping
