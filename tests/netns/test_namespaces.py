@@ -47,7 +47,9 @@ def test_a_frozen_machine_stands_still_and_a_power_cut_leaves_nothing(net: Netwo
     machine.freeze()
     assert {psutil.Process(pid).status() for pid in machine.pids} == {psutil.STATUS_STOPPED}
     machine.thaw()
-    assert psutil.STATUS_STOPPED not in {psutil.Process(pid).status() for pid in machine.pids}
+    wait_for(
+        "life", lambda: psutil.STATUS_STOPPED not in {psutil.Process(p).status() for p in machine.pids}, 20
+    )
     machine.power_off()
     assert machine.pids == []
     parent.wait()
@@ -58,7 +60,9 @@ def test_what_a_killed_test_left_is_removed_by_the_next_one() -> None:
         pytest.skip(reason)
     left = f"{PREFIX}-{ENDED_PID}-n1"
     subprocess.run(["ip", "netns", "add", left], check=True)
-    orphan = Machine("n1", "", left, None).start(["sleep", "600"], {}, subprocess.DEVNULL)
+    machine = Machine("n1", "", left, None)
+    orphan = machine.start(["sleep", "600"], {}, subprocess.DEVNULL)
+    wait_for("a process on it", lambda: machine.pids, 20)
     with network():
         orphan.wait(timeout=20)
         assert left not in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout

@@ -120,8 +120,11 @@ class Machine:
         return found
 
     def freeze(self) -> list[int]:
-        """Stop every process on it, as a machine that its host has suspended."""
-        return self._signal(signal.SIGSTOP)
+        """Stop every process on it, as a suspended machine; returns once all stand still."""
+        stopped = self._signal(signal.SIGSTOP)
+        while any(_moves(pid) for pid in stopped):
+            time.sleep(0.005)
+        return stopped
 
     def thaw(self) -> None:
         self._signal(signal.SIGCONT)
@@ -198,6 +201,13 @@ def _remove(prefix: str) -> None:
     for name in [name for name in _names() if name.startswith(prefix)]:
         Machine(name, "", name, None).power_off()
         _ip("netns", "delete", name)
+
+
+def _moves(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _names() -> list[str]:
