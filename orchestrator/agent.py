@@ -11,16 +11,12 @@ Only this module and ``ray_cluster``, ``controller_actor`` and ``local_ray`` kno
 import logging
 import os
 import shutil
-import stat
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
-import psutil
 import ray
 
 from storage.errors import AccessDenied, Fenced, Unavailable
@@ -43,6 +39,7 @@ from .metrics import AgentMetrics
 from .notices.notice import Notice
 from .notices.sources import source_of
 from .notices.watcher import NoticeWatcher
+from .scratch import own_scratch
 from .submission import read_spec
 
 NAMESPACE = "orchestrate"
@@ -96,7 +93,7 @@ class Agent:
         if setup.scoped:
             forget_credentials()
         self._store = None if setup.scoped else open_store(setup.store_url)
-        self._scratch = _own_scratch()
+        self._scratch = own_scratch()
         self._node_id: str = ray.get_runtime_context().get_node_id()
         self._up_since = time.time()
         self._changed = threading.Condition()
@@ -289,26 +286,6 @@ class Agent:
         while os.getppid() == raylet_pid:
             time.sleep(ORPHAN_CHECK_S)
         os._exit(1)  # closes the pipes: the training processes kill themselves
-
-
-def _own_scratch() -> Path:
-    """Return this process's folder on the node's disk, having removed those of agents that are dead.
-
-    Raises:
-        PermissionError: The folder is somebody else's, who could read and change what we write there.
-    """
-    root = Path(tempfile.gettempdir()) / f"orchestrate-{os.getuid()}"
-    root.mkdir(exist_ok=True, mode=0o700)
-    status = root.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-        raise PermissionError(f"{root} is not a folder of ours: remove it, or set TMPDIR")
-    root.chmod(0o700)
-    for folder in root.iterdir():
-        if folder.name.isdigit() and not psutil.pid_exists(int(folder.name)):
-            shutil.rmtree(folder, ignore_errors=True)
-    mine = root / str(os.getpid())
-    mine.mkdir(exist_ok=True)
-    return mine
 
 
 def appending(arbiter: str) -> Callable[[str, bytes], str | None]:
