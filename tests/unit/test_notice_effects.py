@@ -10,6 +10,7 @@ from orchestrator.grid_schema import Recovery
 from orchestrator.lifecycle import Exited, Policy, advance
 from orchestrator.loss import OVERDUE_SILENCE_S, loss
 from orchestrator.notices.notice import CALM_S, Kind, Notice
+from orchestrator.ray_drain import drain, draining
 from orchestrator.why import why
 from storage import layout
 from storage.log import run_log
@@ -232,3 +233,13 @@ def test_why_tells_the_warning_and_what_was_saved() -> None:
         f"14:02 spot notice on {node} (AWS, 118 s warning): saved step 1240 in 6.1 s, lost 0 steps; "
         "22.0 s to be training again."
     )
+
+
+def test_a_ray_that_cannot_drain_costs_a_word_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    assert not drain(
+        "f" * 56, "spot notice from AWS", 120.0
+    )  # no cluster is connected, so nothing is as it was
+    assert draining() == frozenset()
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        "node ffffffff is not drained in Ray"
+    ]
