@@ -5,6 +5,7 @@ the owner commits), I5 and I6 (one result for each run, and the right bytes), I7
 needed) and I9 (no litter) are judged here; that a sweep ends at all (I8) is seen by whoever lives it.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 from support.fake_cluster import FILE, FakeCluster, weights_at
@@ -35,11 +36,13 @@ def judge(
         harmless: Nothing happened that should have cost an attempt.
     """
     blamed = {attempt for cluster in clusters for attempt in cluster.blamed}
+    lost_agents = {slot for cluster in clusters for slot in cluster.lost_agents}
+    trainers = [trainer for cluster in clusters for trainer in cluster.trainers]
+    begun = Counter(trainer.order for trainer in trainers)
     found = [
         f"{trainer.order} was fenced though it owned the run: {trainer.wronged}"
-        for cluster in clusters
-        for trainer in cluster.trainers
-        if trainer.wronged
+        for trainer in trainers
+        if trainer.wronged and begun[trainer.order] == 1  # a second one meets what the first has committed
     ]
     for run in sweep.runs:
         log = run_log(store, run.run_id, readers=1)
@@ -47,12 +50,14 @@ def judge(
         records = [entry.record for entry in log.entries()]
         acknowledged = [
             record
-            for cluster in clusters
-            for trainer in cluster.trainers
+            for trainer in trainers
             if trainer.order.run_id == run.run_id
             for record in trainer.acknowledged
         ]
-        own_faults = sum(run_id == run.run_id for run_id, _ in blamed)
+        own_faults = sum(
+            (run.run_id, attempt.number) in blamed or attempt.claimed.slot in lost_agents
+            for attempt in state.attempts
+        )
         if harmless and state.attempt != 1:
             found.append(f"{run.run_id}: took {state.attempt} attempts, and nothing had happened to it")
         found += violations(store, run.run_id)

@@ -132,6 +132,11 @@ class _Trainer:
     def _begin(self) -> None:
         log = self.log
         state = log.refresh()
+        running = state.running
+        if running is None or running.claimed.incarnation != self.order.incarnation or state.result:
+            said = "its order came late: the attempt is over, or there is nothing left to train"
+            self.exit_code, self.error, self.superseded = EXIT_PREEMPTED, said, True
+            return
         while (newest := state.newest) is not None:
             body = self.store.get(layout.committed_file(self.order.run_id, newest, FILE))
             if hashlib.sha256(body).hexdigest() == newest.files[0].sha256:
@@ -272,6 +277,8 @@ class FakeCluster:
         """So many of the next orders do not arrive."""
         self.begun: list[Order] = []
         """Every attempt that began to train, in order."""
+        self.lost_agents: set[str] = set()
+        """Slots whose agent died alone."""
         self.blamed: set[tuple[str, int]] = set()
         """Attempts, by run and number, that ended such that the run itself may be to blame."""
         self.closed = False
@@ -336,7 +343,7 @@ class FakeCluster:
                 self._lose(agent, node_lost=True, ghost=ghosts)
 
     def lose_agent(self, slot: str) -> None:
-        self._blame(self._agents[slot].trainer)
+        self.lost_agents.add(slot)
         self._lose(self._agents[slot], node_lost=False, ghost=False)
 
     def warn(self, node: str, left_s: float | None = 30.0, kind: Kind = Kind.TERMINATE) -> None:
