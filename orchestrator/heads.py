@@ -139,6 +139,7 @@ class CommandHead:
         self._stop = stop
         self._address = address
         self._environment = {**detection.as_environment(profile), **os.environ}
+        self._environment.pop("RAY_ADDRESS", None)  # it is for those who join
         self._process: subprocess.Popen[bytes] | None = None
         self._lineage: Lineage | None = None
         self._listener = Listener()

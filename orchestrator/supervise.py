@@ -1,8 +1,9 @@
 """``orchestrate supervise``: keeps the head and the controller of a sweep up until the sweep is over.
 
-A loop around two processes: the Ray head, if it is ours to start, and ``orchestrate resume``, which starts
-the controller if it is gone and waits for the end of the sweep. Neither knows more than the store, so
-whatever dies is started again. So is this process: it keeps nothing that its successor would miss.
+A loop around two processes: the Ray head, if it is ours to start, and ``orchestrate resume`` (``sweep`` where
+there is a file: for one that was submitted it is the same), which starts the controller if it is gone and
+waits for the end of the sweep. Neither knows more than the store, so whatever dies is started again. So is
+this process: it keeps nothing that its successor would miss.
 """
 
 import contextlib
@@ -43,7 +44,7 @@ class Supervisor:
         command: list[str],
         hostname: str = "",
     ) -> None:
-        """``command``: resumes the sweep and waits for its end, given ``--address`` and the head's."""
+        """``command``: ``resume`` or ``sweep``; it is given the head's ``--address``."""
         self._name = name
         self._store = store
         self._head = head
@@ -88,7 +89,7 @@ class Supervisor:
         if other := self._taken_over():
             self._say(f"{self._name} was taken over by {other}: it is supervised there")
             return EXIT_TAKEN_OVER
-        self._again(code, lasted_s, f"orchestrate resume ended with code {code}")
+        self._again(code, lasted_s, f"what worked on it ended with code {code}")
         if self._head.owned and self._tries.head_is_suspect:
             self._say(f"the head at {address} answers, but nothing works there: it is started anew")
             self._head.restart()
@@ -127,10 +128,14 @@ class Supervisor:
         return None
 
 
-def resume_command(name: str, store_url: str, *, insecure: bool) -> list[str]:
-    """Return what the supervisor runs, over and over."""
-    command = [sys.executable, "-m", "orchestrator", "resume", name, "--store", store_url]
-    return [*command, "--insecure"] if insecure else command
+def resuming(name: str, store_url: str) -> list[str]:
+    """Return what the supervisor runs, over and over, for a sweep that was submitted."""
+    return [sys.executable, "-m", "orchestrator", "resume", name, "--store", store_url]
+
+
+def sweeping(file: str) -> list[str]:
+    """The same for a sweep file: the first time it submits it."""
+    return [sys.executable, "-m", "orchestrator", "sweep", file, "--yes"]
 
 
 @contextlib.contextmanager

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from .heads import Head
 
 LOCAL = "local"
+FILES = (".yaml", ".yml", ".json")
+"""How the names of sweep files end; the name of a sweep never does."""
 DEFAULT_ADDRESS = "127.0.0.1:6379"
 EXIT_SIGNAL = 128
 
 
 @click.command()
-@click.argument("name")
+@click.argument("sweep", metavar="NAME|FILE")
 @store_option
 @click.option(
     "--address",
@@ -49,28 +51,39 @@ EXIT_SIGNAL = 128
     "--insecure", is_flag=True, help="Use a cluster elsewhere although RAY_AUTH_MODE=token is not set."
 )
 def supervise(
-    name: str, store_url: str, address: str | None, head_command: str | None, detection: str, insecure: bool
+    sweep: str, store_url: str, address: str | None, head_command: str | None, detection: str, insecure: bool
 ) -> None:
-    """Keep the Ray head and the controller of a sweep up until it is over; exit with its exit code."""
+    """Keep the Ray head and the controller of a sweep up until it is over; exit with its exit code.
+
+    The sweep is one of the store, by its NAME, or a sweep FILE, which is submitted if it was not yet.
+    """
     import contextlib
     import os
     import threading
+    from pathlib import Path
 
     from storage.errors import Unavailable
     from storage.url import open_store
 
     from .detection import ENVIRONMENT
     from .submission import load_submitted
-    from .supervise import Supervisor, resume_command, said, stopped_by_signals
+    from .supervise import Supervisor, resuming, said, stopped_by_signals, sweeping
+    from .sweep import load
 
-    store = open_store(store_url)
-    with contextlib.suppress(Unavailable):  # it may be back sooner than a head would be
-        load_submitted(store, name)
+    if sweep.endswith(FILES):
+        planned = load(Path(sweep))
+        name, store, command = planned.name, open_store(planned.storage.url), sweeping(sweep)
+    else:
+        name, store = sweep, open_store(store_url)
+        command = resuming(name, store.url)
+        with contextlib.suppress(Unavailable):  # it may be back sooner than a head would be
+            load_submitted(store, name)
+    if insecure:
+        command = [*command, "--insecure"]
     os.environ[ENVIRONMENT] = detection
     stop = threading.Event()
     with stopped_by_signals(stop) as came:
         head = _head(address, head_command, detection, stop)
-        command = resume_command(name, store.url, insecure=insecure)
         try:
             code = Supervisor(name, store, head, say=said, stop=stop, command=command).run()
         except BaseException:

@@ -138,7 +138,7 @@ def test_it_ends_with_the_sweep_or_with_what_no_retry_can_help(world: World, cod
     assert [line.partition("(")[0] for line in world.said[:3]] == [
         f"started a head at {world.address}",
         f"resuming cat at {world.address} ",
-        "orchestrate resume ended with code 1; again in 0.01 s",
+        "what worked on it ended with code 1; again in 0.01 s",
     ]
 
 
