@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from support.evidence import trained_alone
 from support.namespaces import why_no_namespaces
-from support.netns_cluster import NetnsCluster, netns_cluster
+from support.netns_cluster import NetnsCluster, netns_cluster, python_path
 from support.rows import RowResult
 from support.tiny_world import build_base, build_images
 from support.trial import plan
@@ -43,9 +44,10 @@ def calm(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calm
     folder = tmp_path_factory.mktemp("calm")
     sweep = plan(world, folder, f"file://{folder / 'none'}", runs=RUNS)
     (folder / "go").touch()
+    environment = {**os.environ, "PYTHONPATH": python_path(chain=True)}
     with contextlib.ExitStack() as stack:
         runs = [
-            stack.enter_context(trained_alone(run.spec, folder / f"run-{seed}"))
+            stack.enter_context(trained_alone(run.spec, folder / f"run-{seed}", environment))
             for seed, run in enumerate(sweep.runs)
         ]
         yield functools.cache(lambda: {seed: digest() for seed, digest in enumerate(runs)})

@@ -35,7 +35,7 @@ from support.trial import POLL_S, Trial
 
 RUNS = 8
 WORKERS = 4
-STEPS = 60
+STEPS = 300
 PAUSE_S = (1.0, 6.0)
 """Between two faults."""
 START_AGAIN_S = 3.0
@@ -50,12 +50,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--runs", type=int, default=RUNS)
+    parser.add_argument("--model", action="store_true", help="train a tiny LoRA, not a chain of digests")
     arguments = parser.parse_args()
     if reason := why_no_namespaces():
         print(f"no storm here: {reason}", file=sys.stderr)
         return 2
     temporary = tempfile.TemporaryDirectory(prefix="storm-", ignore_cleanup_errors=True)
-    with temporary as name, netns_cluster(Path(name) / "cluster", workers=WORKERS) as cluster:
+    with (
+        temporary as name,
+        netns_cluster(Path(name) / "cluster", workers=WORKERS, chain=not arguments.model) as cluster,
+    ):
         world = Path(name) / "world"
         build_base(world / "base")
         build_images(world / "images", count=10)

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from storage import layout
@@ -28,7 +28,9 @@ def adapter(store: ObjectStore, run_id: str, scratch: Path) -> str:
 
 
 @contextlib.contextmanager
-def trained_alone(spec: RunSpec, folder: Path) -> Iterator[Callable[[], str]]:
+def trained_alone(
+    spec: RunSpec, folder: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[Callable[[], str]]:
     """Train a run in a process of its own, without a cluster and without a fault.
 
     It is called for its adapter's digest: the time until then is not spent waiting.
@@ -38,7 +40,7 @@ def trained_alone(spec: RunSpec, folder: Path) -> Iterator[Callable[[], str]]:
     file.write_text(spec.model_dump_json())
     url = f"file://{folder / 'undisturbed'}"
     command = ["run", "--spec", str(file), "--store", url, "--run-id", "calm", "--threads", "1"]
-    process = subprocess.Popen([sys.executable, "-m", "trainer", *command])
+    process = subprocess.Popen([sys.executable, "-m", "trainer", *command], env=environment)
 
     def result() -> str:
         assert process.wait(timeout=600) == 0

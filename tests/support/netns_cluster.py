@@ -28,6 +28,8 @@ PORT = 6379
 METADATA = "169.254.169.254"
 """Where every cloud's node finds its metadata service; here it plays AWS."""
 OBJECT_STORE_BYTES = 80_000_000
+CHAIN = Path(__file__).parent / "chain"
+"""On a process's path: it trains digests instead of a model, see there."""
 
 
 @dataclass(slots=True)
@@ -174,8 +176,10 @@ def _count_alive(cluster: NetnsCluster) -> int:
 
 
 @contextlib.contextmanager
-def netns_cluster(folder: Path, workers: int) -> Iterator[NetnsCluster]:
+def netns_cluster(folder: Path, workers: int, *, chain: bool = True) -> Iterator[NetnsCluster]:
     """Machines and a store; nothing of them is left afterwards. Ray is started by ``mend``.
+
+    ``chain``: training processes train digests, not a model.
 
     The calling thread is on the hub meanwhile, where the store is.
     """
@@ -199,7 +203,7 @@ def netns_cluster(folder: Path, workers: int) -> Iterator[NetnsCluster]:
             "HOME": str(short / "home"),
             "RAY_USAGE_STATS_ENABLED": "0",
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path if path),
+            "PYTHONPATH": python_path(chain=chain),
         }
         (short / "home").mkdir()
         # This process asks the GCS too, and Ray reads these when it is imported.
@@ -214,6 +218,12 @@ def netns_cluster(folder: Path, workers: int) -> Iterator[NetnsCluster]:
         finally:
             for node in (head, *nodes.values()):
                 node.power_off()
+
+
+def python_path(*, chain: bool) -> str:
+    """What this process finds, its children find."""
+    known = [os.path.abspath(path) for path in sys.path if path]
+    return os.pathsep.join([str(CHAIN), *known] if chain else known)
 
 
 def _names(count: int) -> list[str]:

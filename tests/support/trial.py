@@ -24,8 +24,8 @@ from storage.run_state import Attempt, RunState
 from storage.url import open_store
 from trainer.rundir import RunDir, read_events
 
-STEPS = 120
-EVERY = 5
+STEPS = 400
+EVERY = 10
 POLL_S = 0.2
 
 
