@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -86,8 +87,8 @@ class World:
         self.thread: threading.Thread | None = None
         self.stop = threading.Event()
         self.store = MemoryStore()
-        words = [sys.executable, "-c", HEAD, self.address.split(":")[1], str(self.heads_file)]
-        self.head = CommandHead(words, self.address, "patient", self.stop)
+        self.words = [sys.executable, "-c", HEAD, self.address.split(":")[1], str(self.heads_file)]
+        self.head = CommandHead(self.words, self.address, "patient", self.stop)
 
     @property
     def heads(self) -> list[tuple[int, int]]:
@@ -272,3 +273,30 @@ def test_a_profile_of_health_checks_is_chosen_by_name() -> None:
     assert set(detection.PROFILES["fast"]) == set(detection.PROFILES["patient"])
     with pytest.raises(PreflightFailed, match="one of fast, patient"):
         detection.system_config({detection.ENVIRONMENT: "quick"})
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_command_with_all_that_it_started(
+    world: World, number: int, tmp_path: Path
+) -> None:
+    """The store does not answer, so the real ``resume`` fails again and again."""
+    command = [sys.executable, "-m", "orchestrator", "supervise", "cat", "--address", world.address]
+    store = ["--store", "s3://bucket/p?endpoint=http://127.0.0.1:1"]
+    head = ["--head", shlex.join(world.words), "--detection", "patient"]
+    keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_EC2_METADATA_DISABLED": "true"}
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen([*command, *store, *head], env={**os.environ, **keys}, stderr=output)
+    try:
+        wait_until(lambda: "resuming cat at" in log.read_text(), "it resumes")
+        below = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        code = process.wait(DEADLINE_S)
+    finally:
+        process.kill()
+        process.wait()
+
+    assert code == 128 + number
+    assert "asked to stop; what was started here ends" in log.read_text()
+    assert len(below) >= 3
+    assert not [child for child in below if lives(child.pid)]
