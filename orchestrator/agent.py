@@ -84,6 +84,11 @@ class _Asked:
     notice: Notice | None = None
 
 
+def attempt_name(sweep: str, order: Order) -> str:
+    """What an attempt is called wherever Ray shows it."""
+    return f"lora/{sweep}/{order.run_id}#a{order.attempt}"
+
+
 class Agent:
     """One slot. Its methods return at once, but for ``report``."""
 
@@ -114,9 +119,8 @@ class Agent:
         self._notices.start()
 
     def __repr__(self) -> str:
-        order = self._order
-        current = f"{order.run_id}#a{order.attempt}" if order else "idle"
-        return f"lora/{self._setup.sweep}/{current}"
+        # Ray's Actors page asks once, when there is no order yet.
+        return attempt_name(self._setup.sweep, self._order) if self._order else self._setup.name
 
     def start(self, order: Order) -> None:
         """Train this attempt, unless it is the one already held."""
@@ -167,6 +171,7 @@ class Agent:
                     order = self._orders.pop(0)
                     self._order, self._final, self._supervisor, self._asked = order, None, None, None
                     self._bump()
+                self._say("begins")
                 self._train(order)
         except BaseException:  # no process can be started or reaped: a slot that serves nobody must not live
             logging.getLogger(__name__).exception("the agent ends")
@@ -191,10 +196,15 @@ class Agent:
             final = Progress(exit_code=1, error=one_line(f"{type(error).__name__}: {error}"))
         if final.superseded:
             self._metrics.fenced()
+        self._say(f"ends with code {final.exit_code} at step {final.step} {final.error}".rstrip())
         self._spare = TrainingProcess()  # imports while the controller decides what comes next
         with self._changed:
             self._final = final
             self._bump()
+
+    def _say(self, what: str) -> None:
+        """Write a line to this actor's log, whose lines Ray labels by the last ``:actor_name:`` in it."""
+        print(f":actor_name:{self!r}\n{self!r} {what}", flush=True)
 
     def _supervise(self, order: Order, spec: RunSpec, store: ObjectStore, ledger: Ledger) -> Supervisor:
         spare = self._spare if self._spare and self._spare.exit_code is None else None

@@ -22,6 +22,7 @@ def connect(address: str | None, *, insecure: bool = False) -> str:
     Raises:
         PreflightFailed: There is no cluster at that address, or anybody could use it.
     """
+    address = local_ray.meant(address) if address else None
     if address is None:
         address = local_ray.find_or_start().address
     elif not (insecure or local_ray.is_local(address) or os.environ.get("RAY_AUTH_MODE") == "token"):

@@ -89,6 +89,12 @@ def started_here(cluster: LocalRay) -> bool:
     return cluster.host_pid in _started
 
 
+def meant(address: str) -> str:
+    """Return the address that ``auto`` stands for where Ray says so: in the processes that it starts itself,
+    as a job's. On loopback we connect in our own way, so this must be known first."""
+    return os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
+
+
 def is_local(address: str) -> bool:
     """Whether an address is one of this machine's loopback interface."""
     return address.startswith((f"{LOOPBACK}:", "localhost:"))

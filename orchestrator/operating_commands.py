@@ -135,7 +135,7 @@ def nodes(sweep: str | None, with_gone: bool, output: str, store_url: str, addre
     show_default=True,
     help="Seconds in which what trains there saves itself and ends.",
 )
-@click.option("--undo", is_flag=True, help="The node may be used again.")
+@click.option("--undo", is_flag=True, help="The node may be used again, also if it was in quarantine.")
 @store_option
 @address_option
 def drain(

@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from .agent import NAMESPACE, Agent, AgentSetup, Report
+from .agent import NAMESPACE, Agent, AgentSetup, Report, attempt_name
 from .cluster import Health, Listening, Order, Slot, Work
 from .grid_schema import Resources
 from .ray_drain import drain, draining
@@ -62,6 +62,7 @@ class RayCluster:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._sweep = sweep
         self._prefix = f"lora/{sweep}/slot/"
         self._resources = resources
         self._setup = setup
@@ -100,7 +101,8 @@ class RayCluster:
         return self.slots
 
     def start(self, slot: str, order: Order) -> None:
-        self._members[slot].handle.start.remote(order)
+        name = attempt_name(self._sweep, order)  # by which Ray's Tasks page shows it
+        self._members[slot].handle.start.options(name=name).remote(order)
 
     def stop(self, slot: str, run_id: str, attempt: int, grace_s: float) -> None:
         self._members[slot].handle.stop.remote(run_id, attempt, grace_s)

@@ -30,7 +30,7 @@ class DrainAsked(_Frozen):
 
 
 class DrainLifted(_Frozen):
-    """The node may be used again."""
+    """The node may be used again, also if its own failures spoke against it until then."""
 
     kind: Literal["drain_lifted"] = "drain_lifted"
     node: NodeName
@@ -78,4 +78,4 @@ def holds(state: Drains, record: DrainRecord) -> bool:
     drain = state.of(record.node)
     if isinstance(record, DrainAsked):
         return drain is not None and drain.grace_s == record.grace_s
-    return drain is None and any(lift.node == record.node for lift in state.lifted)
+    return drain is None and any(lift == record for lift in state.lifted)  # each also pardons what was before
