@@ -52,6 +52,7 @@ from .placing import (
 )
 from .pruning import delete_orphans, prune
 from .readers import PATIENCE_S, Readers
+from .reputation import NodeBook, Repute, barred
 from .scheduler import Placement, QueuedRun, assign
 from .sweep import Sweep
 from .sweep_snapshot import SweepSnapshot
@@ -137,6 +138,8 @@ class Controller:
         self._snapshot = SweepSnapshot(store, sweep.name, runs, self._readers, self._monotonic)
         self._drains = DrainBook(store, sweep.name, self._readers, self._monotonic)
         self._last_notes: tuple[SlotNote, ...] = ()
+        self._book = NodeBook()
+        self._ill: dict[str, Repute] = {}
         self._begun = False
 
     @property
@@ -270,8 +273,9 @@ class Controller:
         if not self._snapshot.restore():
             return False
         self._read([run_id for run_id, run in self._runs.items() if not run.tidy], START_PATIENCE_S)
-        for run in self._runs.values():
+        for run_id, run in self._runs.items():
             run.was_over = run.state.finished is not None
+            self._book.note(run_id, run.state, self._clock(), self._monotonic())
         self._begun = True
         return True
 
@@ -330,6 +334,7 @@ class Controller:
                 self._check_term()  # a slot that we never knew may be the newer controller's
             self._advance(run, event)
         self._append_all(run, settle(run.state, self._clock()))
+        self._book.note(run.plan.run_id, run.state, self._clock(), now)
         if running := run.state.running:
             self._steer(run, slots.get(running.claimed.slot))
         if now >= run.clean_at:
@@ -426,9 +431,23 @@ class Controller:
     def _notes(self, slots: dict[str, Slot]) -> tuple[SlotNote, ...]:
         """What is thought of each slot, and why."""
         taken = claims({run_id: run.state for run_id, run in self._runs.items() if not run.damage})
+        self._judge(slots)
+        there = [(slot.slot, slot.node) for slot in slots.values() if slot.health is not Health.GONE]
+        ill = barred(there, taken, self._ill, self._monotonic())
         return tuple(
-            note(slot, bar(slot, self._drains.state), taken.get(slot.slot)) for slot in slots.values()
+            note(slot, bar(slot, self._drains.state, ill), taken.get(slot.slot)) for slot in slots.values()
         )
+
+    def _judge(self, slots: dict[str, Slot]) -> None:
+        """Find out which nodes fail their runs."""
+        now = self._monotonic()
+        for lifted in self._drains.state.lifted:
+            self._book.pardon(lifted.node, now - max(0.0, self._clock() - lifted.at))
+        ill = self._book.judged({s.node for s in slots.values() if s.health is not Health.GONE}, now)
+        for node, repute in ill.items():
+            if node not in self._ill or self._ill[node].strikes < repute.strikes:
+                logger.warning("%s is quarantined for %.0f s: %s", node, repute.until - now, repute.because)
+        self._ill = ill
 
     def _queued(self) -> list[QueuedRun]:
         """The runs that may be placed, once they are due."""
@@ -490,7 +509,7 @@ class Controller:
             delete_orphans(run, now)
 
     def _advance(self, run: TrackedRun, event: Event) -> None:
-        self._append_all(run, advance(run.state, event, self._policy))
+        self._append_all(run, advance(run.state, event, self._policy, self._ill))
 
     def _append_all(self, run: TrackedRun, records: tuple[Record, ...]) -> None:
         for record in append_decided(run.log, records):

@@ -76,12 +76,20 @@ class Outlook:
     slots: tuple[SlotNote, ...] = ()
 
 
-def bar(slot: Slot, drains: Drains) -> tuple[Standing, str] | None:
-    """Return why nothing may be placed on a slot, whatever it does; None: it may."""
+def bar(slot: Slot, drains: Drains, ill: Mapping[str, str] | None = None) -> tuple[Standing, str] | None:
+    """Return why nothing may be placed on a slot, whatever it does; None: it may.
+
+    Args:
+        ill: The slots that their node's reputation bars, and why.
+    """
     if drains.of(slot.node):
         return Standing.DRAINED, "a person wants it left alone"
     if slot.ending:
         return Standing.BARRED, str(slot.notice)
+    if slot.unfit:
+        return Standing.BARRED, slot.unfit
+    if ill and (because := ill.get(slot.slot)):
+        return Standing.BARRED, because
     return None
 
 

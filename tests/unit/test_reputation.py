@@ -1,0 +1,295 @@
+"""Nodes that fail their runs: judged by pure rules, and left alone by the controller."""
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.fake_cluster import FakeCluster, small_sweep
+from support.runs import claimed, committed
+
+from orchestrator.controller import Controller
+from orchestrator.grid_schema import Recovery
+from orchestrator.reputation import (
+    HALF_LIFE_S,
+    LONGEST_PAUSE_S,
+    PAUSE_S,
+    NodeBook,
+    Repute,
+    Stall,
+    barred,
+    judged,
+    pause_s,
+)
+from storage.log import run_log
+from storage.memory import MemoryStore
+from storage.object_store import ObjectStore
+from storage.records import Claimed, Ended, EndReason, Outcome, Record
+from storage.run_state import RunState, apply
+
+NODES = ("n1", "n2")
+
+
+def stall(
+    run_id: str, at: float, node: str = "n1", *, claimed_at: float | None = None, weight: float = 1.0
+) -> Stall:
+    return Stall(
+        node=node,
+        run_id=run_id,
+        reason=EndReason.CUDA_ERROR,
+        claimed_at=at - 1 if claimed_at is None else claimed_at,
+        at=at,
+        weight=weight,
+    )
+
+
+def ill(
+    *stalls: Stall,
+    now: float = 100.0,
+    progress: dict[str, set[str]] | None = None,
+    good: dict[str, float] | None = None,
+    nodes: tuple[str, ...] = NODES,
+    pardons: dict[str, float] | None = None,
+) -> dict[str, Repute]:
+    return judged(stalls, progress or {}, good or {}, nodes, now, pardons)
+
+
+def test_two_runs_that_fail_on_one_node_put_it_into_quarantine() -> None:
+    assert ill(stall("a", 10)) == {}
+    assert ill(stall("a", 10), stall("a", 20)) == {}, "one run, however often"
+
+    found = ill(stall("a", 10), stall("b", 20))
+
+    assert found["n1"] == Repute(
+        node="n1",
+        until=20 + PAUSE_S,
+        strikes=1,
+        because="2 runs failed there and nowhere else (CUDA_ERROR)",
+    )
+
+
+def test_what_was_long_ago_counts_less_and_ill_repute_passes() -> None:
+    assert ill(stall("a", 0), stall("b", 2 * HALF_LIFE_S), now=2 * HALF_LIFE_S) == {}
+    assert ill(stall("a", 10), stall("b", 20), now=20 + PAUSE_S + HALF_LIFE_S - 1)
+    assert ill(stall("a", 10), stall("b", 20), now=20 + PAUSE_S + HALF_LIFE_S + 1) == {}
+
+
+def test_a_kill_may_be_anybodys_doing() -> None:
+    kills = [stall(run, 10, weight=0.5) for run in "abc"]
+
+    assert ill(*kills) == {}
+    assert ill(*kills, stall("d", 11, weight=0.5))
+
+
+def test_a_run_that_fails_everywhere_speaks_against_no_node_unless_it_did_well_elsewhere() -> None:
+    elsewhere = stall("a", 30, "n2")
+
+    assert ill(stall("a", 10), stall("b", 20), elsewhere) == {}
+    assert ill(stall("a", 10), stall("b", 20), elsewhere, progress={"a": {"n3"}}).keys() == {"n1"}
+
+
+def test_a_commit_clears_a_node_and_so_does_an_operator() -> None:
+    stalls = (stall("a", 10), stall("b", 20))
+
+    assert ill(*stalls, good={"n1": 25.0}) == {}
+    assert ill(*stalls, good={"n1": 15.0}) == {}, "only one is left"
+    assert ill(*stalls, pardons={"n1": 25.0}) == {}
+
+
+def test_a_failed_probation_doubles_the_pause_and_what_began_before_does_not() -> None:
+    stalls = (stall("a", 10), stall("b", 20))
+    late = stall("c", 30, claimed_at=15)
+    probation = stall("c", 20 + PAUSE_S + 60, claimed_at=20 + PAUSE_S + 1)
+
+    assert ill(*stalls, late)["n1"].strikes == 1
+    found = ill(*stalls, probation, now=1000)["n1"]
+    assert (found.strikes, found.until) == (2, 20 + PAUSE_S + 60 + 2 * PAUSE_S)
+
+
+def test_without_a_contrast_it_is_not_the_node() -> None:
+    here, there = (stall("a", 10), stall("b", 20)), (stall("c", 10, "n2"), stall("d", 20, "n2"))
+
+    assert ill(*here, *there) == {}, "every node fails its runs"
+    assert ill(*here, nodes=("n1",)) == {}, "there is no other"
+    assert ill(*here, nodes=("n1",), good={"n9": 1.0}).keys() == {"n1"}, "another did better once"
+    assert ill(*here, *there, nodes=("n1", "n2", "n3")).keys() == {"n1", "n2"}
+
+
+def test_on_probation_a_node_gets_one_run_at_a_time() -> None:
+    found = {"n1": Repute(node="n1", until=50.0, strikes=1, because="x")}
+    slots = [("n1/0", "n1"), ("n1/1", "n1"), ("n2/0", "n2")]
+
+    assert barred(slots, (), {}, 10.0) == {}
+    assert barred(slots, (), found, 10.0).keys() == {"n1/0", "n1/1"}
+    assert barred(slots, (), found, 50.0).keys() == {"n1/1"}
+    assert barred(slots, ("n1/1",), found, 50.0).keys() == {"n1/0"}
+
+
+@given(
+    st.lists(
+        st.builds(
+            stall,
+            st.sampled_from("abcd"),
+            st.floats(0, 50_000),
+            st.sampled_from(["n1", "n2", "n3"]),
+            weight=st.sampled_from([0.5, 1.0]),
+        ),
+        max_size=25,
+    ),
+    st.floats(0, 60_000),
+)
+def test_somewhere_a_run_can_always_go_sooner_or_later(stalls: list[Stall], now: float) -> None:
+    """I8: a sweep is never stuck because its nodes are in ill repute."""
+    nodes = ("n1", "n2", "n3")
+    found = ill(*stalls, now=now, nodes=nodes)
+
+    assert set(nodes) - found.keys(), "with several nodes one of them is trusted"
+    for repute in found.values():
+        assert repute.until <= max(s.at for s in stalls) + LONGEST_PAUSE_S
+        slots = [(f"{repute.node}/{n}", repute.node) for n in range(2)]
+        assert len(barred(slots, (), found, repute.until)) == 1
+    assert ill(*stalls, now=200_000.0, nodes=nodes) == {}, "in the end everything is forgiven"
+
+
+@given(st.integers(1, 100))
+def test_pauses_double_up_to_a_limit(strikes: int) -> None:
+    assert PAUSE_S <= pause_s(strikes) <= pause_s(strikes + 1) <= LONGEST_PAUSE_S
+
+
+def noted(book: NodeBook, run_id: str, *records: Record, wall: float = 100.0, now: float = 0.0) -> None:
+    state = RunState()
+    for record in records:
+        state = apply(state, record)
+        book.note(run_id, state, wall, now)
+
+
+def ended(attempt: int, reason: EndReason, at: float = 1.5) -> Ended:
+    return Ended(attempt=attempt, reason=reason, exit_code=1, at=at)
+
+
+@pytest.mark.parametrize(
+    ("reason", "blamed"),
+    [
+        (EndReason.CUDA_ERROR, True),
+        (EndReason.STALLED, True),
+        (EndReason.APP_ERROR, True),
+        (EndReason.NODE_LOST, False),
+        (EndReason.SPOT_NOTICE, False),
+        (EndReason.STORAGE_DOWN, False),
+        (EndReason.NAN_LOSS, False),
+    ],
+)
+def test_only_what_a_node_may_have_done_is_held_against_it(reason: EndReason, blamed: bool) -> None:
+    book = NodeBook()
+    for run_id in "ab":
+        noted(book, run_id, claimed(1, node="n1"), ended(1, reason))
+
+    assert (book.judged(NODES, 0.0).keys() == {"n1"}) == blamed
+
+
+def test_a_book_reads_each_end_once_and_a_commit_when_it_comes() -> None:
+    book = NodeBook()
+    for run_id in "ab":
+        noted(book, run_id, claimed(1, node="n1"), ended(1, EndReason.STALLED))
+        noted(book, run_id, claimed(1, node="n1"), ended(1, EndReason.STALLED))
+    assert book.judged(NODES, 0.0)["n1"].because.startswith("2 runs")
+
+    noted(book, "c", claimed(1, node="n1"), committed(10), now=1.0)
+
+    assert book.judged(NODES, 2.0) == {}
+
+
+def test_an_attempt_that_made_progress_is_not_held_against_the_node() -> None:
+    book = NodeBook()
+    for run_id in "ab":
+        noted(book, run_id, claimed(1, node="n1"), committed(10), ended(1, EndReason.APP_ERROR))
+
+    assert book.judged(NODES, 0.0) == {}
+
+
+# The controller, on a cluster in virtual time.
+
+Fails = Callable[[str, str], bool]
+
+
+def states(store: ObjectStore, ids: list[str]) -> dict[str, RunState]:
+    return {run_id: run_log(store, run_id).refresh() for run_id in ids}
+
+
+def run_with(
+    fails: Fails, *, runs: int = 4, nodes: int = 2, restart_at: int | None = None
+) -> tuple[dict[str, RunState], list[Record]]:
+    """Run a sweep to its end, in which a trainer raises at once wherever ``fails`` says so."""
+    store = MemoryStore()
+    sweep = small_sweep(runs=runs, max_steps=30, recovery=Recovery(backoff_s=2.0, max_failures=4))
+    cluster = FakeCluster(store, sweep, nodes=nodes, commit_every=5)
+    controller = Controller(sweep, store, cluster, cluster.clock)
+    for tick in range(2000):
+        if tick == restart_at:
+            controller = Controller(sweep, store, cluster, cluster.clock)
+        controller.tick()
+        if controller.done:
+            break
+        for slot in cluster.busy():
+            work = next(s.work for s in cluster.observe() if s.slot == slot)
+            if work and work.exit_code is None and fails(work.run_id, slot.partition("/")[0]):
+                cluster.exit(slot, 1, f"RuntimeError: {work.run_id}")
+        cluster.advance()
+    assert controller.done
+    ids = [run.run_id for run in sweep.runs]
+    history: list[Record] = []
+    for run_id in ids:
+        log = run_log(store, run_id)
+        log.refresh()
+        history += [entry.record for entry in log.entries()]
+    return states(store, ids), history
+
+
+def failures_on(history: list[Record], node: str) -> int:
+    count, current = 0, ""
+    for record in history:
+        if isinstance(record, Claimed):
+            current = record.node
+        if isinstance(record, Ended) and record.reason is EndReason.APP_ERROR and current == node:
+            count += 1
+    return count
+
+
+@pytest.mark.parametrize("restart_at", [None, 30])
+def test_a_bad_node_is_quarantined_and_every_run_of_the_sweep_ends_well(restart_at: int | None) -> None:
+    over, history = run_with(lambda run_id, node: node == "n1", runs=6, restart_at=restart_at)
+
+    assert {state.outcome for state in over.values()} == {Outcome.SUCCEEDED}
+    assert failures_on(history, "n1") <= 3, "two that put it there, and one on probation"
+
+
+def test_a_bad_run_fails_alone_and_says_on_which_nodes() -> None:
+    bad = "cat-0-00000000"
+    over, _ = run_with(lambda run_id, node: run_id == bad)
+
+    outcomes = {run_id: state.outcome for run_id, state in over.items()}
+    assert outcomes.pop(bad) is Outcome.FAILED
+    assert set(outcomes.values()) == {Outcome.SUCCEEDED}
+    assert over[bad].finished is not None
+    assert "the same at step" in over[bad].finished.detail
+    assert len(over[bad].attempts) == 2
+    assert {len(state.attempts) for run_id, state in over.items() if run_id != bad} == {1}
+
+
+def test_a_sweep_whose_runs_are_all_wrong_ends_without_any_quarantine() -> None:
+    over, _ = run_with(lambda run_id, node: True)
+
+    assert {state.outcome for state in over.values()} == {Outcome.FAILED}
+
+
+def test_the_only_node_is_used_whatever_happens_there() -> None:
+    failed: set[str] = set()
+
+    def once(run_id: str, node: str) -> bool:
+        first = run_id not in failed
+        failed.add(run_id)
+        return first
+
+    over, _ = run_with(once, nodes=1)
+
+    assert {state.outcome for state in over.values()} == {Outcome.SUCCEEDED}
