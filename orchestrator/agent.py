@@ -263,7 +263,7 @@ class Agent:
             if progress.first_step_at is not None and self._training != order:
                 self._training = order
                 self._bump()
-        self._metrics.stepped(order.run_id, progress.step, progress.resumed_from)
+        self._metrics.stepped(order.run_id, progress.step, progress.resumed_from, progress.loss)
         self._metrics.stored(order.run_id, progress.storing)
 
     def _work(self) -> Work | None:

@@ -1,5 +1,6 @@
 """Numbers of agents and controllers, exported with Ray's metrics as ``ray_orch_…``. Labels are bounded."""
 
+import math
 from collections import Counter as Count
 from collections.abc import Iterable, Mapping
 
@@ -24,6 +25,7 @@ class AgentMetrics:
         self._attempts = Counter("orch_attempts_started_total", "Attempts started.", tag_keys=("sweep",))
         self._fenced = Counter("orch_fenced_total", "Attempts stopped by a newer one.", tag_keys=("sweep",))
         self._step = Gauge("orch_run_step", "The run's newest step.", tag_keys=("sweep", "run"))
+        self._loss = Gauge("orch_run_loss", "The run's newest loss.", tag_keys=("sweep", "run"))
         self._state_bytes = Counter(
             "orch_ckpt_bytes_total", "Bytes of committed checkpoints.", tag_keys=("sweep",)
         )
@@ -52,12 +54,14 @@ class AgentMetrics:
         self._counted = 0
         self._stored = Storing()
 
-    def stepped(self, run_id: str, step: int, resumed_from: int) -> None:
+    def stepped(self, run_id: str, step: int, resumed_from: int, loss: float | None) -> None:
         """Count the steps since the last call; those before ``resumed_from`` were another attempt's."""
         new = step - max(self._counted, resumed_from)
         if new > 0:
             self._steps.inc(new, tags=self._sweep)
             self._step.set(step, tags=self._sweep | {"run": run_id})
+            if loss is not None and math.isfinite(loss):
+                self._loss.set(loss, tags=self._sweep | {"run": run_id})
             self._counted = step
 
     def stored(self, run_id: str, now: Storing) -> None:
