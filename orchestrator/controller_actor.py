@@ -217,4 +217,5 @@ class ControllerActor:
             except Exception:  # a bug must not end a sweep that others could still finish
                 logger.exception("tick failed; trying again")
                 time.sleep(1.0)
+        metrics.observe(controller.states, controller.notes(), time.time())
         logger.info("every run of %s is over", self._setup.sweep)

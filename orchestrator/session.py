@@ -143,6 +143,7 @@ def _useful_commands(name: str, store_url: str) -> None:
     flag = store_flag(store_url)
     commands = {
         f"status {name} -w{flag}": "watch it again",
+        f"explain {name}/0{flag}": "why a run waits, or is where it is",
         f"why {name}/0{flag}": "why a run was interrupted",
         f"cancel {name}{flag}": "stop it; checkpoints stay",
     }
