@@ -399,9 +399,10 @@ def test_ctrl_c_while_watching_detaches_and_says_what_next(
     code, printed, said = orchestrate("status", "cat", "-w")
 
     assert (code, printed) == (EXIT_DETACHED, "")
-    assert said.splitlines()[-4:] == [
+    assert said.splitlines()[-5:] == [
         "Detached. The sweep goes on.",
         "  orchestrate status cat -w     watch it again",
+        "  orchestrate explain cat/0     why a run waits, or is where it is",
         "  orchestrate why cat/0         why a run was interrupted",
         "  orchestrate cancel cat        stop it; checkpoints stay",
     ]
@@ -409,8 +410,9 @@ def test_ctrl_c_while_watching_detaches_and_says_what_next(
     monkeypatch.delenv("ORCHESTRATE_STORE")
     _, _, said = orchestrate("status", "cat", "-w", "--store", "file://./store")
     flag = f"--store {store.url}"
-    assert said.splitlines()[-3:] == [
+    assert said.splitlines()[-4:] == [
         f"  orchestrate status cat -w {flag}     watch it again",
+        f"  orchestrate explain cat/0 {flag}     why a run waits, or is where it is",
         f"  orchestrate why cat/0 {flag}         why a run was interrupted",
         f"  orchestrate cancel cat {flag}        stop it; checkpoints stay",
     ]
