@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -112,10 +112,14 @@ def nodes(sweep: str | None, with_gone: bool, output: str, store_url: str, addre
 
     from . import nodes as views
     from .node_table import table
+    from .session import controllers
     from .watch import console
 
     store = open_store(store_url)
-    for name, found, live in _rows(store, sweep, address):
+    rows = list(_rows(store, sweep, controllers(address)))
+    if not rows:
+        click.echo("no controller was reached: name a sweep to see what the store knows", err=True)
+    for name, found, live in rows:
         shown = [view for view in found if with_gone or view.state != views.GONE]
         if output == "json":
             click.echo(json.dumps(views.as_json(name, shown, live=live)))
@@ -151,9 +155,11 @@ def drain(
 
     from .draining import ask_to_drain
     from .errors import Unknown, shown, suggest
+    from .session import controllers
 
     store = open_store(store_url)
-    found = [entry for name in sweeps or (None,) for entry in _rows(store, name, address)]
+    find = controllers(address)
+    found = [entry for name in sweeps or (None,) for entry in _rows(store, name, find)]
     known = sorted({view.node for _, views, _ in found for view in views})
     chosen = [name for name, views, _ in found if sweeps or node in (view.node for view in views)]
     if not chosen or (node not in known and any(live for *_, live in found)):
@@ -161,7 +167,7 @@ def drain(
         raise Unknown(f"no node {shown(node)} trains for a sweep that a controller works on — {there}")
     store, probed = open_probed(store_url)
     for name in chosen:
-        controller = _controller(name, address)
+        controller = find(name)
         ask_to_drain(store, name, node, None if undo else deadline, controller, atomic=probed.atomic)
         click.echo(f"{name}: {node} {_becomes(undo, deadline, reached=controller is not None)}")
 
@@ -171,14 +177,8 @@ def _becomes(undo: bool, deadline: float, *, reached: bool) -> str:
     return what if reached else f"{what} (no controller was reached: said to the next that looks)"
 
 
-def _controller(sweep: str, address: str | None) -> "RemoteController | None":
-    from .session import controller_finder
-
-    return controller_finder(sweep, address)()
-
-
 def _rows(
-    store: "ObjectStore", sweep: str | None, address: str | None
+    store: "ObjectStore", sweep: str | None, find: "Callable[[str], RemoteController | None]"
 ) -> "Iterator[tuple[str, list[NodeView], bool]]":
     """Yield (sweep, its nodes, whether a controller said so), for one sweep or for all that are worked on."""
     from .draining import drain_log
@@ -189,7 +189,7 @@ def _rows(
 
     for name in [sweep] if sweep else sweep_names(store):
         found = load_submitted(store, name) if sweep else None
-        controller = _controller(name, address)
+        controller = find(name)
         if controller is None and found is None:
             continue
         drains = drain_log(store, name).refresh()

@@ -111,20 +111,26 @@ def best_line(sweep: Sweep, winner: RunView) -> str:
 
 
 def controller_finder(name: str, address: str | None) -> "Callable[[], ControllerClient | None]":
-    """Return a function that finds the sweep's controller, without starting any cluster.
+    """Return a function that finds the sweep's controller, without starting any cluster."""
+    find = controllers(address)
+    return lambda: find(name)
 
-    Without a cluster the store alone must do: that is said, and nothing is found.
+
+def controllers(address: str | None) -> "Callable[[str], ControllerClient | None]":
+    """Return a function that finds a sweep's controller by its name, without starting any cluster.
+
+    Without a cluster the store alone must do: that is said, and nothing is found. This process connects once.
     """
     cluster = local_ray.find()
     target = address or (cluster.address if cluster else None)
     if target is None:
-        return lambda: None
+        return lambda name: None
     try:
         launch.connect(target, insecure=True)
     except PreflightFailed as error:
         click.echo(f"{error.problems[0]}; showing what the store knows", err=True)
-        return lambda: None
-    return lambda: launch.find_controller(name)
+        return lambda name: None
+    return launch.find_controller
 
 
 def show_plan(sweep: Sweep) -> None:

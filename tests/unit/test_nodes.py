@@ -123,6 +123,13 @@ def test_without_a_controller_a_drain_is_left_for_the_next(store: DirectoryStore
     assert drain_log(store, "cat").refresh().asked == ()
 
 
+def test_who_names_no_sweep_and_reaches_no_controller_is_told_so(store: DirectoryStore) -> None:
+    result = orchestrate(store, "nodes")
+
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "no controller was reached: name a sweep" in result.stderr
+
+
 def test_a_node_that_nobody_has_is_an_error_when_no_sweep_is_named(store: DirectoryStore) -> None:
     result = orchestrate(store, "drain", "n7")
 
