@@ -209,7 +209,7 @@ class Trial:
         found = [
             p
             for node in nodes
-            for word in ("trainer.process", "ray::lora")
+            for word in ("trainer.process", "ray::Agent")
             for p in node.machine.processes(word)
         ]
         return [f"process {process.pid}" for process in found]
