@@ -22,9 +22,6 @@ STEADY_S = 120.0
 HEAD_SUSPECT = 3
 """After so many failures in a row the head is started anew, if it is ours: it may answer and do nothing."""
 
-EXIT_PREFLIGHT = 3
-"""For example: no worker has joined yet. A new head would send those away that have."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tries:
@@ -55,5 +52,7 @@ def failed(tries: Tries, code: int | None, lasted_s: float) -> Tries:
     """Return the count after a child that exited with ``code``, or after a head that did not start (None)."""
     if lasted_s >= STEADY_S:
         tries = Tries()
-    mine = code is not None and code != EXIT_PREFLIGHT
-    return Tries(failures=tries.failures + 1, suspicious=tries.suspicious + 1 if mine else tries.suspicious)
+    # No controller answers, or Ray ended the child. Not the store, and not workers that have yet to join: a new
+    # head would end what trains, and help with neither.
+    suspicious = code is not None and (code == 1 or code < 0)
+    return Tries(failures=tries.failures + 1, suspicious=tries.suspicious + suspicious)

@@ -164,10 +164,10 @@ def test_a_head_that_dies_is_started_again_and_nothing_of_the_old_one_is_left(
     assert any(line.startswith(f"the head at {world.address} is gone") for line in world.said)
 
 
-def test_a_head_that_answers_and_serves_nobody_is_started_anew_but_not_because_workers_are_missing(
+def test_a_head_that_serves_nobody_is_started_anew_but_not_because_the_store_or_workers_are_missing(
     world: World,
 ) -> None:
-    assert world.supervise("3", "3", "3", "3", "1", "1", "0") == 0
+    assert world.supervise("3", "3", "6", "6", "5", "6", "1", "1", "0") == 0
     assert len(world.heads) == 1
     assert world.supervise("1", "1", "1", "0") == 0
     assert len(world.heads) == 2
