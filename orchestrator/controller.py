@@ -422,11 +422,21 @@ class Controller:
         if not free or not self._drains.known:
             return
         queued = self._queued()
-        placements = {placed.run_id: placed for placed in assign(queued, free, self._monotonic())}
+        placed = assign(queued, free, self._monotonic(), room=self._room())
+        placements = {placement.run_id: placement for placement in placed}
         read = self._read(placements)
         for run_id, placement in placements.items():
             if run_id in read:
                 self._try(self._runs[run_id], partial(self._claim, self._runs[run_id], placement))
+
+    def _room(self) -> int | None:
+        """How many runs may be started. There may be more slots than that: one whose node was told of its end
+        is made up for at once, and may be used again."""
+        limit = self._sweep.resources.max_concurrent
+        if limit is None:
+            return None
+        running = sum(run.state.running is not None and not run.damage for run in self._runs.values())
+        return max(0, limit - running)
 
     def _notes(self, slots: dict[str, Slot]) -> tuple[SlotNote, ...]:
         """What is thought of each slot, and why."""

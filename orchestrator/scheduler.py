@@ -45,16 +45,18 @@ class Placement:
     because: str = field(default="", compare=False)
 
 
-def assign(runs: Sequence[QueuedRun], slots: Sequence[FreeSlot], now: float) -> list[Placement]:
-    """Return placements, best first, at most one per run and per slot.
+def assign(
+    runs: Sequence[QueuedRun], slots: Sequence[FreeSlot], now: float, *, room: int | None = None
+) -> list[Placement]:
+    """Return placements, best first, at most one per run and per slot, and at most ``room``.
 
     A run gets the node that has been up longest, because the hazard of a spot node falls with its age, except
     the one that it avoids, which it gets only if there is no other. What is a last choice comes after all.
     """
     free = sorted(slots, key=lambda s: (s.last_choice, s.up_since, s.node, s.slot))
-    placements = []
+    placements: list[Placement] = []
     for run in in_turn(runs, now):
-        if not free:
+        if not free or len(placements) == room:
             break
         avoid = run.avoid.node if run.avoid else None
         slot = next((s for s in free if s.node != avoid), free[0])

@@ -6,7 +6,7 @@ from support.runs import claimed, committed
 
 from orchestrator.cluster import Health, Slot
 from orchestrator.controller import Controller
-from orchestrator.grid_schema import Recovery
+from orchestrator.grid_schema import Recovery, Resources
 from orchestrator.lifecycle import Exited, Policy, advance
 from orchestrator.loss import OVERDUE_SILENCE_S, loss
 from orchestrator.notices.notice import CALM_S, Kind, Notice
@@ -26,10 +26,14 @@ STEPS = 40
 class World:
     """One sweep, a controller, and time."""
 
-    def __init__(self, *, nodes: int, runs: int = 1, silence_s: float = 60.0) -> None:
+    def __init__(
+        self, *, nodes: int, runs: int = 1, silence_s: float = 60.0, max_concurrent: int | None = None
+    ) -> None:
         self.store = MemoryStore()
         recovery = Recovery(backoff_s=2.0, silence_s=silence_s)
-        self.sweep = small_sweep(runs=runs, max_steps=STEPS, recovery=recovery)
+        sweep = small_sweep(runs=runs, max_steps=STEPS, recovery=recovery)
+        resources = Resources(max_concurrent=max_concurrent)
+        self.sweep = sweep.model_copy(update={"resources": resources})
         self.cluster = FakeCluster(self.store, self.sweep, nodes=nodes, commit_every=7)
         self.controller = Controller(self.sweep, self.store, self.cluster, clock=self.cluster.clock)
 
@@ -146,6 +150,18 @@ def test_a_node_with_a_rebalance_notice_is_the_last_choice_and_no_worse() -> Non
     assert (world.nodes(R0), world.nodes("cat-1-00000001")) == (["n2"], ["n1"])
     world.to_the_end()
     assert (world.nodes(R0), world.nodes("cat-1-00000001")) == (["n2"], ["n1"])
+
+
+def test_no_more_runs_train_than_are_asked_for_although_there_are_more_slots() -> None:
+    world = World(nodes=2, runs=2, max_concurrent=1)
+    world.pass_time(8)
+    assert len(world.cluster.busy()) == 1
+    (slot,) = world.cluster.busy()
+    world.cluster.warn(slot.split("/")[0])
+    world.pass_time(4)
+    assert len(world.cluster.busy()) == 1
+    assert world.cluster.busy() != [slot]
+    world.to_the_end()
 
 
 NOTICE = Notice(kind=Kind.TERMINATE, source="AWS", left_s=20.0, warning_s=118.0)
