@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import FrameType
 
 from storage.errors import StorageError
@@ -93,6 +94,7 @@ class Supervisor:
         if self._head.owned and self._tries.head_is_suspect:
             self._say(f"the head at {address} answers, but nothing works there: it is started anew")
             self._head.restart()
+            self._tries = replace(self._tries, suspicious=0)
         return None
 
     def _watch(self, address: str) -> int | None:

@@ -40,7 +40,7 @@ class Tries:
 
     @property
     def head_is_suspect(self) -> bool:
-        return self.suspicious > 0 and self.suspicious % HEAD_SUSPECT == 0
+        return self.suspicious >= HEAD_SUSPECT
 
 
 def final(code: int) -> int | None:
@@ -52,7 +52,7 @@ def failed(tries: Tries, code: int | None, lasted_s: float) -> Tries:
     """Return the count after a child that exited with ``code``, or after a head that did not start (None)."""
     if lasted_s >= STEADY_S:
         tries = Tries()
-    # No controller answers, or Ray ended the child. Not the store, and not workers that have yet to join: a new
-    # head would end what trains, and help with neither.
+    # No controller answers, or Ray ended the child. Not the store, and not workers that have yet to join: a
+    # new head would end what trains, and help with neither.
     suspicious = code is not None and (code == 1 or code < 0)
     return Tries(failures=tries.failures + 1, suspicious=tries.suspicious + suspicious)

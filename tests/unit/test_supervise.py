@@ -169,7 +169,7 @@ def test_a_head_that_serves_nobody_is_started_anew_but_not_because_the_store_or_
 ) -> None:
     assert world.supervise("3", "3", "6", "6", "5", "6", "1", "1", "0") == 0
     assert len(world.heads) == 1
-    assert world.supervise("1", "1", "1", "0") == 0
+    assert world.supervise("1", "1", "1", "6", "1", "1", "0") == 0
     assert len(world.heads) == 2
 
 
