@@ -5,6 +5,7 @@ them: a process is known by its pid and by when it began, so a pid that was give
 """
 
 import contextlib
+import time
 
 import psutil
 
@@ -47,7 +48,11 @@ class Lineage:
             for process in doomed:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
-            psutil.wait_procs(doomed, timeout=timeout_s)
+            deadline = time.monotonic() + timeout_s
+            while any(map(_lives, doomed)) and time.monotonic() < deadline:
+                time.sleep(
+                    0.01
+                )  # one that is dead and not yet reaped has ended: that is its new parent's affair
             killed.update(doomed)
         return len(killed)
 
