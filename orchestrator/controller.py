@@ -49,6 +49,7 @@ from .placing import (
     note,
     outlook,
     queued_run,
+    unused,
 )
 from .pruning import delete_orphans, prune
 from .readers import PATIENCE_S, Readers
@@ -210,6 +211,10 @@ class Controller:
         """What was thought of each slot when runs were last placed, or might have been."""
         return self._last_notes
 
+    def unused(self) -> frozenset[str]:
+        """The slots in whose place the cluster may open others."""
+        return unused(self._last_notes)
+
     def outlook(self, run_id: str) -> Outlook:
         """Why a run waits, by what was last decided.
 
@@ -230,6 +235,7 @@ class Controller:
             self._queued(),
             notes,
             drains_known=self._drains.known,
+            room=self._room(),
             now=self._monotonic(),
         )
 

@@ -87,6 +87,8 @@ def _held(outlook: Outlook, because: str = "") -> str:
             return f"for another {outlook.for_s:.0f} s, because {because or 'its last attempt failed'}"
         case Hold.NO_SLOT:
             return f"no slot is free; {summary(outlook.slots)}"
+        case Hold.LIMIT:
+            return "as many runs train as resources.max_concurrent allows"
         case Hold.OUTRANKED:
             free = sum(note.standing is Standing.FREE for note in outlook.slots)
             runs = "1 run is" if outlook.ahead == 1 else f"{outlook.ahead} runs are"

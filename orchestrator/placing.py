@@ -15,7 +15,7 @@ from storage.run_state import FREE_ENDS, RunState
 from .cluster import Health, Slot
 from .scheduler import Avoided, FreeSlot, QueuedRun, in_turn
 
-NODE_AT_FAULT = (EndReason.STORAGE_DOWN, EndReason.DISK_FULL)
+NODE_AT_FAULT = (EndReason.STORAGE_DOWN, EndReason.DISK_FULL, EndReason.NODE_UNFIT)
 """Whatever the run has achieved there: what the next attempt needs may not be better there soon."""
 
 
@@ -53,6 +53,8 @@ class Hold(StrEnum):
 
     NOT_DUE = "NOT_DUE"
     NO_SLOT = "NO_SLOT"
+    LIMIT = "LIMIT"
+    """As many runs train as may at the same time."""
     OUTRANKED = "OUTRANKED"
     DRAINS_UNKNOWN = "DRAINS_UNKNOWN"
     LOG_UNREADABLE = "LOG_UNREADABLE"
@@ -128,6 +130,12 @@ def free_slots(notes: Sequence[SlotNote]) -> list[FreeSlot]:
     ]
 
 
+def unused(notes: Sequence[SlotNote]) -> frozenset[str]:
+    """The slots that train nothing and get nothing: others may be opened in their place."""
+    kept_out = (Standing.DRAINED, Standing.BARRED)
+    return frozenset(note.slot for note in notes if note.standing in kept_out and note.run_id is None)
+
+
 def queued_run(run_id: str, index: int, state: RunState, not_before: float) -> QueuedRun:
     """Return a queued run as the scheduler sees it."""
     return QueuedRun(
@@ -158,19 +166,25 @@ def outlook(
     notes: tuple[SlotNote, ...],
     *,
     drains_known: bool,
+    room: int | None,
     now: float,
 ) -> Outlook:
     """Return why a queued run has no slot.
 
     Args:
         queued: All runs that may be placed.
+        room: So many may be placed now; None: as many as there are free slots.
         now: By the clock of ``assign``.
     """
     free = len(free_slots(notes))
+    if room is not None:
+        free = min(free, room)
     if not drains_known:
         return Outlook(hold=Hold.DRAINS_UNKNOWN, slots=notes)
     if run.not_before > now:
         return Outlook(hold=Hold.NOT_DUE, for_s=run.not_before - now, slots=notes)
+    if room == 0:
+        return Outlook(hold=Hold.LIMIT, slots=notes)
     if not free:
         return Outlook(hold=Hold.NO_SLOT, slots=notes)
     ahead = next((n for n, other in enumerate(in_turn(queued, now)) if other.run_id == run.run_id), 0)

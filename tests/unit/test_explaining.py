@@ -1,6 +1,7 @@
 """``orchestrate explain``: why a run waits, why it is where it is, what its last end means for it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,13 @@ from support.fake_cluster import FakeCluster, small_sweep
 from orchestrator.cli import main
 from orchestrator.controller import Controller, policy_of
 from orchestrator.explaining import explain, summary
-from orchestrator.grid_schema import Recovery
+from orchestrator.grid_schema import Recovery, Resources
 from orchestrator.lifecycle import Policy
-from orchestrator.placing import Hold, Outlook, SlotNote, Standing
+from orchestrator.placing import Hold, Outlook, SlotNote, Standing, unused
 from storage import layout
 from storage.directory import DirectoryStore
 from storage.log import run_log
 from storage.memory import MemoryStore
-from storage.object_store import ObjectStore
 from storage.records import Claimed, Ended, EndReason, Finished, Outcome, Record, Started
 from storage.run_state import RunState, apply
 
@@ -28,9 +28,10 @@ RESUME = "orchestrate resume cat"
 class World:
     """A sweep on a cluster in virtual time."""
 
-    def __init__(self, *, runs: int, nodes: int, store: ObjectStore | None = None) -> None:
-        self.store = store or MemoryStore()
-        self.sweep = small_sweep(runs=runs, max_steps=100, recovery=Recovery(backoff_s=60.0, silence_s=30.0))
+    def __init__(self, *, runs: int, nodes: int, max_concurrent: int | None = None) -> None:
+        self.store = MemoryStore()
+        sweep = small_sweep(runs=runs, max_steps=100, recovery=Recovery(backoff_s=60.0, silence_s=30.0))
+        self.sweep = sweep.model_copy(update={"resources": Resources(max_concurrent=max_concurrent)})
         self.cluster = FakeCluster(self.store, self.sweep, nodes=nodes)
         self.controller = Controller(self.sweep, self.store, self.cluster, clock=self.cluster.clock)
 
@@ -99,6 +100,25 @@ def test_a_run_behind_others_says_how_many() -> None:
     outlook = Outlook(hold=Hold.OUTRANKED, ahead=2, slots=(slot("n1"), slot("n2")))
     told = explain(RunState(), Policy(), outlook, 0.0, resume=RESUME).now
     assert "2 runs are placed before it, on 2 free slots" in told
+
+
+def test_a_run_that_the_sweeps_own_limit_keeps_back_says_so() -> None:
+    world = World(runs=2, nodes=2, max_concurrent=1)
+    world.ticks(3)
+
+    assert world.told(R1)[0] == "It waits: as many runs train as resources.max_concurrent allows."
+
+
+def test_nothing_counts_against_the_limit_that_trains_nothing_and_gets_nothing() -> None:
+    notes = [
+        slot("a", Standing.DRAINED),
+        slot("b", Standing.BARRED),
+        slot("c", Standing.SILENT),
+        slot("d"),
+        replace(slot("e", Standing.DRAINED), run_id=R0),
+    ]
+
+    assert unused(notes) == {"a/0", "b/0"}
 
 
 def test_a_damaged_log_is_the_reason() -> None:
