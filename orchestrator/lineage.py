@@ -1,13 +1,17 @@
-"""The processes that descend from one that we started, remembered also when their parents are gone.
+"""Who descends from whom: ends a process with its parent, and a cluster with all that ever belonged to it.
 
 A cluster's host that is killed leaves its processes to nobody. Whoever started it may end them, and only
 them: a process is known by its pid and by when it began, so a pid that was given out again is left alone.
 """
 
 import contextlib
+import os
 import time
+from typing import NoReturn
 
 import psutil
+
+ORPHAN_CHECK_S = 0.5
 
 
 class Lineage:
@@ -55,6 +59,16 @@ class Lineage:
                 )  # one that is dead and not yet reaped has ended: that is its new parent's affair
             killed.update(doomed)
         return len(killed)
+
+
+def end_with_parent(parent_pid: int) -> NoReturn:
+    """End this process, at once and whatever it does, when ``parent_pid`` is not its parent any more.
+
+    Pipes close by that, so the training processes that an agent holds are killed too.
+    """
+    while os.getppid() == parent_pid:
+        time.sleep(ORPHAN_CHECK_S)
+    os._exit(1)
 
 
 def _lives(process: psutil.Process) -> bool:

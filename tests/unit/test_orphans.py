@@ -64,6 +64,33 @@ def gone(pid: int) -> bool:
         return True
 
 
+RAYLET = """
+import subprocess, sys, time
+agent = subprocess.Popen([sys.executable, "-c", *sys.argv[1:]])
+print(agent.pid, flush=True)
+time.sleep(600)
+"""
+AGENT = """
+import os, threading
+from orchestrator.lineage import end_with_parent
+threading.Thread(target=end_with_parent, args=(os.getppid(),)).start()
+"""
+
+
+def test_an_agent_whose_raylet_is_killed_ends_by_itself_with_its_trainers() -> None:
+    command = [sys.executable, "-c", RAYLET, AGENT + SUPERVISOR, TRAINER.format(then=SLEEPS)]
+    raylet = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    assert raylet.stdout is not None
+    with raylet:
+        pids = [int(raylet.stdout.readline()) for _ in range(3)]
+        assert not any(map(gone, pids))
+
+        raylet.kill()
+
+        for pid in pids:
+            wait_until(lambda pid=pid: gone(pid), f"{pid} is gone")  # type: ignore[misc]
+
+
 @pytest.mark.parametrize(
     ("then", "frozen"),
     [
