@@ -93,7 +93,7 @@ MOMENTS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(moments=MOMENTS, commit_every=st.integers(1, 12))
 def test_no_attempt_is_replaced_while_it_is_alive_and_no_two_ever_count(
     moments: list[tuple[str, int]], commit_every: int
