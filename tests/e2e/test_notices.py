@@ -21,7 +21,7 @@ from trainer.rundir import EXIT_PREEMPTED
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-STEPS = 100
+STEPS = 60
 LEFT_S = 60
 """What the notice says; the node is killed once its run goes on elsewhere."""
 
