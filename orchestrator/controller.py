@@ -169,6 +169,7 @@ class Controller:
             raise Fenced(f"{run_id} is not a run of sweep {self._sweep.name}")
         if refresh:
             with run.lock:
+                run.quiet = False
                 run.log.refresh()
         return run.state
 
@@ -264,11 +265,12 @@ class Controller:
         now = self._monotonic()
         due = self._due(slots, now)
         read = self._read(due)
-        for run_id, run in self._runs.items():
-            if run_id in read or (not run.quiet and run_id not in due and self._free(run, now)):
+        for run in self._awake():
+            run_id = run.plan.run_id
+            if run_id in read or (run_id not in due and self._free(run, now)):
                 self._try(run, partial(self._follow, run, slots, now))
         self._sweep_orphans(now)
-        if any(run.state.finished is None for run in self._runs.values()):
+        if any(run.quiet or run.state.finished is None for run in self._runs.values()):
             self._drains.tend(now)
         self._dismiss_ghosts(slots)
         self._launch(slots)
@@ -290,16 +292,22 @@ class Controller:
 
         In an order that does not depend on how strings hash: what a simulation did, it must do again.
         """
-        open_runs = [(run_id, run) for run_id, run in self._runs.items() if self._free(run, now)]
-        running = sum(run.state.running is not None for _, run in open_runs)
+        awake = [run for run in self._awake() if self._free(run, now)]
+        quiet = [run for run in self._runs.values() if run.quiet and not run.tidy]
+        running = sum(run.state.running is not None for run in awake)
         every_s = max(REFRESH_S, running / LOOKS_PER_S)
-        idle_every_s = max(IDLE_REFRESH_S, (len(open_runs) - running) / IDLE_LOOKS_PER_S)
-        due, looks = dict[str, None](), []
-        for run_id, run in open_runs:
+        idle_every_s = max(IDLE_REFRESH_S, (len(awake) + len(quiet) - running) / IDLE_LOOKS_PER_S)
+        looks = [
+            (run.read_at, run.plan.run_id)
+            for run in quiet
+            if now - run.read_at >= idle_every_s and self._free(run, now)
+        ]
+        due = dict[str, None]()
+        for run in awake:
             if run.problem or self._event(run, slots):
-                due[run_id] = None
+                due[run.plan.run_id] = None
             elif now - run.read_at >= self._every_s(run, slots, every_s, idle_every_s):
-                looks.append((run.read_at, run_id))
+                looks.append((run.read_at, run.plan.run_id))
         return due | dict.fromkeys(run_id for _, run_id in sorted(looks)[:LOOKS_AT_ONCE])
 
     def _every_s(self, run: TrackedRun, slots: dict[str, Slot], running_s: float, idle_s: float) -> float:
@@ -308,6 +316,11 @@ class Controller:
             return idle_s
         slot = slots.get(run.state.running.claimed.slot)
         return REFRESH_S if slot and slot.health is Health.UNKNOWN else running_s
+
+    def _awake(self) -> list[TrackedRun]:
+        """The runs about which there may be something to do. All others cost a tick no more than this loop:
+        there may be very many."""
+        return [run for run in self._runs.values() if not run.quiet and not run.tidy]
 
     def _free(self, run: TrackedRun, now: float) -> bool:
         """Whether there may be something to do about the run, and nobody is at it."""
@@ -427,7 +440,7 @@ class Controller:
         self._last_notes = notes
         if not free or not self._drains.known:
             return
-        queued = self._queued()
+        queued = self._queued(untried=len(free))
         placed = assign(queued, free, self._monotonic(), room=self._room())
         placements = {placement.run_id: placement for placement in placed}
         read = self._read(placements)
@@ -441,12 +454,12 @@ class Controller:
         limit = self._sweep.resources.max_concurrent
         if limit is None:
             return None
-        running = sum(run.state.running is not None and not run.damage for run in self._runs.values())
+        running = sum(run.state.running is not None and not run.damage for run in self._awake())
         return max(0, limit - running)
 
     def _notes(self, slots: dict[str, Slot]) -> tuple[SlotNote, ...]:
         """What is thought of each slot, and why."""
-        taken = claims({run_id: run.state for run_id, run in self._runs.items() if not run.damage})
+        taken = claims({run.plan.run_id: run.state for run in self._awake() if not run.damage})
         self._judge(slots)
         there = [(slot.slot, slot.node) for slot in slots.values() if slot.health is not Health.GONE]
         ill = barred(there, taken, self._ill, self._monotonic())
@@ -465,17 +478,29 @@ class Controller:
                 logger.warning("%s is quarantined for %.0f s: %s", node, repute.until - now, repute.because)
         self._ill = ill
 
-    def _queued(self) -> list[QueuedRun]:
-        """The runs that may be placed, once they are due."""
-        return [
-            queued_run(run.plan.run_id, run.plan.index, run.state, self._not_before(run))
-            for run in self._runs.values()
-            if phase(run.state) is Phase.QUEUED
+    def _queued(self, *, untried: int | None = None) -> list[QueuedRun]:
+        """The runs that may be placed, once they are due.
+
+        Args:
+            untried: Of those that never had an attempt the first so many will do: one is as good as another.
+        """
+        queued = []
+        for run in self._runs.values():
+            if run.tidy or (untried == 0 and not run.state.attempts) or not self._may_be_placed(run):
+                continue
+            if untried is not None and not run.state.attempts:
+                untried -= 1
+            queued.append(queued_run(run.plan.run_id, run.plan.index, run.state, self._not_before(run)))
+        return queued
+
+    def _may_be_placed(self, run: TrackedRun) -> bool:
+        return (
+            phase(run.state) is Phase.QUEUED
             and not run.state.cancel_requested
             and run.state.result is None
             and run.problem is None  # its state may be anything, and another run can use the slot
             and not self._readers.busy(run.plan.run_id)
-        ]
+        )
 
     def _not_before(self, run: TrackedRun) -> float:
         """When the run may be launched again. Of its last attempt's end only the age is believed, and only
@@ -514,8 +539,8 @@ class Controller:
         """Delete what runs that are over have left behind; nothing is appended, so all at once."""
         self._readers.do(
             {
-                run_id: partial(self._sweep_one, run, now)
-                for run_id, run in self._runs.items()
+                run.plan.run_id: partial(self._sweep_one, run, now)
+                for run in self._awake()
                 if run.state.finished and self._free(run, now) and run.problem is None
             }
         )
@@ -564,5 +589,5 @@ class Controller:
         if problem != run.problem:  # told once: the store may be away for hours
             foreign = None if isinstance(error, StorageError) else error
             logger.warning("%s: %s; trying again", run.plan.run_id, problem, exc_info=foreign)
-        run.problem = problem
+        run.problem, run.quiet = problem, False
         run.retry_at = self._monotonic() + (IDLE_REFRESH_S if run.damage else RETRY_S)
