@@ -19,6 +19,10 @@ LONGEST_PAUSE_S = 30.0
 STEADY_S = 120.0
 """A child that worked for so long begins a new count of failures when it ends."""
 
+EXIT_PREFLIGHT = 3
+PREFLIGHT_FAILURES = 4
+"""Workers that have yet to join a new head are waited for in short pauses: runs could be training."""
+
 HEAD_SUSPECT = 3
 """After so many failures in a row the head is started anew, if it is ours: it may answer and do nothing."""
 
@@ -55,4 +59,5 @@ def failed(tries: Tries, code: int | None, lasted_s: float) -> Tries:
     # No controller answers, or Ray ended the child. Not the store, and not workers that have yet to join: a
     # new head would end what trains, and help with neither.
     suspicious = code is not None and (code == 1 or code < 0)
-    return Tries(failures=tries.failures + 1, suspicious=tries.suspicious + suspicious)
+    more = code != EXIT_PREFLIGHT or tries.failures < PREFLIGHT_FAILURES
+    return Tries(failures=tries.failures + more, suspicious=tries.suspicious + suspicious)
