@@ -98,11 +98,11 @@ def attributed(code: int, evidence: Evidence, error: str = "") -> EndReason:
 def plausible(evidence: Evidence) -> Evidence:
     """What a node reported, made such that a record can hold it: it may say anything."""
     size = evidence.memory_bytes
-    return replace(
-        evidence,
-        error_type=evidence.error_type[:100].encode(errors="replace").decode(),
-        memory_bytes=size if size is not None and 0 <= size < 2**63 else None,
-    )
+    error_type = evidence.error_type[:100].encode(errors="replace").decode()
+    memory_bytes = size if size is not None and 0 <= size < 2**63 else None
+    if (error_type, memory_bytes) == (evidence.error_type, size):
+        return evidence
+    return replace(evidence, error_type=error_type, memory_bytes=memory_bytes)
 
 
 def by_exception(error_type: str, message: str) -> EndReason | None:
