@@ -16,7 +16,7 @@ MINUTES ?= 10
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help wheel venv demo test check format e2e schedules race gpu netns storm bench-newest bench-recovery bench-stall bench-steps bench-storage lock clean
+.PHONY: help wheel venv demo test check format e2e schedules simulate race gpu netns storm bench-control bench-newest bench-recovery bench-stall bench-steps bench-storage lock clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [ARGS='...'] [PYTHON=python3.12]"
@@ -64,6 +64,9 @@ e2e: $(READY) ## minutes on real Ray with real kills; the last line is one JSON 
 schedules: $(READY) ## N random histories of a run from SEED on; the last line is one JSON object
 	@PYTHONPATH=tests $(BIN)/python -m proof.schedules -n $(N) --seed $(SEED) $(ARGS)
 
+simulate: $(READY) ## N random histories of a sweep from SEED on; the last line is one JSON object
+	@PYTHONPATH=tests $(BIN)/python -m proof.control -n $(N) --seed $(SEED) $(ARGS)
+
 race: $(READY) ## eight writers for SECONDS on each real store; the last line is one JSON object
 	@PYTHONPATH=tests $(BIN)/python -m proof.race --seconds $(SECONDS) $(ARGS)
 
@@ -75,6 +78,9 @@ netns: $(READY) ## real faults on network namespaces, a row each; needs root; th
 
 storm: $(READY) ## random faults on namespaces over a sweep for MINUTES, from SEED on; needs root
 	@PYTHONPATH=tests $(BIN)/python -m proof.storm --seed $(SEED) --minutes $(MINUTES) $(ARGS)
+
+bench-control: $(READY) ## ticks of the controller over 1,000 to 100,000 runs on 1,000 slots
+	@$(BIN)/python benchmarks/control.py $(ARGS)
 
 bench-newest: $(READY) ## starting from a snapshot of long logs and many runs, beside reading them
 	@$(BIN)/python benchmarks/newest.py $(ARGS)
