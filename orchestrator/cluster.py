@@ -83,6 +83,8 @@ class Slot:
     """Since it was last heard of."""
     node_lost: bool = False
     """GONE together with its node, not alone."""
+    out_of_memory: bool = False
+    """GONE, because it was ended for its node's want of memory."""
     preempted: bool = False
     """GONE, and its node was known to be about to be taken away."""
     notice: Notice | None = None

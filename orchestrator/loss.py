@@ -32,6 +32,8 @@ def loss(
             return EndReason.SPOT_NOTICE, "spot notice from Ray"
         if slot.node_lost:
             return EndReason.NODE_LOST, f"{slot.node} was lost without notice"
+        if slot.out_of_memory:
+            return EndReason.OOM_HOST, f"{slot.node} ran out of memory, and Ray ended the agent for that"
         return EndReason.AGENT_LOST, f"the agent on {slot.node} died"
     if slot.health is Health.UNKNOWN:
         if notice and notice.overdue and silent_s > min(OVERDUE_SILENCE_S, limit_s):

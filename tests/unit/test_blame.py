@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from support.runs import claimed, committed
 
 from orchestrator.blame import REPEATABLE, advised, proof
-from orchestrator.lifecycle import Exited, Policy, advance, phase
+from orchestrator.cluster import Health, Slot
+from orchestrator.lifecycle import Exited, Lost, Policy, advance, phase
+from orchestrator.loss import loss
 from storage.records import Ended, EndReason, Finished, Outcome, Record
 from storage.run_state import FREE_ENDS, RunState, apply, refusal
 from trainer.evidence import ADVICE, Evidence
@@ -185,3 +187,21 @@ def test_a_free_end_is_never_proof_and_one_end_alone_is_neither(
         assert proof(state, ended, {"n1", "n2"}) is None
         state = apply(state, ended)
     assert phase(state) == "QUEUED"
+
+
+def test_an_agent_that_ray_ended_for_want_of_memory_is_no_preemption() -> None:
+    """Its run may be what takes the memory: tried for ever, it would end one agent after the other."""
+    slot = Slot(slot="n1/0", node="n1", up_since=0.0, health=Health.GONE, out_of_memory=True)
+
+    ended_by_ray = loss(slot, 0.0, 90.0)
+    assert ended_by_ray is not None
+    assert ended_by_ray[0] is EndReason.OOM_HOST
+
+    state, attempts = RunState(), 0
+    while not state.finished:
+        attempts += 1
+        state = apply(state, claimed(attempts, node=f"n{attempts}"))
+        lost = Lost(at=NOW, attempt=attempts, reason=ended_by_ray[0], detail=ended_by_ray[1], step=attempts)
+        state = reduce(apply, advance(state, lost, POLICY), state)
+    assert attempts == 2
+    assert ADVICE[EndReason.OOM_HOST] in state.finished.detail
