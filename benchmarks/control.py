@@ -8,7 +8,8 @@ the next run, and every 20 s a node of eight slots is lost and another comes. ``
 would be asked. Then a new controller starts over the same logs: from the sweep's snapshot, and without any.
 
 Each size is measured in a process of its own. ``rss_mb`` is all of it, the logs in memory too; ``heap_mb`` is
-by how much it grew from before the controller was made.
+by how much it grew from before the controller was made. A machine that does other work too makes ticks longer
+than what they use of the processor, which is told beside them.
 """
 
 import argparse
@@ -240,16 +241,18 @@ def measure(runs: int, slots: int, ticks: int) -> dict[str, Any]:
     before_mb = process.memory_info().rss / 2**20
     controller = Controller(sweep, store, cluster, cluster.clock, Term(store, sweep.name))
     launched_s = _timed(controller)
+    gc.collect()
+    gc.freeze()  # as the controller's actor does
     running = sum(state.running is not None for state in controller.states.values())
     if running != min(runs, slots):
         raise BenchmarkFailed(f"{running} runs are running on {slots} slots")
-    taken, cpu_s, requests = list[float](), 0.0, 0
+    taken, used, requests = list[float](), list[float](), 0
     for _ in range(ticks):
         cluster.advance()
         asked, cpu, began = store.requests, time.process_time(), time.perf_counter()
         controller.tick()
         taken.append(time.perf_counter() - began)
-        cpu_s += time.process_time() - cpu
+        used.append(time.process_time() - cpu)
         requests += store.requests - asked
     gc.collect()
     rss_mb = process.memory_info().rss / 2**20
@@ -259,7 +262,9 @@ def measure(runs: int, slots: int, ticks: int) -> dict[str, Any]:
         "tick_p50_ms": _ms(statistics.median(taken)),
         "tick_p99_ms": _ms(statistics.quantiles(taken, n=100)[98]),
         "tick_max_ms": _ms(max(taken)),
-        "cores": round(cpu_s / ticks, 3),
+        "tick_cpu_p50_ms": _ms(statistics.median(used)),
+        "tick_cpu_p99_ms": _ms(statistics.quantiles(used, n=100)[98]),
+        "cores": round(statistics.fmean(used), 3),
         "requests_per_tick": round(requests / ticks, 1),
         "rss_mb": round(rss_mb),
         "heap_mb": round(rss_mb - before_mb),
@@ -320,7 +325,7 @@ def main() -> None:
     sizes = [in_a_process(size, options.slots, options.ticks) for size in options.sizes]
     show(
         f"The controller on {options.slots} slots, one tick a second",
-        ("runs", "p50 ms", "p99 ms", "max ms", "cores", "MB", "requests", "restart s", "from logs s"),
+        ("runs", "p50 ms", "p99 ms", "of it CPU", "cores", "MB", "requests", "restart s", "from logs s"),
         [_row(figures) for figures in sizes],
     )
     judge(sizes)
@@ -342,7 +347,7 @@ def _row(figures: dict[str, Any]) -> tuple[str, ...]:
         f"{figures['runs']:,}",
         f"{figures['tick_p50_ms']:.1f}",
         f"{figures['tick_p99_ms']:.1f}",
-        f"{figures['tick_max_ms']:.1f}",
+        f"{figures['tick_cpu_p99_ms']:.1f}",
         f"{figures['cores']:.2f}",
         str(figures["rss_mb"]),
         f"{figures['requests_per_tick']:.1f}",

@@ -154,6 +154,11 @@ class Controller:
         return all(run.tidy or run.damage for run in self._runs.values())
 
     @property
+    def begun(self) -> bool:
+        """What the logs say is known."""
+        return self._begun
+
+    @property
     def damaged(self) -> dict[str, str]:
         """Runs that nobody can go on with, and why."""
         return {run_id: run.damage for run_id, run in self._runs.items() if run.damage}
