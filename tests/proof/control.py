@@ -67,14 +67,20 @@ class Weather:
     """Of a second passing while a controller waits for one call."""
 
     @property
-    def harmless(self) -> bool:
-        """Nothing happens that should end an attempt: controllers may die as they like."""
-        return not (self.store or self.cluster or self.messages or self.second or self.cancels)
+    def most_attempts(self) -> int | None:
+        """What a run may need if nothing happens that should end an attempt.
+
+        Controllers may die as they like; one that takes over on another cluster begins each run once more.
+        """
+        harmful = self.store or self.cluster or self.messages or self.hangs or self.cancels
+        return None if harmful else 1 + (self.second > 0)
 
 
 def weather(chance: random.Random) -> Weather:
-    if chance.random() < 0.1:
-        return Weather(deaths=chance.choice((0.0, 0.01, 0.05)), pace=0.02)
+    if chance.random() < 0.15:
+        return Weather(
+            deaths=chance.choice((0.0, 0.01, 0.05)), second=chance.choice((0.0, 0.0, 1.0)), pace=0.02
+        )
     return Weather(
         store=chance.choice((0.0, 0.0, 0.03, 0.1, 0.25)),
         cluster=chance.choice((0.0, 0.05, 0.2, 0.4)),
@@ -143,7 +149,7 @@ def play(seed: int, *, record: bool = False) -> Verdict:
             interleaving.spawn("person", lambda seat: cancel(world, seat))
         interleaving.run()
         found = list(interleaving.problems) or settle(world)
-    found = found or judge(world.sweep, interleaving.inner, world.clusters, harmless=drawn.harmless)
+    found = found or judge(world.sweep, interleaving.inner, world.clusters, most_attempts=drawn.most_attempts)
     return Verdict(seed, found, interleaving.history)
 
 
@@ -153,7 +159,11 @@ def sweep_of(chance: random.Random) -> Sweep:
         max_steps=chance.choice((2, 3, 5)),
         checkpoint=Checkpoint(keep_last=chance.choice((1, 1, 2)), grace_s=chance.choice((0.0, 0.0, 4.0))),
         recovery=Recovery(
-            backoff_s=1.0, max_backoff_s=4.0, silence_s=chance.choice((4.0, 8.0)), stop_grace_s=2.0
+            max_failures=chance.choice((1, 3)),
+            backoff_s=1.0,
+            max_backoff_s=4.0,
+            silence_s=chance.choice((4.0, 8.0)),
+            stop_grace_s=2.0,
         ),
     )
 
@@ -319,14 +329,19 @@ class Window:
         self._cluster = cluster
         self._began = world.now
         self._heard: dict[str, tuple[float, Slot]] = {}
-        self._first: set[str] | None = None
+        self._dead_before: set[str] | None = None
 
     def observe(self) -> tuple[Slot, ...]:
         self._world.interleaving.pause()
         there = self._cluster.observe()
-        if self._first is None:  # of an agent that is dead already no successor ever hears
-            self._first = {slot.slot for slot in there if slot.health is Health.GONE}
-        return tuple(self._seen(slot) for slot in there if slot.slot not in self._first)
+        if self._dead_before is None:  # of an agent that is dead already no successor ever hears
+            self._dead_before = {slot.slot for slot in there if slot.health is Health.GONE}
+            return tuple(self._unheard(slot) for slot in there if slot.health is not Health.GONE)
+        return tuple(self._seen(slot) for slot in there if slot.slot not in self._dead_before)
+
+    def _unheard(self, slot: Slot) -> Slot:
+        """An agent that was there before this controller, and has not said a word to it yet."""
+        return replace(slot, health=Health.UNKNOWN, work=None, silent_s=0.0)
 
     def _seen(self, slot: Slot) -> Slot:
         now = self._world.now

@@ -13,6 +13,7 @@ from support.invariants import leftovers, violations
 
 from orchestrator.sweep import PlannedRun, Sweep
 from storage import layout
+from storage.errors import NotFound
 from storage.log import run_log
 from storage.object_store import ObjectStore
 from storage.records import (
@@ -28,12 +29,16 @@ from storage.run_state import RunState
 
 
 def judge(
-    sweep: Sweep, store: ObjectStore, clusters: Sequence[FakeCluster], *, harmless: bool = False
+    sweep: Sweep,
+    store: ObjectStore,
+    clusters: Sequence[FakeCluster],
+    *,
+    most_attempts: int | None = None,
 ) -> list[str]:
     """Return a sentence for each thing that must hold and does not.
 
     Args:
-        harmless: Nothing happened that should have cost an attempt.
+        most_attempts: What a run may have needed; None: any number.
     """
     blamed = {attempt for cluster in clusters for attempt in cluster.blamed}
     lost_agents = {slot for cluster in clusters for slot in cluster.lost_agents}
@@ -58,8 +63,8 @@ def judge(
             (run.run_id, attempt.number) in blamed or attempt.claimed.slot in lost_agents
             for attempt in state.attempts
         )
-        if harmless and state.attempt != 1:
-            found.append(f"{run.run_id}: took {state.attempt} attempts, and nothing had happened to it")
+        if most_attempts is not None and state.attempt > most_attempts:
+            found.append(f"{run.run_id}: took {state.attempt} attempts instead of {most_attempts}")
         found += violations(store, run.run_id)
         found += _result(run, state, records, store, may_fail=own_faults >= sweep.recovery.max_failures)
         found += _kept(run, records, acknowledged)
@@ -79,7 +84,10 @@ def _result(
     if outcome is Outcome.SUCCEEDED:
         if state.result is None:
             return [f"{run.run_id}: succeeded without a result"]
-        final = store.get(layout.committed_file(run.run_id, state.result, FILE))
+        try:
+            final = store.get(layout.committed_file(run.run_id, state.result, FILE))
+        except NotFound as error:
+            return [f"{run.run_id}: its result is not there: {error}"]
         if final != weights_at(run.run_id, run.spec.base.max_train_steps):
             return [f"{run.run_id}: its result was trained from other bytes than its own"]
     elif state.result is not None:

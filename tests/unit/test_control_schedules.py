@@ -8,13 +8,16 @@ from proof.control import play
 from support.runs import claimed, committed
 
 from orchestrator.appending import append_decided
+from orchestrator.cluster import Slot
+from orchestrator.controller import Controller
 from orchestrator.lifecycle import CancelAsked, Policy, advance
+from orchestrator.loss import loss
 from storage.log import run_log
 from storage.memory import MemoryStore
-from storage.records import CancelRequested
+from storage.records import CancelRequested, EndReason
 
 SCHEDULES = 300
-ENOUGH = 400
+ENOUGH = 3000
 """A wrong controller is found out within so many schedules."""
 
 
@@ -33,12 +36,25 @@ def test_a_seed_is_one_history() -> None:
         assert told(seed) == told(seed)
 
 
-def test_a_controller_that_lets_the_silent_train_on_beside_their_successors_is_found_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_log_that_fences_nobody_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("storage.run_state._refuse_attempt", lambda state, attempt: None)
 
     assert any(play(seed).violations for seed in range(ENOUGH))
+
+
+def test_a_controller_that_does_not_repeat_lost_orders_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Controller, "_steer", lambda *_: None)
+
+    assert any("does not end" in line for seed in range(ENOUGH) for line in play(seed).violations)
+
+
+def test_a_controller_that_takes_silence_for_death_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def at_once(slot: Slot, silent_s: float, limit_s: float, **how: bool) -> tuple[EndReason, str] | None:
+        return loss(slot, 1e9, 0.0, **how)
+
+    monkeypatch.setattr("orchestrator.controller.loss", at_once)
+
+    assert any("instead of 1" in line for seed in range(ENOUGH) for line in play(seed).violations)
 
 
 def test_what_was_decided_together_is_not_appended_once_somebody_else_came_between() -> None:
