@@ -24,6 +24,9 @@ from typing import Any
 
 from . import detection
 
+JOB = "_ray_internal_job_actor_"
+"""How Ray names the actor that watches over a submitted job."""
+
 IDLE_S = 60.0
 """The host ends after this long without a controller."""
 
@@ -275,6 +278,7 @@ class _Host:
         if "RAY_AUTH_MODE" not in os.environ:
             _make_token(folder / "ray-token")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # as in ``connect``, for Ray's jobs
         authenticate(folder)
         from ray.cluster_utils import Cluster
 
@@ -351,7 +355,8 @@ class _Host:
             names = ray.util.list_named_actors(all_namespaces=True)
         except ray.exceptions.RayError:
             return False
-        return any(str(actor["name"]).endswith("/controller") for actor in names)
+        # A job that was submitted here may be about to start one.
+        return any(str(a["name"]).endswith("/controller") or str(a["name"]).startswith(JOB) for a in names)
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
         self._stopping = True
