@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from support import light_trainer
+from support.gate import Gate
 from support.runs import claimed, committed, ended, incarnation
 from support.tiny_world import tiny_spec
 from support.training import contents, lay_out, newest
@@ -50,6 +51,9 @@ from trainer.rundir import (
 from trainer.stop import Stop
 from trainer.supervisor import Assignment, Progress, Supervisor
 from trainer.training_process import TrainingProcess
+
+# diffusers' schedulers hand torch tensors to numpy in the old way.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 RUN = "cat-r16"
 DEADLINE_S = 90.0
@@ -157,24 +161,13 @@ def supervise(tmp_path: Path) -> Iterator[Supervise]:
 LIGHT_SPEC = RunSpec(base=Base(model="owner/model"), dataset=Dataset(path="/data"))
 
 
-@pytest.fixture(scope="module")
-def spec(world: Path) -> RunSpec:
-    base = {"max_train_steps": 12, "lr_warmup_steps": 0}
-    return tiny_spec(world / "base", world / "images", base=base)
-
-
-@pytest.fixture(scope="module")
-def straight(world: Path, spec: RunSpec, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The final checkpoint of the run, trained in this process without any interruption."""
-    run_dir = lay_out(tmp_path_factory.mktemp("straight") / "run", spec, cache=world / "cache")
-    assert run_attempt(run_dir, Stop()) == EXIT_COMPLETE
-    return contents(newest(run_dir))
-
-
 def test_killed_then_stopped_then_resumed_past_a_damaged_checkpoint_equals_never_interrupted(
-    world: Path, spec: RunSpec, straight: dict[str, bytes], supervise: Supervise, tmp_path: Path
+    world: Path, supervise: Supervise, tmp_path: Path
 ) -> None:
     """The life of a run in three attempts, each in a process of its own, over a store in a folder."""
+    gate = Gate(tmp_path)  # the run ends when the third is at work, however late that is
+    base = {"max_train_steps": 12, "lr_warmup_steps": 0}
+    spec = tiny_spec(world / "base", world / "images", base=base, **gate.blocks)
     store = DirectoryStore(tmp_path / "store")
     processes = [TrainingProcess() for _ in range(3)]  # the later ones are warm when their turn comes
 
@@ -191,7 +184,7 @@ def test_killed_then_stopped_then_resumed_past_a_damaged_checkpoint_equals_never
     run_log(store, RUN).append(ended(1, EndReason.KILLED))
 
     second = attempt(2)
-    wait_until(lambda: state(store).committed_step >= kept + 2, "two more steps are committed")
+    wait_until(lambda: state(store).committed_step >= min(kept + 2, 12), "two more steps are committed")
     second.supervisor.stop(grace_s=60.0)
     stopped = second.end()
     assert (stopped.exit_code, stopped.resumed_from, stopped.error) == (EXIT_PREEMPTED, kept, "")
@@ -205,13 +198,16 @@ def test_killed_then_stopped_then_resumed_past_a_damaged_checkpoint_equals_never
     body[-1] ^= 1
     store.put(key, bytes(body))
 
+    gate.open()
     completed = attempt(3).end()
     assert (completed.exit_code, completed.resumed_from) == (EXIT_COMPLETE, before_it.step)
     assert [r.checkpoint for r in records(store) if isinstance(r, Quarantined)] == [damaged.ref]
     over = state(store)
     assert over.result is not None
     fetched = CheckpointStore(store, RUN, run_log(store, RUN)).fetch(over.result, tmp_path / "step-000000012")
-    assert contents(fetched) == straight
+    straight = lay_out(tmp_path / "straight", spec, cache=world / "cache")
+    assert run_attempt(straight, Stop()) == EXIT_COMPLETE
+    assert contents(fetched) == contents(newest(straight))
 
     starts = [r for r in records(store) if isinstance(r, Started)]
     assert [(s.attempt, s.step) for s in starts] == [(1, 0), (2, kept), (3, before_it.step)]
