@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import ray
@@ -28,22 +28,24 @@ from storage.snapshots import hinted_log
 from storage.url import open_store
 from trainer.config import RunSpec
 from trainer.patience import one_line, patiently
-from trainer.rundir import EXIT_PREEMPTED, EXIT_STORE_UNREACHABLE, Options
+from trainer.rundir import EXIT_COMPLETE, EXIT_PREEMPTED, EXIT_STORE_UNREACHABLE, EXIT_UNFIT, Options
 from trainer.supervisor import Assignment, Progress, Supervisor
-from trainer.training_process import TrainingProcess
 
 from .appending import ArbitratedLedger
+from .canary import Canary, look, unfit
 from .cluster import Order, Work
 from .grid_schema import Notices
+from .lineage import end_with_parent
 from .metrics import AgentMetrics
 from .notices.notice import Notice
 from .notices.sources import source_of
 from .notices.watcher import NoticeWatcher
 from .scratch import own_scratch
+from .spare import WarmSpare
 from .submission import read_spec
 
 NAMESPACE = "orchestrate"
-ORPHAN_CHECK_S = 0.5
+TEND_S = 1.0
 _HARMLESS = frozenset({"AWS_CA_BUNDLE", "AWS_EC2_METADATA_DISABLED"})
 
 
@@ -62,6 +64,10 @@ class AgentSetup:
     """This agent holds no credentials: it reads and writes by what the controller grants."""
     notices: Notices = field(default_factory=Notices)
     """Who tells this node of its end."""
+    check_gpu: bool = False
+    """A run has a GPU for itself: it is tried before the first run gets it."""
+    checkpoint_bytes: int = 0
+    """The size of the largest checkpoint that the sweep has made so far."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +80,8 @@ class Report:
     up_since: float
     notice: Notice | None = None
     """What the node was told of its own end."""
+    unfit: str = ""
+    """Why nothing can be trained here now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,9 +92,13 @@ class _Asked:
     notice: Notice | None = None
 
 
-def attempt_name(sweep: str, order: Order) -> str:
+class _Unfit(Exception):
+    """Nothing can be trained on this node now."""
+
+
+def attempt_name(sweep: str, of: Order | Work) -> str:
     """What an attempt is called wherever Ray shows it."""
-    return f"lora/{sweep}/{order.run_id}#a{order.attempt}"
+    return f"lora/{sweep}/{of.run_id}#a{of.attempt}"
 
 
 class Agent:
@@ -105,18 +117,22 @@ class Agent:
         self._version = 0
         self._supervisor: Supervisor | None = None
         self._final: Progress | None = None
-        self._spare: TrainingProcess | None = None
+        self._spare = WarmSpare(self._scratch, check_gpu=setup.check_gpu)
         self._metrics = AgentMetrics(setup.sweep)
         self._training: Order | None = None
         """The last order that was seen to make its first step."""
         self._orders: list[Order] = []
+        self._closed = False
         self._asked: _Asked | None = None
         self._notices = NoticeWatcher(source_of(setup.notices), self._on_notice)
+        self._canary = Canary(self._ask_canary, self._on_fitness)
         # One thread starts every process: a training process dies with the pipe we hold, not with a thread,
         # but an orderly hand-over from spare to run needs a single owner.
         threading.Thread(target=self._serve, name="serve", daemon=True).start()
-        threading.Thread(target=self._watch_raylet, args=(os.getppid(),), name="raylet", daemon=True).start()
+        # A worker of a killed raylet may run on, and would train unseen.
+        threading.Thread(target=end_with_parent, args=(os.getppid(),), name="raylet", daemon=True).start()
         self._notices.start()
+        self._canary.start()
 
     def __repr__(self) -> str:
         # Ray's Actors page asks once, when there is no order yet.
@@ -150,24 +166,28 @@ class Agent:
                 node_id=self._node_id,
                 up_since=self._up_since,
                 notice=self._notices.notice,
+                unfit=self._unfit,
             )
 
     def close(self) -> None:
         """End whatever runs; the actor itself is killed by its cluster afterwards."""
         with self._changed:
+            self._closed = True
             supervisor = self._supervisor
         if supervisor:
             supervisor.stop(0.0)
-        if self._spare:
-            self._spare.kill()
+        self._spare.kill()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _serve(self) -> None:
         try:
-            self._spare = TrainingProcess()
+            self._spare.renew()
             while True:
+                while not self._ordered():
+                    if self._closed:
+                        return
+                    self._tend_spare()
                 with self._changed:
-                    self._changed.wait_for(lambda: bool(self._orders))
                     order = self._orders.pop(0)
                     self._order, self._final, self._supervisor, self._asked = order, None, None, None
                     self._bump()
@@ -180,6 +200,8 @@ class Agent:
     def _train(self, order: Order) -> None:
         self._metrics.attempt_started()
         try:
+            if self._unfit:
+                raise _Unfit(self._unfit)
             store, ledger = self._access(order)
             spec = patiently(lambda: read_spec(store, order.run_id), threading.Event())
             supervisor = self._supervise(order, spec, store, ledger)
@@ -187,6 +209,10 @@ class Agent:
                 self._supervisor = supervisor
             self._obey_notice()  # which may have come while the order was on its way
             final = supervisor.run()
+            if final.exit_code == EXIT_UNFIT:
+                final = replace(final, error=one_line(self._spare.read()))
+        except _Unfit as error:  # the order was on its way when that was found
+            final = Progress(exit_code=EXIT_UNFIT, error=one_line(str(error)))
         except (Unavailable, AccessDenied) as error:
             said = one_line(f"{type(error).__name__}: {error}")
             final = Progress(exit_code=EXIT_STORE_UNREACHABLE, error=said)
@@ -197,7 +223,10 @@ class Agent:
         if final.superseded:
             self._metrics.fenced()
         self._say(f"ends with code {final.exit_code} at step {final.step} {final.error}".rstrip())
-        self._spare = TrainingProcess()  # imports while the controller decides what comes next
+        if final.exit_code not in (EXIT_COMPLETE, EXIT_PREEMPTED):
+            self._canary.again()
+        if final.exit_code != EXIT_UNFIT:
+            self._spare.renew()  # imports while the controller decides what comes next
         with self._changed:
             self._final = final
             self._bump()
@@ -207,7 +236,6 @@ class Agent:
         print(f":actor_name:{self!r}\n{self!r} {what}", flush=True)
 
     def _supervise(self, order: Order, spec: RunSpec, store: ObjectStore, ledger: Ledger) -> Supervisor:
-        spare = self._spare if self._spare and self._spare.exit_code is None else None
         return Supervisor(
             store,
             Assignment(run_id=order.run_id, attempt=order.attempt, incarnation=order.incarnation),
@@ -215,10 +243,31 @@ class Agent:
             self._setup.options,
             scratch=self._scratch,
             ledger=ledger,
-            process=spare,
+            process=self._spare.take(),
             on_change=self._on_progress,
             find=store.find if isinstance(store, ScopedStore) else None,
         )
+
+    def _ordered(self) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: bool(self._orders), timeout=TEND_S)
+
+    def _tend_spare(self) -> None:
+        before = self._unfit
+        self._spare.tend(time.monotonic())
+        if self._unfit != before:
+            self._on_fitness()
+
+    def _ask_canary(self) -> str:
+        return unfit(look(self._store, self._setup.sweep, self._scratch), self._setup.checkpoint_bytes)
+
+    @property
+    def _unfit(self) -> str:
+        return self._spare.problem or self._canary.problem
+
+    def _on_fitness(self) -> None:
+        with self._changed:
+            self._bump()
 
     def _access(self, order: Order) -> tuple[ObjectStore, Ledger]:
         """The store and the run's log, as this agent may use them for one attempt."""
@@ -290,12 +339,6 @@ class Agent:
     def _bump(self) -> None:
         self._version += 1
         self._changed.notify_all()
-
-    def _watch_raylet(self, raylet_pid: int) -> None:
-        """End with the raylet: a worker of a killed one may run on, and would train unseen."""
-        while os.getppid() == raylet_pid:
-            time.sleep(ORPHAN_CHECK_S)
-        os._exit(1)  # closes the pipes: the training processes kill themselves
 
 
 def appending(arbiter: str) -> Callable[[str, bytes], str | None]:

@@ -1,5 +1,6 @@
 """The controller as a detached, named Ray actor, which Ray starts again when it dies."""
 
+import gc
 import logging
 import os
 import threading
@@ -35,6 +36,8 @@ LINGER_S = 3.0
 """Between the last run's end, or a failed start, and the actor's: whoever waits gets the last word."""
 
 RETRY_S = 2.0
+LONGEST_REST_S = 0.5
+"""However long a tick was: at the start it reads every log."""
 METRICS_EVERY_S = 5.0
 
 logger = logging.getLogger(__name__)
@@ -190,13 +193,22 @@ class ControllerActor:
                 arbiter=controller_name(setup.sweep) if setup.arbitrated or setup.scoped else None,
                 scoped=setup.scoped,
                 notices=sweep.resources.notices,
+                check_gpu=sweep.resources.gpus >= 1,
+                checkpoint_bytes=self._checkpoint_bytes(),
             )
 
         self._cluster = RayCluster(setup.sweep, sweep.resources, agent_setup)
         controller = Controller(sweep, store, self._cluster, term=term)
+        self._cluster.unused = controller.unused
         self._desk = desk_for(sweep, controller, store) if setup.scoped else None
         self._controller = controller
         return self._controller, self._cluster
+
+    def _checkpoint_bytes(self) -> int:
+        """The size of the largest of the runs' newest checkpoints."""
+        states = self._controller.states.values() if self._controller else ()
+        newest = (state.newest for state in states if state.newest)
+        return max((sum(file.size_bytes for file in c.files) for c in newest), default=0)
 
     def _lifetimes(self) -> Lifetimes:
         """How long nodes live, for an agent that starts now."""
@@ -205,9 +217,17 @@ class ControllerActor:
 
     def _work(self, controller: Controller) -> None:
         metrics, measured_at = ControllerMetrics(self._setup.sweep), float("-inf")
+        settled = False
         while not controller.done:
             try:
+                used_s = time.thread_time()
                 controller.tick()
+                # With a thousand agents there always is news: half of a core, and no more, is for hearing it.
+                time.sleep(min(time.thread_time() - used_s, LONGEST_REST_S))
+                if controller.begun and not settled:
+                    settled = True
+                    gc.collect()
+                    gc.freeze()  # thousands of runs stay: looking through them again held up a tick for 0.1 s
                 if time.monotonic() - measured_at >= METRICS_EVERY_S:
                     measured_at = time.monotonic()
                     metrics.observe(controller.states, controller.notes(), time.time())

@@ -4,15 +4,16 @@ Agents are detached and named, so a controller that starts again finds them and 
 report that fails with ``ActorUnavailableError`` makes a slot UNKNOWN; only ``ActorDiedError`` makes it GONE.
 """
 
+import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayError
+from ray.exceptions import ActorDiedError, ActorUnschedulableError, OutOfMemoryError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .agent import NAMESPACE, Agent, AgentSetup, Report, attempt_name
@@ -47,6 +48,7 @@ class _Member:
     """In seconds of ``Listening``."""
     health: Health = Health.ALIVE
     node_lost: bool = False
+    out_of_memory: bool = False
     preempted: bool = False
     adopted: bool = False
 
@@ -77,6 +79,8 @@ class RayCluster:
         self._drained: set[str] = set()
         """Nodes that Ray was asked to drain, for a notice."""
         self.slots: tuple[Slot, ...] = ()
+        self.unused: Callable[[], Collection[str]] = frozenset
+        """Slots on which nothing is placed: they do not count where ``max_concurrent`` limits how many."""
         self._adopt()
 
     def observe(self) -> tuple[Slot, ...]:
@@ -121,14 +125,15 @@ class RayCluster:
         for actor in ray.util.list_named_actors(all_namespaces=True):
             name = str(actor["name"])
             if actor["namespace"] == NAMESPACE and name.startswith(self._prefix):
-                self._members[name] = _Member(
-                    handle=ray.get_actor(name, namespace=NAMESPACE),
-                    name=name,
-                    node_id=None,
-                    node="?",
-                    heard_at=self._listening.seconds,
-                    adopted=True,
-                )
+                with contextlib.suppress(ValueError):  # it has died since it was listed
+                    self._members[name] = _Member(
+                        handle=ray.get_actor(name, namespace=NAMESPACE),
+                        name=name,
+                        node_id=None,
+                        node="?",
+                        heard_at=self._listening.seconds,
+                        adopted=True,
+                    )
 
     def _refresh_nodes(self) -> None:
         if self._clock() - self._nodes_read_at < NODES_EVERY_S:
@@ -151,7 +156,8 @@ class RayCluster:
         here = sum(
             m.node_id == node["NodeID"] and m.health is not Health.GONE for m in self._members.values()
         )
-        everywhere = sum(m.health is not Health.GONE for m in self._members.values())
+        unused = self.unused()
+        everywhere = sum(m.health is not Health.GONE and m.name not in unused for m in self._members.values())
         wanted = slots_on(node["Resources"], self._resources) - here
         limit = self._resources.max_concurrent
         if wanted > 0 and node["NodeID"] in draining():
@@ -185,14 +191,18 @@ class RayCluster:
             if member.pending is None and member.health is not Health.GONE:
                 known = member.report.version if member.report else -1
                 wait_s = REPORT_WAIT_S if member.report else 0.0
-                member.pending = member.handle.report.remote(known, wait_s)
+                work = member.report.work if member.report else None
+                # Ray's Tasks page and the process list show what an agent is busy with by this name.
+                name = attempt_name(self._sweep, work) if work and work.exit_code is None else member.name
+                member.pending = member.handle.report.options(name=name).remote(known, wait_s)
 
     def _receive(self, member: _Member, ref: Any) -> None:
         member.pending = None
         try:
             report: Report = ray.get(ref)
-        except (ActorDiedError, ActorUnschedulableError) as error:
+        except (ActorDiedError, ActorUnschedulableError, OutOfMemoryError) as error:
             member.health = Health.GONE
+            member.out_of_memory = isinstance(error, OutOfMemoryError)
             member.node_lost = not self._node_alive(member.node_id)
             # At first sight: asked again, Ray may have forgotten it.
             member.preempted = bool(getattr(error, "preempted", False))
@@ -208,6 +218,9 @@ class RayCluster:
             member.health = Health.UNKNOWN
         else:
             self._misfires.pop(report.node_id, None)
+            if report.unfit != (member.report.unfit if member.report else ""):
+                said = f"gets no run: {report.unfit}" if report.unfit else "is fit to train again"
+                logger.warning("%s on %s %s", member.name, member.node, said)
             member.report = report
             member.health = Health.ALIVE
             member.heard_at = self._listening.seconds
@@ -243,8 +256,10 @@ class RayCluster:
             health=Health.UNKNOWN if unheard and member.health is Health.ALIVE else member.health,
             silent_s=silent_s,
             node_lost=member.node_lost,
+            out_of_memory=member.out_of_memory,
             preempted=member.preempted,
             notice=notice,
+            unfit=member.report.unfit if member.report else "",
             work=work,
         )
 

@@ -18,6 +18,7 @@ from storage.local import DISK_UNUSABLE
 from storage.records import EndReason
 
 from .evidence import ADVICE, by_exception
+from .gpu_check import check_gpu
 from .orphan import die_with_stdin
 from .rundir import EXIT_DISK_FULL, RunDir, append_event
 from .stop import Stop
@@ -32,6 +33,7 @@ def main() -> int:
     # Written by the signal's handler itself, to whatever stderr is then: also when no Python code can run.
     faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
     _import_everything()
+    check_gpu()
     line = _read_line()
     if line is None:
         return 0

@@ -48,6 +48,10 @@ EXIT_DISK_FULL = 73
 EXIT_UNFIT = 71
 """Said before anything was tried: this node cannot train now, its GPU or disk does not work."""
 
+GPU_CHECK = "TRAINER_GPU_CHECK"
+"""Environment variable of the process: the file for what it finds out about its GPU. Without it, nothing."""
+GPU_WORKS = "ok"
+
 EXIT_STORE_UNREACHABLE = 69
 """Said by the supervisor: what the attempt needed, or had saved, did not get from or to the store."""
 

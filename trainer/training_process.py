@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 REAP_S = 60.0
@@ -25,11 +25,16 @@ class TrainingProcess:
 
     Args:
         command: Something else that honours the contract in ``rundir``.
+        extra: Environment variables, besides ours.
     """
 
-    def __init__(self, command: Sequence[str] = (sys.executable, "-m", "trainer.process")) -> None:
+    def __init__(
+        self,
+        command: Sequence[str] = (sys.executable, "-m", "trainer.process"),
+        extra: Mapping[str, str] | None = None,
+    ) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(SECRETS)}
-        environment["PYTHONUNBUFFERED"] = "1"
+        environment |= {"PYTHONUNBUFFERED": "1", **(extra or {})}
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

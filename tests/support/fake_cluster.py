@@ -273,6 +273,8 @@ class FakeCluster:
         self._name = name
         self._nodes_added = 0
         self.now = self.began = now
+        self.unfit: dict[str, str] = {}
+        """Why slots can train nothing."""
         self.lose_orders = 0
         """So many of the next orders do not arrive."""
         self.begun: list[Order] = []
@@ -496,6 +498,7 @@ class FakeCluster:
             silent_s=0.0 if agent.silent_since is None else self.now - agent.silent_since,
             node_lost=agent.node_lost,
             notice=told(agent.standing, self.now),
+            unfit=self.unfit.get(agent.slot, ""),
             work=replace(agent.reported) if agent.reported else None,
         )
 

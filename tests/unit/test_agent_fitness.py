@@ -1,0 +1,124 @@
+"""An agent that finds its node unfit: what it reports, and what becomes of an order. Ray takes no part."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from support import light_trainer
+from support.runs import claimed, incarnation
+
+from orchestrator import agent as agents
+from orchestrator.agent import Agent, AgentSetup
+from orchestrator.canary import Canary
+from orchestrator.cluster import Order
+from orchestrator.grid_schema import Notices
+from orchestrator.spare import WarmSpare
+from storage import layout
+from storage.log import run_log
+from storage.memory import MemoryStore
+from storage.url import open_store
+from trainer.config import Base, Dataset, RunSpec
+from trainer.rundir import EXIT_COMPLETE, EXIT_UNFIT, GPU_CHECK, Options
+from trainer.training_process import TrainingProcess
+
+RUN = "cat-0-00000000"
+DEADLINE_S = 90.0
+NO_GPU = f"import os; open(os.environ['{GPU_CHECK}'], 'w').write('no GPU'); os._exit({EXIT_UNFIT})"
+ORDER = Order(run_id=RUN, attempt=1, incarnation=incarnation(1))
+Start = Callable[..., Agent]
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> MemoryStore:
+    store = open_store(f"memory://{tmp_path.name.replace('_', '-')[:40]}")
+    assert isinstance(store, MemoryStore)
+    spec = RunSpec(base=Base(model="owner/model"), dataset=Dataset(path="/data"))
+    store.put(layout.run_spec(RUN), spec.model_dump_json().encode())
+    run_log(store, RUN).append(claimed(1))
+    return store
+
+
+@pytest.fixture
+def start(store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    context = SimpleNamespace(get_node_id=lambda: "node")
+    metrics = SimpleNamespace(
+        **dict.fromkeys(("attempt_started", "stepped", "stored", "fenced"), lambda *anything: None)
+    )
+    monkeypatch.setattr(agents.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(agents, "AgentMetrics", lambda sweep: metrics)
+    monkeypatch.setattr(agents, "own_scratch", lambda: tmp_path)
+    monkeypatch.setattr(agents, "TEND_S", 0.01)
+    monkeypatch.setattr(agents, "Canary", partial(Canary, pause_s=0.01))
+    begun: list[Agent] = []
+
+    def make(*arguments: str, check_gpu: bool = False) -> Agent:
+        def process(extra: dict[str, str]) -> TrainingProcess:
+            return TrainingProcess((sys.executable, *arguments), extra)
+
+        monkeypatch.setattr(agents, "WarmSpare", partial(WarmSpare, make=process))
+        setup = AgentSetup(
+            sweep="cat",
+            name="slot",
+            store_url=store.url,
+            options=Options(),
+            arbiter=None,
+            check_gpu=check_gpu,
+            notices=Notices(service="none"),
+        )
+        begun.append(Agent(setup))
+        return begun[-1]
+
+    yield make
+    for agent in begun:
+        agent.close()
+
+
+def unfit(agent: Agent) -> str:
+    return agent.report(-1, 0.0).unfit
+
+
+def ended(agent: Agent) -> int | None:
+    work = agent.report(-1, 0.0).work
+    return work.exit_code if work else None
+
+
+def test_an_agent_says_why_its_node_is_unfit_and_trains_once_it_is_not(
+    start: Start, store: MemoryStore
+) -> None:
+    agent = start(light_trainer.__file__, "steps")
+    wait_until(lambda: "sees no sweep cat" in unfit(agent), "the store is found wanting")
+    version = agent.report(-1, 0.0).version
+
+    store.put(layout.sweep_spec("cat"), b"{}")
+    wait_until(lambda: unfit(agent) == "", "it is fit again")
+    assert agent.report(-1, 0.0).version > version, "a controller hears of it at once"
+
+    agent.start(ORDER)
+    wait_until(lambda: ended(agent) == EXIT_COMPLETE, "it has trained")
+    assert run_log(store, RUN).refresh().result is not None
+
+
+def test_an_order_for_a_node_without_a_gpu_ends_at_once_and_says_why(
+    start: Start, store: MemoryStore
+) -> None:
+    store.put(layout.sweep_spec("cat"), b"{}")
+    agent = start("-c", NO_GPU, check_gpu=True)
+    agent.start(ORDER)
+
+    wait_until(lambda: ended(agent) == EXIT_UNFIT, "the order is given back")
+
+    work = agent.report(-1, 0.0).work
+    assert work is not None
+    assert work.error == "no GPU"
+    assert unfit(agent) == "no GPU"

@@ -1,0 +1,216 @@
+"""Whether a node can train is found out before it gets a run, and asked again."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support.fake_cluster import FakeCluster, run_to_end, small_sweep
+
+from orchestrator.canary import LEAST_FREE_BYTES, Canary, Sight, look, unfit
+from orchestrator.controller import Controller
+from orchestrator.placing import Standing
+from orchestrator.spare import WarmSpare
+from storage import layout
+from storage.errors import Unavailable
+from storage.log import run_log
+from storage.memory import MemoryStore
+from storage.object_store import ObjectInfo
+from storage.records import EndReason
+from storage.run_state import FREE_ENDS
+from trainer.evidence import Evidence, attributed
+from trainer.gpu_check import gpu_problem
+from trainer.rundir import EXIT_UNFIT, GPU_CHECK, GPU_WORKS
+from trainer.training_process import TrainingProcess
+
+DEADLINE_S = 60.0
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("sight", "checkpoint_bytes", "said"),
+    [
+        (Sight(), 0, ""),
+        (Sight(disk_free_bytes=LEAST_FREE_BYTES), 0, ""),
+        (Sight(disk_free_bytes=LEAST_FREE_BYTES - 1), 0, "room for 0.10 GB"),
+        (Sight(disk_free_bytes=10**9), 6 * 10**8, "2 checkpoints take 1.20"),
+        (Sight(problem="it cannot use the store"), 0, "it cannot use the store"),
+        (Sight(clock_ahead_s=3.0), 0, ""),
+        (Sight(clock_ahead_s=-7200.0, problem="AccessDenied"), 0, "clock is 7200 s behind"),
+    ],
+)
+def test_what_makes_a_node_unfit(sight: Sight, checkpoint_bytes: int, said: str) -> None:
+    found = unfit(sight, checkpoint_bytes)
+
+    assert said in found
+    assert bool(found) == bool(said)
+
+
+class _Away(MemoryStore):
+    def head(self, key: str) -> ObjectInfo | None:
+        raise Unavailable("no route to host")
+
+
+def test_a_node_is_looked_at_as_it_is(tmp_path: Path) -> None:
+    store = MemoryStore()
+    assert "sees no sweep cat in memory://" in look(store, "cat", tmp_path).problem
+
+    store.put(layout.sweep_spec("cat"), b"{}")
+    assert look(store, "cat", tmp_path).problem == ""
+    assert (look(store, "cat", tmp_path).disk_free_bytes or 0) > 0
+    assert look(None, "cat", tmp_path).problem == "", "an agent without keys asks nobody"
+    assert look(_Away(), "cat", tmp_path).problem == (
+        "it cannot use the store: Unavailable: no route to host"
+    )
+    assert "disk cannot be used" in look(store, "cat", tmp_path / "gone").problem
+
+
+def test_a_problem_is_told_and_asked_about_until_it_is_gone() -> None:
+    answers = ["no room", "no room", ""]
+    told: list[str] = []
+    canary = Canary(
+        lambda: answers.pop(0) if answers else "", lambda: told.append(canary.problem), pause_s=0.01
+    )
+    canary.start()
+    wait_until(lambda: "" in told, "the problem is gone")
+    assert told == ["no room", ""]
+
+    answers.append("full")
+    canary.again()
+    wait_until(lambda: told[-2:] == ["full", ""], "it was asked again")
+
+
+def test_a_check_that_breaks_says_nothing_about_the_node() -> None:
+    asked: list[int] = []
+
+    def ask() -> str:
+        asked.append(1)
+        raise RuntimeError("a bug")
+
+    canary = Canary(ask, lambda: None, pause_s=0.01)
+    canary.start()
+    wait_until(lambda: bool(asked), "it was asked")
+
+    assert canary.problem == ""
+
+
+# The warm spare.
+
+LISTENS = "import sys; sys.stdin.readline()"
+VERDICT = f"import os; open(os.environ['{GPU_CHECK}'], 'w').write('{{}}'); "
+Spare = Callable[..., WarmSpare]
+
+
+@pytest.fixture
+def spare(tmp_path: Path) -> Iterator[Spare]:
+    processes: list[TrainingProcess] = []
+
+    def make(*programs: str, check_gpu: bool = True) -> WarmSpare:
+        waiting = list(programs)
+
+        def start(extra: dict[str, str]) -> TrainingProcess:
+            processes.append(TrainingProcess((sys.executable, "-c", waiting.pop(0)), extra))
+            return processes[-1]
+
+        warm = WarmSpare(tmp_path, check_gpu=check_gpu, make=start, pause_s=10.0)
+        warm.renew()
+        return warm
+
+    yield make
+    for process in processes:
+        process.kill()
+
+
+def tended(warm: WarmSpare, now: float) -> str:
+    warm.tend(now)
+    return warm.problem
+
+
+def test_a_gpu_that_does_not_work_is_tried_again_later(spare: Spare) -> None:
+    broken = VERDICT.format("no GPU") + f"os._exit({EXIT_UNFIT})"
+    warm = spare(broken, VERDICT.format(GPU_WORKS) + LISTENS)
+    wait_until(lambda: tended(warm, 0.0) == "no GPU" and warm.take() is None, "it is known to be broken")
+
+    wait_until(lambda: (tended(warm, 5.0), warm.take())[1] is None, "nothing happens before its time")
+    warm.tend(5.0)
+    warm.tend(100.0)
+    wait_until(lambda: tended(warm, 100.0) == "", "it works again")
+    assert warm.take() is not None
+
+
+def test_a_process_that_dies_without_a_verdict_is_unfit_by_its_exit_code(spare: Spare) -> None:
+    warm = spare(f"import os; os._exit({EXIT_UNFIT})")
+
+    wait_until(lambda: tended(warm, 0.0) == "its GPU could not be tried", "its end is seen")
+
+
+def test_a_process_is_given_once_and_only_replaced_then(spare: Spare) -> None:
+    warm = spare(LISTENS, LISTENS, check_gpu=False)
+    warm.renew()
+    first = warm.take()
+    assert first is not None
+    assert warm.take() is None
+
+    warm.renew()
+
+    second = warm.take()
+    assert second is not None
+    assert second.pid != first.pid
+
+
+def test_the_real_check_says_what_this_machine_has(tmp_path: Path) -> None:
+    verdict = tmp_path / "verdict"
+    program = "from trainer.gpu_check import check_gpu; check_gpu(); print('goes on')"
+    environment = {**os.environ, GPU_CHECK: str(verdict)}
+
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+
+    if torch.cuda.is_available():
+        assert (ended.returncode, verdict.read_text(), ended.stdout) == (0, GPU_WORKS, "goes on\n")
+    else:
+        assert (ended.returncode, ended.stdout) == (EXIT_UNFIT, "")
+        assert "torch sees no GPU" in verdict.read_text()
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_works_has_no_problem() -> None:
+    assert gpu_problem() == ""
+
+
+def test_a_node_that_is_not_fit_costs_a_run_nothing() -> None:
+    reason = attributed(EXIT_UNFIT, Evidence())
+
+    assert reason is EndReason.NODE_UNFIT
+    assert reason in FREE_ENDS
+
+
+def test_the_controller_places_nothing_on_an_unfit_slot_until_it_is_fit() -> None:
+    store, sweep = MemoryStore(), small_sweep(runs=2)
+    cluster = FakeCluster(store, sweep, nodes=2)
+    cluster.unfit["n1/0"] = "its disk is full"
+    controller = Controller(sweep, store, cluster, cluster.clock)
+
+    for _ in range(3):
+        controller.tick()
+        cluster.advance()
+    assert cluster.busy() == ["n2/0"]
+    (barred,) = [note for note in controller.notes() if note.standing is Standing.BARRED]
+    assert (barred.slot, barred.detail) == ("n1/0", "its disk is full")
+
+    cluster.unfit.clear()
+    controller.tick()
+    cluster.advance()
+    assert sorted(cluster.busy()) == ["n1/0", "n2/0"]
+    for _ in run_to_end(controller, cluster):
+        pass
+    assert all(run_log(store, run.run_id).refresh().result for run in sweep.runs)
