@@ -36,10 +36,13 @@ class Weather:
     def most_attempts(self) -> int | None:
         """What a run may need if nothing happens that should end an attempt.
 
-        Controllers may die as they like; one that takes over on another cluster begins each run once more.
+        Controllers may die as they like. One that takes over on another cluster begins each run once more, and
+        so may its predecessor, once, before it learns of that.
         """
         harmful = self.store or self.cluster or self.messages or self.hangs or self.cancels
-        return None if harmful else 1 + (self.second > 0)
+        if self.second:
+            return None if harmful or self.deaths else 3
+        return None if harmful else 1
 
 
 def weather(chance: random.Random) -> Weather:
