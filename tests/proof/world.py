@@ -36,8 +36,8 @@ class Weather:
     def most_attempts(self) -> int | None:
         """What a run may need if nothing happens that should end an attempt.
 
-        Controllers may die as they like. One that takes over on another cluster begins each run once more, and
-        so may its predecessor, once, before it learns of that.
+        Controllers may die as they like. One that takes over on another cluster begins each run once more,
+        and so may its predecessor, once, before it learns of that.
         """
         harmful = self.store or self.cluster or self.messages or self.hangs or self.cancels
         if self.second:
