@@ -146,14 +146,14 @@ def test_a_checkpoint_that_waits_for_an_older_one_is_salvaged_beside_it(world: W
     def hold(name: str) -> None:
         if name.startswith("optimizer") and not go_on.is_set():
             sending.set()
-            assert go_on.wait(20)
+            assert go_on.wait(60)
 
     world.store.before_put = hold
     older, newer = world.saved(20), world.saved(30)
     sender = threading.Thread(target=world.publisher.publish, args=(older,))
     sender.start()
     try:
-        assert sending.wait(20)
+        assert sending.wait(60)
         assert world.publisher.is_held_up(newer)
         assert not world.publisher.is_held_up(older)
         world.left_s = 120.0
@@ -175,14 +175,14 @@ def test_a_checkpoint_that_is_being_sent_by_now_is_not_salvaged_beside_it(world:
     def hold(name: str) -> None:
         if name.startswith("optimizer"):
             sending.set()
-            assert go_on.wait(20)
+            assert go_on.wait(60)
 
     world.store.before_put = hold
     checkpoint = world.saved(20)
     sender = threading.Thread(target=world.publisher.publish, args=(checkpoint,))
     sender.start()
     try:
-        assert sending.wait(20)
+        assert sending.wait(60)
         world.left_s = 120.0
         world.publisher.salvage_beside(checkpoint)
         assert world.commits() == [(10, True)]
