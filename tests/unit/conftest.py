@@ -1,5 +1,6 @@
 """What tests of the trainer share: a tiny base model, images, and directories of runs to train there."""
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +18,21 @@ settings.register_profile("patient", deadline=None, suppress_health_check=[Healt
 settings.load_profile("patient")
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``base`` and ``images``."""
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``world`` is a copy of."""
     from support.tiny_world import build_base, build_images  # here: most tests need no torch
 
-    root = tmp_path_factory.mktemp("world")
+    root = tmp_path_factory.mktemp("built")
     build_base(root / "base")
     build_images(root / "images")
     return root
+
+
+@pytest.fixture(scope="module")
+def world(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``base`` and ``images``, for one module to do with as it likes."""
+    return shutil.copytree(built, tmp_path_factory.mktemp("world"), dirs_exist_ok=True)
 
 
 @pytest.fixture

@@ -106,6 +106,32 @@ def planned(
     )
 
 
+def test_each_thing_is_sorted_to_whose_it_is() -> None:
+    data = layout.checkpoint_file(RUN, 1, incarnation(1), 10, "adapter.safetensors")
+    text, sample = layout.log_text_key(RUN, 1, 0), layout.sample_key(RUN, 10, "0.png")
+    entry, content = (
+        layout.log_entry(layout.run_log_prefix(RUN), 3),
+        layout.content_listing("a" * 64, "0" * 8),
+    )
+    keys = [data, text, sample, entry, layout.run_spec(RUN), layout.sweep_spec("cat"), content, "runs/UP/x"]
+
+    found = sort_out(
+        (ObjectInfo(key, 1) for key in keys),
+        [ObjectInfo(data, 0), ObjectInfo(sample, 0), ObjectInfo("somebody/elses", 0)],
+    )
+
+    run = found.runs[RUN]
+    assert [info.key for info in (*run.data, *run.text, *run.samples, *run.rest)] == [
+        data, text, sample, layout.run_spec(RUN),
+    ]  # fmt: skip
+    assert {seq: info.key for seq, info in run.log.items()} == {3: entry}
+    assert [info.key for info in run.unfinished] == [data]
+    assert [info.key for info in found.stray_uploads] == [sample], "another's upload is not ours to end"
+    assert list(found.sweeps) == ["cat"]
+    assert [info.key for info in found.contents["a" * 64].data["0" * 8]] == [content]
+    assert [info.key for info in found.unknown] == ["runs/UP/x"]
+
+
 @pytest.mark.parametrize(
     "key",
     [

@@ -30,6 +30,20 @@ def test_what_looks_like_a_credential_is_replaced(text: str, shown: str) -> None
 
 
 @pytest.mark.parametrize(
+    "value",
+    [
+        "AKIAABCDEFGHIJKLMNOP",
+        "hf_abcdefghijklmnopqrstuvwx",
+        "https://me:s3cret@host/x",
+        "https://h/k?X-Amz-Signature=0f0f&b=1",
+        "https://hooks.slack.com/services/T0/B0/xyz",
+    ],
+)
+def test_a_value_with_the_shape_of_a_credential_looks_secret(value: str) -> None:
+    assert looks_secret(f"url: {value}")
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "ValueError: no images in /data/cats (give a folder)",

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from support import light_trainer
 from support.gate import Gate
 from support.runs import claimed, committed, ended, finished, ref
-from support.tiny_world import build_base, build_images, tiny_spec
+from support.tiny_world import tiny_spec
 from support.training import contents, lay_out, newest
 
 from storage.checkpoints import CheckpointStore
@@ -54,19 +54,16 @@ sys.meta_path.insert(0, NoRay())
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    build_base(root / "base")
-    build_images(root / "images")
-    (root / "site").mkdir()
-    (root / "site" / "sitecustomize.py").write_text(NO_RAY)
-    return root
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(NO_RAY)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def environment(world: Path) -> dict[str, str]:
+def environment(world: Path, site: Path) -> dict[str, str]:
     """Caches apart from the person's own, and no Ray."""
-    paths = os.pathsep.join([str(world / "site"), str(Path(__file__).parents[2])])
+    paths = os.pathsep.join([str(site), str(Path(__file__).parents[2])])
     (world / "tmp").mkdir()  # what a killed process leaves behind
     own = {"PYTHONPATH": paths, "HOME": str(world / "home"), "TMPDIR": str(world / "tmp")}
     return {**os.environ, **own, "OMP_NUM_THREADS": "1"}
