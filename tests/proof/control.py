@@ -141,6 +141,8 @@ def control(world: World, seat: Seat, cluster: FakeCluster) -> None:
             if world.odds(world.weather.cancels / 50):
                 with contextlib.suppress(StorageError):
                     controller.cancel([world.chance.choice(world.sweep.runs).run_id])
+            if world.odds(world.weather.drains):
+                drain(world, controller, cluster)
             next_second(world)
     except SteppedDown as error:
         world.note(f"{seat.name} steps down: {error}")
@@ -151,6 +153,15 @@ def control(world: World, seat: Seat, cluster: FakeCluster) -> None:
         world.alive -= 1
         if replaced:
             employ(world, cluster)
+
+
+def drain(world: World, controller: Controller, cluster: FakeCluster) -> None:
+    """An operator drains a node, or lets it be used again."""
+    node = world.chance.choice([slot.node for slot in cluster.observe()])
+    grace_s = world.chance.choice((None, 0.0, 2.0))
+    world.note(f"drain of {node}: {grace_s}")
+    with contextlib.suppress(StorageError):
+        controller.drain(node, grace_s)
 
 
 def office(world: World, seat: Seat, cluster: FakeCluster) -> Controller | None:
@@ -209,6 +220,9 @@ def settle(world: World) -> list[str]:
     for _ in range(2):  # what ghosts upload after the end, the next controller deletes
         try:
             controller = controller_of(world, store, cluster, Term(store, world.sweep.name))
+            for node in {slot.node: None for slot in cluster.observe()}:
+                with contextlib.suppress(Fenced):
+                    controller.drain(node, None)
             for _ in range(CALM_S):
                 controller.tick()
                 if controller.done:

@@ -29,6 +29,8 @@ class Weather:
     """Of what a reader does."""
     second: float = 0.0
     cancels: float = 0.0
+    drains: float = 0.0
+    """Of an operator's, in each tick; where the store fails there are none."""
     pace: float = 0.1
     """Of a second passing while a controller waits for one call."""
 
@@ -39,7 +41,7 @@ class Weather:
         Controllers may die as they like. One that takes over on another cluster begins each run once more,
         and so may its predecessor, once, before it learns of that.
         """
-        harmful = self.store or self.cluster or self.messages or self.hangs or self.cancels
+        harmful = self.store or self.cluster or self.messages or self.hangs or self.cancels or self.drains
         if self.second:
             return None if harmful or self.deaths else 3
         return None if harmful else 1
@@ -50,8 +52,10 @@ def weather(chance: random.Random) -> Weather:
         return Weather(
             deaths=chance.choice((0.0, 0.01, 0.05)), second=chance.choice((0.0, 0.0, 1.0)), pace=0.02
         )
+    store = chance.choice((0.0, 0.0, 0.03, 0.1, 0.25))
     return Weather(
-        store=chance.choice((0.0, 0.0, 0.03, 0.1, 0.25)),
+        store=store,
+        drains=chance.choice((0.0, 0.0, 0.0, 0.0 if store else 0.03)),
         cluster=chance.choice((0.0, 0.05, 0.2, 0.4)),
         messages=chance.choice((0.0, 0.05, 0.3)),
         deaths=chance.choice((0.0, 0.005, 0.02)),
