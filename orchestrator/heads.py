@@ -138,7 +138,8 @@ class CommandHead:
         self._command = command
         self._stop = stop
         self._address = address
-        self._environment = {**detection.as_environment(profile), **os.environ}
+        usual = {**detection.as_environment(profile), "RAY_USAGE_STATS_ENABLED": "0"}
+        self._environment = {**usual, **os.environ}
         self._environment.pop("RAY_ADDRESS", None)  # it is for those who join
         self._process: subprocess.Popen[bytes] | None = None
         self._lineage: Lineage | None = None

@@ -37,7 +37,10 @@ def lives(pid: int) -> bool:
 def test_a_sweep_whose_cluster_is_killed_is_brought_back_by_its_supervisor(
     head: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures: dict[str, Any]
 ) -> None:
-    """The local cluster is killed as a whole; of one that ``ray start`` runs only the GCS is."""
+    """The local cluster is killed as a whole; of one that ``ray start`` runs only the GCS is.
+
+    The latter's sweep is a file that nobody has submitted.
+    """
     monkeypatch.setenv("ORCHESTRATE_HOME", str(tmp_path / "home"))
     gate = Gate(tmp_path)
     (tmp_path / "grid.yaml").write_text(f"""
@@ -51,10 +54,13 @@ checkpoint: {{every: {EVERY}, grace_s: 1}}
 {gate.grid}""")
     sweep = load(tmp_path / "grid.yaml")
     store = open_store(sweep.storage.url)
-    submit(sweep, store)
     run_ids = [run.run_id for run in sweep.runs]
-    command = [sys.executable, "-m", "orchestrator", "supervise", sweep.name, "--store", store.url]
-    options = ["--address", "local"] if head == "local" else ray_start()
+    command = [sys.executable, "-m", "orchestrator", "supervise"]
+    if head == "local":
+        submit(sweep, store)
+        options = [sweep.name, "--store", store.url, "--address", "local"]
+    else:
+        options = [str(tmp_path / "grid.yaml"), *ray_start()]
     log = tmp_path / "supervise.log"
     with log.open("wb") as output, trained_alone(sweep.runs[0].spec, tmp_path) as calm:
         supervisor = subprocess.Popen([*command, *options], stderr=output, stdout=output)
