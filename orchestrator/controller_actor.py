@@ -79,9 +79,7 @@ class ControllerActor:
         threading.Thread(target=self._run, name="controller", daemon=True).start()
 
     def __repr__(self) -> str:
-        states = self._controller.states.values() if self._controller else ()
-        done = sum(state.finished is not None for state in states)
-        return f"lora/{self._setup.sweep}/controller {done}/{len(states)}"
+        return controller_name(self._setup.sweep)  # Ray's Actors page asks once, before there is news
 
     def setup(self) -> ControllerSetup:
         """What this controller was told."""
