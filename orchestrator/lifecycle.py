@@ -295,10 +295,12 @@ def _too_often(
 
 
 def _same_error(state: RunState, ended: Ended, suspects: Collection[str]) -> bool:
-    """Whether the last end that was the run's own doing was this very error, and not a bad node's twice."""
-    if state.attempts[-1].claimed.node in suspects:
+    """Whether the last end that was the run's own doing was this very error, and none a bad node's."""
+    *older, last = state.attempts
+    if last.claimed.node in suspects:
         return False
-    ends = (a.ended for a in reversed(state.attempts[:-1]) if a.ended and a.ended.reason not in FREE_ENDS)
+    trusted = (attempt for attempt in reversed(older) if attempt.claimed.node not in suspects)
+    ends = (a.ended for a in trusted if a.ended and a.ended.reason not in FREE_ENDS)
     before = next(ends, None)
     return (
         before is not None

@@ -293,3 +293,19 @@ def test_the_only_node_is_used_whatever_happens_there() -> None:
     over, _ = run_with(once, nodes=1)
 
     assert {state.outcome for state in over.values()} == {Outcome.SUCCEEDED}
+
+
+def test_a_run_that_failed_on_a_bad_node_and_then_once_on_a_good_one_is_tried_again() -> None:
+    """The same error at the same step on two nodes: but one of them fails everybody."""
+    unlucky, failed = "cat-0-00000000", list[str]()
+
+    def fails(run_id: str, node: str) -> bool:
+        if node == "n2" and run_id == unlucky and not failed:
+            failed.append(node)
+            return True
+        return node == "n1"
+
+    over, _ = run_with(fails)
+
+    assert failed == ["n2"]
+    assert {state.outcome for state in over.values()} == {Outcome.SUCCEEDED}
