@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.cluster import alive
 from support.fake_metadata import announce
 from support.netns_cluster import NetnsCluster
 from support.rows import RowResult
@@ -145,7 +146,7 @@ def test_a_killed_head(
         return all(len(s.attempts) > 1 and s.attempts[-1].started for s in states)
 
     trial.wait_for("both runs to train again", train_again, 240)
-    trial.wait_for("the old trainers' end", lambda: not any(p.is_running() for p in old), 120)
+    trial.wait_for("the old trainers' end", lambda: not any(alive(p.pid) for p in old), 120)
     row = conclude(trial, "head killed", calm, restarts=2, at=at)
     supervisor.wait(timeout=60)
     rows.append(row)
@@ -228,7 +229,7 @@ def hit(
         needless = trial.trainer_pids() != before
         return conclude(trial, fault, calm, restarts=0, at=at, needless=needless)
     trial.wait_for("a first step of the next attempt", lambda: trains_elsewhere(trial, run_id), 180)
-    trial.wait_for("the old trainer's end", lambda: not any(p.is_running() for p in old), 120)
+    trial.wait_for("the old trainer's end", lambda: not any(alive(p.pid) for p in old), 120)
     again = trial.state(run_id).attempts[1].started
     zombie_s = time.time() - max(back_at, again.at if again else 0.0)
     return conclude(trial, fault, calm, restarts=1, at=at, zombie_s=max(0.0, zombie_s))

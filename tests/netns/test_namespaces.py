@@ -41,9 +41,8 @@ def test_a_cable_and_a_way_can_be_cut_and_mended(net: Network) -> None:
 
 def test_a_frozen_machine_stands_still_and_a_power_cut_leaves_nothing(net: Network) -> None:
     machine = net.add("one")
-    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)"
-    parent = machine.start([sys.executable, "-c", child], {}, subprocess.DEVNULL)
-    wait_for("both processes", lambda: len(machine.pids) == 2, 20)
+    parent = machine.start(["sh", "-c", "sleep 600; true"], {}, subprocess.DEVNULL)
+    wait_for("the child", lambda: any(p.name() == "sleep" for p in machine.processes("sleep 600")), 20)
     machine.freeze()
     assert {psutil.Process(pid).status() for pid in machine.pids} == {psutil.STATUS_STOPPED}
     machine.thaw()
@@ -51,8 +50,8 @@ def test_a_frozen_machine_stands_still_and_a_power_cut_leaves_nothing(net: Netwo
         "life", lambda: psutil.STATUS_STOPPED not in {psutil.Process(p).status() for p in machine.pids}, 20
     )
     machine.power_off()
-    assert machine.pids == []
     parent.wait()
+    assert machine.pids == []
 
 
 def test_what_a_killed_test_left_is_removed_by_the_next_one() -> None:
@@ -66,6 +65,7 @@ def test_what_a_killed_test_left_is_removed_by_the_next_one() -> None:
     with network():
         orphan.wait(timeout=20)
         assert left not in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    machine.power_off()  # nothing is left to kill; this process only takes note of it
 
 
 def reaches(machine: Machine, other: Machine) -> bool:

@@ -78,6 +78,11 @@ def kill_cluster(cluster: LocalRay) -> None:
     wait_for("the cluster's end", lambda: all(not psutil.pid_exists(p) or _zombie(p) for p in doomed), 20)
 
 
+def alive(pid: int) -> bool:
+    """Whether a process still does something: one that has ended may wait for its parent to notice."""
+    return psutil.pid_exists(pid) and not _zombie(pid)
+
+
 def _zombie(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE

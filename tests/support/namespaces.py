@@ -1,4 +1,4 @@
-"""Machines of a small network on this one: a network namespace each, on a bridge in one more.
+"""Machines of a small network on this one: with network and processes of its own each, on one bridge.
 
     with network() as net, net.hub.entered():
         machine = net.add("n1")
@@ -29,13 +29,16 @@ NETWORK = "10.77.0"
 HUB_ADDRESS = f"{NETWORK}.1"
 _NAMESPACES = Path("/run/netns")
 _CLONE_NEWNET = 0x40000000
+_INIT = "sleep infinity & wait"
+START_S = 20.0
+_STILL = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE, None)
 
 
 def why_no_namespaces() -> str | None:
     """Say why networks cannot be made here, or None if they can."""
     if os.geteuid() != 0:
         return "only root makes network namespaces"
-    if missing := [program for program in ("ip", "nsenter") if shutil.which(program) is None]:
+    if missing := [program for program in ("ip", "nsenter", "unshare") if shutil.which(program) is None]:
         return f"{', '.join(missing)} not installed: apt-get install iproute2 util-linux"
     name = f"{PREFIX}-{os.getpid()}-try"
     try:
@@ -48,15 +51,17 @@ def why_no_namespaces() -> str | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Machine:
-    """One namespace, and what runs in it."""
+    """One machine, and what runs on it: it sees no process but its own."""
 
     name: str
     address: str
     namespace: str
     hub: str | None
     """The namespace that holds the other end of its cable; None for the hub itself."""
+    _power: subprocess.Popen[bytes] | None = None
+    """Ends with the machine's first process."""
 
     def start(
         self, command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | int
@@ -72,8 +77,27 @@ class Machine:
         )
 
     def entering(self, command: Sequence[str]) -> list[str]:
-        """The command as this machine's. Only the network differs: files are everybody's."""
-        return ["nsenter", f"--net={_NAMESPACES / self.namespace}", *command]
+        """The command as this machine's. Files are everybody's."""
+        own = [f"--target={self._first_process()}", "--net", "--pid", "--mount"]
+        return ["nsenter", *own, f"--wd={Path.cwd()}", *command]
+
+    def _first_process(self) -> int:
+        """The id of what adopts and reaps the orphans of this machine, which is powered on if need be."""
+        if self._power is None or self._power.poll() is not None:
+            new = ["unshare", "--pid", "--mount-proc", "--fork", "--kill-child", "sh", "-c", _INIT]
+            self._power = subprocess.Popen(
+                ["nsenter", f"--net={_NAMESPACES / self.namespace}", *new],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            with contextlib.suppress(psutil.Error):
+                for child in psutil.Process(self._power.pid).children():
+                    if child.cmdline()[-1:] == [_INIT]:  # its /proc is there
+                        return int(child.pid)
+            time.sleep(0.01)
+        raise AssertionError(f"{self.name} does not start")
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
@@ -121,13 +145,16 @@ class Machine:
 
     def freeze(self) -> list[int]:
         """Stop every process on it, as a suspended machine; returns once all stand still."""
-        stopped = self._signal(signal.SIGSTOP)
-        while any(_moves(pid) for pid in stopped):
+        while any(
+            _status(pid) not in _STILL for pid in self._signal(signal.SIGSTOP)
+        ):  # or more
             time.sleep(0.005)
-        return stopped
+        return self.pids
 
     def thaw(self) -> None:
-        self._signal(signal.SIGCONT)
+        """Let it go on; ``nsenter`` stops itself when what it started is stopped, maybe only now."""
+        while any(_status(pid) == psutil.STATUS_STOPPED for pid in self._signal(signal.SIGCONT)):
+            time.sleep(0.005)
 
     def power_off(self, timeout_s: float = 20.0) -> None:
         """Kill every process on it, and wait until they are gone."""
@@ -135,6 +162,8 @@ class Machine:
         while (pids := self._signal(signal.SIGKILL)) and time.monotonic() < deadline:
             time.sleep(0.02)
         assert not pids, f"{self.name} still runs {pids}"
+        if self._power:
+            self._power.wait()
 
     def _signal(self, number: signal.Signals) -> list[int]:
         """Send a signal to everything, once more to what was started meanwhile."""
@@ -186,6 +215,8 @@ def network() -> Iterator[Network]:
         net.build()
         yield net
     finally:
+        for machine in (net.hub, *net.machines.values()):
+            machine.power_off()
         _remove(f"{PREFIX}-{os.getpid()}-")
 
 
@@ -203,11 +234,11 @@ def _remove(prefix: str) -> None:
         _ip("netns", "delete", name)
 
 
-def _moves(pid: int) -> bool:
+def _status(pid: int) -> str | None:
     try:
-        return psutil.Process(pid).status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+        return str(psutil.Process(pid).status())
     except psutil.NoSuchProcess:
-        return False
+        return None
 
 
 def _names() -> list[str]:
