@@ -24,7 +24,7 @@ from storage.run_state import Attempt, RunState
 from storage.url import open_store
 from trainer.rundir import RunDir, read_events
 
-STEPS = 400
+STEPS = 250
 EVERY = 10
 POLL_S = 0.2
 
