@@ -55,15 +55,21 @@ def check_resources(sweep: Sweep) -> None:
     Raises:
         PreflightFailed: With what a run needs and what the nodes have.
     """
+    if problem := missing_resources(sweep):
+        raise PreflightFailed([problem])
+
+
+def missing_resources(sweep: Sweep) -> Problem | None:
+    """Return what a run needs and what the nodes have, if no node there is now has room for one."""
     from .ray_cluster import shortfall
 
     have = shortfall(sweep.resources)
     if have is None:
-        return
+        return None
     need = f"gpus: {sweep.resources.gpus:g}, cpus: {sweep.resources.cpus:g}"
     hint = "set resources.gpus to 0 to train on CPUs" if sweep.resources.gpus else "lower resources.cpus"
     message = f"no node has what a run needs ({need}); there is {have or 'none'}"
-    raise PreflightFailed([Problem(code="E2602", message=message, hint=hint)])
+    return Problem(code="E2602", message=message, hint=hint)
 
 
 def refuse_scoped(sweep: Sweep, store_url: str, *, arbitrated: bool) -> None:

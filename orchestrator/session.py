@@ -71,7 +71,8 @@ def work_on(
         how = "nodes hold no credentials; the controller signs and verifies what they store"
     click.echo(f"store: {store.url}: {how}{probed.when}", err=True)
     where = launch.connect(address, insecure=insecure)
-    launch.check_resources(sweep)
+    if missing := launch.missing_resources(sweep):  # workers may yet have to join a head that came back
+        click.echo(f"{missing.message}; the runs wait for such a node", err=True)
     if warning := launch.unseen_folder(store):
         click.echo(str(warning), err=True)
     launch.start(sweep, store.url, arbitrated=not probed.atomic)

@@ -207,6 +207,23 @@ def test_a_sweep_that_the_cluster_cannot_run_is_not_stored(
     assert no_objects(folder)
 
 
+def test_a_sweep_that_goes_on_waits_for_nodes_that_have_yet_to_join(
+    orchestrate: Orchestrate, folder: Path, store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tabby(folder, store)
+    started: list[str] = []
+    monkeypatch.setattr("orchestrator.local_ray.connect", lambda address: None)
+    monkeypatch.setattr("orchestrator.ray_cluster.shortfall", lambda want: "")
+    monkeypatch.setattr("orchestrator.ray_cluster.machines", lambda: 1)
+    monkeypatch.setattr("orchestrator.launch.start", lambda sweep, *_, **__: started.append(sweep.name))
+
+    code, _, said = orchestrate("resume", "tabby", "-d", "--address", "127.0.0.1:1")
+
+    assert (code, started) == (0, ["tabby"])
+    assert "no node has what a run needs" in said
+    assert "the runs wait for such a node" in said
+
+
 def test_a_changed_file_under_the_same_name_is_refused_with_the_differences(
     orchestrate: Orchestrate, folder: Path, store: DirectoryStore
 ) -> None:
