@@ -145,9 +145,7 @@ class Machine:
 
     def freeze(self) -> list[int]:
         """Stop every process on it, as a suspended machine; returns once all stand still."""
-        while any(
-            _status(pid) not in _STILL for pid in self._signal(signal.SIGSTOP)
-        ):  # or more
+        while any(_status(pid) not in _STILL for pid in self._signal(signal.SIGSTOP)):  # or more
             time.sleep(0.005)
         return self.pids
 
