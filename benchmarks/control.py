@@ -28,11 +28,11 @@ from typing import Any
 import psutil
 from support import BenchmarkFailed, conclude, run, show, verdict
 
-from orchestrator.cluster import Health, Order, Slot, Work
-from orchestrator.controller import Controller
-from orchestrator.grid_schema import Checkpoint, Storage
-from orchestrator.sweep import PlannedRun, Sweep
-from orchestrator.term import Term
+from orchestrator.control.cluster import Health, Order, Slot, Work
+from orchestrator.control.controller import Controller
+from orchestrator.control.term import Term
+from orchestrator.grid.schema import Checkpoint, Storage
+from orchestrator.grid.sweep import PlannedRun, Sweep
 from storage import layout
 from storage.log import RunLog, run_log
 from storage.memory import MemoryStore

@@ -23,10 +23,10 @@ from typing import Any
 
 from support import BenchmarkFailed, conclude, run, show, wait_for
 
-from orchestrator.cluster import NoCluster
-from orchestrator.controller import Controller
-from orchestrator.grid_schema import Checkpoint, Storage
-from orchestrator.sweep import PlannedRun, Sweep
+from orchestrator.control.cluster import NoCluster
+from orchestrator.control.controller import Controller
+from orchestrator.grid.schema import Checkpoint, Storage
+from orchestrator.grid.sweep import PlannedRun, Sweep
 from storage import layout
 from storage.log import RunSnapshot, run_log
 from storage.memory import MemoryStore

@@ -35,9 +35,10 @@ from support import (
     wait_until_warm,
 )
 
-from orchestrator import launch, local_ray
-from orchestrator.submission import submit
-from orchestrator.sweep import Sweep, load
+from orchestrator.grid.sweep import Sweep, load
+from orchestrator.launching import launch
+from orchestrator.launching.submission import submit
+from orchestrator.on_ray import local_ray
 from storage.log import Log, run_log
 from storage.object_store import ObjectStore
 from storage.run_state import RunState

@@ -16,7 +16,7 @@ from typing import Any
 
 from ray import tune
 
-from orchestrator import local_ray
+from orchestrator.on_ray import local_ray
 
 
 def train(config: dict[str, Any]) -> None:

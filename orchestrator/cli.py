@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 import click
 
-from . import operating_commands, storage_commands, supervise_command
-from .options import DEFAULT_STORE, output_option, store_option
+from .commands import operating_commands, storage_commands, supervise_command
+from .commands.options import DEFAULT_STORE, output_option, store_option
 
 address_option = click.option(
     "--address",
@@ -63,7 +63,7 @@ def main() -> None:
 )
 def validate(file: Path, overrides: tuple[str, ...]) -> None:
     """Check a sweep file without looking at anything that it names."""
-    from .sweep import validate as check
+    from .grid.sweep import validate as check
 
     draft = check(file, overrides=overrides)
     click.echo(f"{file}: no mistakes; sweep {draft.name}, {len(draft.cells)} runs")
@@ -94,11 +94,11 @@ def sweep(
     from storage.probe import open_probed
     from storage.url import open_store
 
-    from . import preflight
-    from .inputs import shown_upload
-    from .session import refuse_unrunnable, show_plan, work_on
-    from .submission import is_new, submit
-    from .sweep import load
+    from .commands.session import refuse_unrunnable, show_plan, work_on
+    from .grid.sweep import load
+    from .launching import preflight
+    from .launching.inputs import shown_upload
+    from .launching.submission import is_new, submit
 
     named = (*overrides, f"name={name}") if name else overrides
     planned = load(file, overrides=named)
@@ -133,8 +133,8 @@ def resume(name: str, detach: bool, store_url: str, address: str | None, insecur
     from storage.probe import open_probed
     from storage.url import open_store
 
-    from .session import work_on
-    from .submission import load_submitted
+    from .commands.session import work_on
+    from .launching.submission import load_submitted
 
     found = load_submitted(open_store(store_url), name)  # first: probing writes
     store, probed = open_probed(store_url)
@@ -151,10 +151,10 @@ def status(name: str, watching: bool, output: str, store_url: str, address: str 
     """Show where the runs of a sweep are."""
     from storage.url import open_store
 
-    from .session import controller_finder, watched
-    from .submission import load_submitted
-    from .view import as_json
-    from .watch import Watcher, console, table
+    from .commands.session import controller_finder, watched
+    from .launching.submission import load_submitted
+    from .reports.view import as_json
+    from .reports.watch import Watcher, console, table
 
     store = open_store(store_url)
     found = load_submitted(store, name)
@@ -177,9 +177,9 @@ def why(run: str, with_timeline: bool, store_url: str) -> None:
     from storage.log import run_log
     from storage.url import open_store
 
-    from .submission import find_run
-    from .why import timeline
-    from .why import why as explained
+    from .launching.submission import find_run
+    from .reports.why import timeline
+    from .reports.why import why as explained
 
     store = open_store(store_url)
     found, run_id = find_run(store, run)
@@ -199,9 +199,9 @@ def describe(run: str, output: str, store_url: str) -> None:
     """Print all that is settled about RUN: spec, inputs, attempts, and how often it saves itself and why."""
     from storage.url import open_store
 
-    from .describing import describe as described
-    from .describing import text
-    from .submission import find_run
+    from .launching.submission import find_run
+    from .reports.describing import describe as described
+    from .reports.describing import text
 
     store = open_store(store_url)
     found, run_id = find_run(store, run)
@@ -219,9 +219,9 @@ def cancel(name: str, yes: bool, store_url: str, address: str | None) -> None:
     from storage.probe import open_probed
     from storage.url import open_store
 
-    from .cancelling import ask_to_cancel
-    from .session import controller_finder
-    from .submission import find_run, load_submitted, sweep_names
+    from .commands.cancelling import ask_to_cancel
+    from .commands.session import controller_finder
+    from .launching.submission import find_run, load_submitted, sweep_names
 
     store = open_store(store_url)
     if name in sweep_names(store):
@@ -259,9 +259,9 @@ def logs(run: str, attempt: int | None, previous: bool, tail: int, events: bool,
     from storage.log import run_log
     from storage.url import open_store
 
+    from .commands.trainer_logs import read_lines
     from .errors import Unknown
-    from .submission import find_run
-    from .trainer_logs import read_lines
+    from .launching.submission import find_run
 
     if previous and attempt:
         raise click.UsageError("--previous and --attempt both say which attempt: give one of them")
@@ -289,12 +289,12 @@ def export(
     """Write a run's LoRA as a file that other programs load, and verify that it does."""
     from storage.url import open_store
 
+    from .commands.exporting import export_run
+    from .commands.session import best_line
     from .errors import Unknown
-    from .exporting import export_run
-    from .session import best_line
-    from .submission import find_run, load_submitted
-    from .view import best as best_of
-    from .view import read_rows
+    from .launching.submission import find_run, load_submitted
+    from .reports.view import best as best_of
+    from .reports.view import read_rows
 
     store = open_store(store_url)
     if best:
@@ -329,7 +329,7 @@ def export(
 @output_option
 def doctor(store_url: str, checkpoint_mb: int, output: str) -> None:
     """Find out whether a store will do: rights, create-only, checksums, clock, speed."""
-    from .doctor import run_doctor
+    from .commands.doctor import run_doctor
 
     sys.exit(run_doctor(store_url, checkpoint_bytes=checkpoint_mb * 1_000_000, as_json=output == "json"))
 
@@ -339,7 +339,7 @@ def doctor(store_url: str, checkpoint_mb: int, output: str) -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
 def demo(kill: bool, out: Path) -> None:
     """Train a small real sweep here, lose a node half way, and finish as if nothing had happened."""
-    from .demo import run_demo
+    from .commands.demo import run_demo
 
     run_demo(out, kill=kill)
 

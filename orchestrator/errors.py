@@ -21,7 +21,7 @@ from storage.errors import (
     Unavailable,
 )
 
-from .credentials import redacted
+from .grid.credentials import redacted
 
 STORE_DENIED = "E2402"
 STORE_UNREACHABLE = "E2403"

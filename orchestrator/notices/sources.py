@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 from typing import Protocol
 
-from ..grid_schema import Notices
+from ..grid.schema import Notices
 from .clouds import Aws, Azure, Gcp
 from .metadata import LINK_LOCAL, Unreachable
 from .notice import Notice

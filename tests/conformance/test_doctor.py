@@ -11,7 +11,7 @@ from support.fault_proxy import FOREVER, FaultProxy, Status, matching
 from support.s3_servers import S3Server, free_ports
 
 from orchestrator.cli import main
-from orchestrator.doctor import exit_code
+from orchestrator.commands.doctor import exit_code
 from storage.doctor.examination import Cause, Check, examine
 from storage.object_store import ObjectStore
 from storage.url import open_store

@@ -17,9 +17,9 @@ from support.invariants import violations
 from support.runs import claimed, ended, finished, incarnation, write_checkpoint
 from support.s3_servers import S3Server
 
-from orchestrator.cleaning import carry_out, look, survey
 from orchestrator.cli import main
-from orchestrator.submission import submit
+from orchestrator.commands.cleaning import carry_out, look, survey
+from orchestrator.launching.submission import submit
 from storage import layout
 from storage.checkpoints import CheckpointStore
 from storage.garbage.collecting import Collected, store_time

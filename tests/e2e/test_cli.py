@@ -14,7 +14,7 @@ import pytest
 from support.cluster import wait_for
 from support.gate import Gate
 
-from orchestrator import local_ray
+from orchestrator.on_ray import local_ray
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

@@ -12,7 +12,7 @@ import pytest
 from support.cluster import running_cluster, wait_for
 from support.gate import Gate
 
-from orchestrator.local_ray import LocalRay
+from orchestrator.on_ray.local_ray import LocalRay
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

@@ -18,12 +18,13 @@ from support.evidence import adapter, litter, trained_alone
 from support.gate import Gate
 from support.s3_servers import S3Server
 
-from orchestrator import launch, local_ray
 from orchestrator.errors import OrchestrateError
-from orchestrator.local_ray import LocalRay
-from orchestrator.submission import submit
-from orchestrator.sweep import Sweep, load
-from orchestrator.why import interruptions
+from orchestrator.grid.sweep import Sweep, load
+from orchestrator.launching import launch
+from orchestrator.launching.submission import submit
+from orchestrator.on_ray import local_ray
+from orchestrator.on_ray.local_ray import LocalRay
+from orchestrator.reports.why import interruptions
 from storage.log import RunLog, run_log
 from storage.object_store import ObjectStore
 from storage.probe import open_probed

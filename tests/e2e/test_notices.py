@@ -10,10 +10,11 @@ from support.cluster import running_cluster, wait_for
 from support.evidence import adapter, litter, trained_alone
 from support.gate import Gate
 
-from orchestrator import launch, local_ray
-from orchestrator.submission import submit
-from orchestrator.sweep import Sweep, load
-from orchestrator.why import interruptions, why
+from orchestrator.grid.sweep import Sweep, load
+from orchestrator.launching import launch
+from orchestrator.launching.submission import submit
+from orchestrator.on_ray import local_ray
+from orchestrator.reports.why import interruptions, why
 from storage.log import run_log
 from storage.records import EndReason, Outcome
 from storage.url import open_store

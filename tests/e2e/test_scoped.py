@@ -13,11 +13,11 @@ from support.cluster import running_cluster, trainers, wait_for
 from support.gate import Gate
 from support.s3_servers import SECRET, S3Server
 
-from orchestrator import launch
 from orchestrator.errors import OrchestrateError, PreflightFailed
-from orchestrator.local_ray import LocalRay
-from orchestrator.submission import submit
-from orchestrator.sweep import load
+from orchestrator.grid.sweep import load
+from orchestrator.launching import launch
+from orchestrator.launching.submission import submit
+from orchestrator.on_ray.local_ray import LocalRay
 from storage.log import run_log
 from storage.object_store import ObjectStore
 from storage.probe import open_probed

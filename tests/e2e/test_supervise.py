@@ -14,9 +14,9 @@ from support.cluster import descendants, kill_cluster, wait_for
 from support.evidence import adapter, litter, trained_alone
 from support.gate import Gate
 
-from orchestrator import local_ray
-from orchestrator.submission import submit
-from orchestrator.sweep import load
+from orchestrator.grid.sweep import load
+from orchestrator.launching.submission import submit
+from orchestrator.on_ray import local_ray
 from storage.log import run_log
 from storage.records import EndReason, Outcome
 from storage.url import open_store

@@ -23,13 +23,13 @@ from proof.world import Weather, World, weather
 from support.fake_cluster import FakeCluster, small_sweep
 from support.unreliable_store import Interleaving, Seat
 
-from orchestrator import sweep_snapshot
-from orchestrator.appending import append_decided
-from orchestrator.controller import Controller
-from orchestrator.grid_schema import Checkpoint, Recovery
-from orchestrator.lifecycle import CancelAsked, Policy, advance
-from orchestrator.sweep import Sweep
-from orchestrator.term import SteppedDown, Term
+from orchestrator.control import sweep_snapshot
+from orchestrator.control.controller import Controller
+from orchestrator.control.lifecycle import CancelAsked, Policy, advance
+from orchestrator.control.term import SteppedDown, Term
+from orchestrator.grid.schema import Checkpoint, Recovery
+from orchestrator.grid.sweep import Sweep
+from orchestrator.on_ray.appending import append_decided
 from storage import snapshots
 from storage.errors import Fenced, StorageError, Unavailable
 from storage.log import run_log

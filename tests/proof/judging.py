@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from support.fake_cluster import FILE, FakeCluster, weights_at
 from support.invariants import leftovers, violations
 
-from orchestrator.sweep import PlannedRun, Sweep
+from orchestrator.grid.sweep import PlannedRun, Sweep
 from storage import layout
 from storage.errors import NotFound
 from storage.log import run_log

@@ -8,8 +8,8 @@ from typing import Any
 from proof.world import World
 from support.fake_cluster import FakeCluster
 
-from orchestrator.cluster import Health, Order, Slot
-from orchestrator.readers import PATIENCE_S, Readers
+from orchestrator.control.cluster import Health, Order, Slot
+from orchestrator.control.readers import PATIENCE_S, Readers
 
 HEARD_S = 3.0
 """A slot of which no report came for longer is not known to live."""

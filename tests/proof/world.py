@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from support.fake_cluster import FakeCluster
 from support.unreliable_store import Interleaving
 
-from orchestrator.sweep import Sweep
+from orchestrator.grid.sweep import Sweep
 
 BEGAN_AT = 1000.0
 HORIZON_S = 45

@@ -11,8 +11,8 @@ from typing import TypeVar
 import psutil
 import pytest
 
-from orchestrator import local_ray
-from orchestrator.local_ray import LocalRay
+from orchestrator.on_ray import local_ray
+from orchestrator.on_ray.local_ray import LocalRay
 
 T = TypeVar("T")
 

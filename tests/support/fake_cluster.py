@@ -15,11 +15,11 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from orchestrator.cluster import Health, Order, Slot, Work
-from orchestrator.controller import Controller
-from orchestrator.grid_schema import Checkpoint, Metric, Recovery, Storage
+from orchestrator.control.cluster import Health, Order, Slot, Work
+from orchestrator.control.controller import Controller
+from orchestrator.grid.schema import Checkpoint, Metric, Recovery, Storage
+from orchestrator.grid.sweep import PlannedRun, Sweep
 from orchestrator.notices.notice import Kind, Notice, Standing, after, told
-from orchestrator.sweep import PlannedRun, Sweep
 from storage import layout
 from storage.errors import Corrupt, Fenced, Unavailable
 from storage.log import RunLog, run_log
@@ -243,7 +243,7 @@ class _Agent:
 
 
 class FakeCluster:
-    """Implements ``orchestrator.cluster.Cluster``; its other methods are what happens to it.
+    """Implements ``orchestrator.control.cluster.Cluster``; its other methods are what happens to it.
 
     Args:
         store: Where trainers commit; never the controller's faulty one.

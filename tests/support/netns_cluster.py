@@ -23,7 +23,7 @@ from support.fake_metadata import withdraw
 from support.namespaces import Machine, Network, network
 from support.s3_servers import S3Server, radosgw_server, rclone_server, why_no_radosgw
 
-from orchestrator.detection import as_environment
+from orchestrator.on_ray.detection import as_environment
 
 PORT = 6379
 METADATA = "169.254.169.254"

@@ -16,7 +16,7 @@ from support.evidence import adapter, litter, zombie_commits
 from support.gate import Gate
 from support.netns_cluster import NetnsCluster, Node
 
-from orchestrator.sweep import Sweep, load
+from orchestrator.grid.sweep import Sweep, load
 from storage.log import RunLog, run_log
 from storage.object_store import ObjectStore
 from storage.records import Outcome, RunEntry

@@ -11,12 +11,12 @@ import pytest
 from support import light_trainer
 from support.runs import claimed, incarnation
 
-from orchestrator import agent as agents
-from orchestrator.agent import Agent, AgentSetup
-from orchestrator.canary import Canary
-from orchestrator.cluster import Order
-from orchestrator.grid_schema import Notices
-from orchestrator.spare import WarmSpare
+from orchestrator.control.cluster import Order
+from orchestrator.grid.schema import Notices
+from orchestrator.on_ray import agent as agents
+from orchestrator.on_ray.agent import Agent, AgentSetup
+from orchestrator.on_ray.canary import Canary
+from orchestrator.on_ray.spare import WarmSpare
 from storage import layout
 from storage.log import run_log
 from storage.memory import MemoryStore

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from orchestrator.cli import main
 from orchestrator.errors import InvalidFile
-from orchestrator.sweep import load, validate
+from orchestrator.grid.sweep import load, validate
 
 GOOD = """\
 method: grid

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.runs import claimed, committed
 
-from orchestrator.blame import REPEATABLE, advised, proof
-from orchestrator.cluster import Health, Slot
-from orchestrator.lifecycle import Exited, Lost, Policy, advance, phase
-from orchestrator.loss import loss
+from orchestrator.control.blame import REPEATABLE, advised, proof
+from orchestrator.control.cluster import Health, Slot
+from orchestrator.control.lifecycle import Exited, Lost, Policy, advance, phase
+from orchestrator.control.loss import loss
 from storage.records import Ended, EndReason, Finished, Outcome, Record
 from storage.run_state import FREE_ENDS, RunState, apply, refusal
 from trainer.evidence import ADVICE, Evidence

@@ -11,10 +11,10 @@ import pytest
 import torch
 from support.fake_cluster import FakeCluster, run_to_end, small_sweep
 
-from orchestrator.canary import LEAST_FREE_BYTES, Canary, Sight, look, unfit
-from orchestrator.controller import Controller
-from orchestrator.placing import Standing
-from orchestrator.spare import WarmSpare
+from orchestrator.control.controller import Controller
+from orchestrator.control.placing import Standing
+from orchestrator.on_ray.canary import LEAST_FREE_BYTES, Canary, Sight, look, unfit
+from orchestrator.on_ray.spare import WarmSpare
 from storage import layout
 from storage.errors import Unavailable
 from storage.log import run_log

@@ -18,11 +18,11 @@ from support.light_trainer import save
 from support.runs import claimed, committed, ended, incarnation
 
 from orchestrator.cli import main
-from orchestrator.grid_schema import Metric
-from orchestrator.options import store_flag
-from orchestrator.session import EXIT_DETACHED, EXIT_RUNS_FAILED
-from orchestrator.submission import load_submitted, submit
-from orchestrator.sweep import Sweep
+from orchestrator.commands.options import store_flag
+from orchestrator.commands.session import EXIT_DETACHED, EXIT_RUNS_FAILED
+from orchestrator.grid.schema import Metric
+from orchestrator.grid.sweep import Sweep
+from orchestrator.launching.submission import load_submitted, submit
 from storage import layout
 from storage.checkpoints import CheckpointStore
 from storage.directory import DirectoryStore
@@ -61,8 +61,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setenv("TZ", "UTC")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("orchestrator.local_ray.start", started_a_cluster)
-    monkeypatch.setattr("orchestrator.local_ray.connect", started_a_cluster)
+    monkeypatch.setattr("orchestrator.on_ray.local_ray.start", started_a_cluster)
+    monkeypatch.setattr("orchestrator.on_ray.local_ray.connect", started_a_cluster)
     (tmp_path / "data").mkdir()
     for index in range(4):
         Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / "data" / f"{index}.png")
@@ -119,7 +119,7 @@ def kinds(store: DirectoryStore, run_id: str) -> list[str]:
 
 def tabby(folder: Path, store: DirectoryStore) -> Sweep:
     """Submit the folder's sweep file, as ``sweep`` does before it starts anything."""
-    from orchestrator.sweep import load
+    from orchestrator.grid.sweep import load
 
     planned = load(folder / "grid.yaml")
     submit(planned, store)
@@ -197,8 +197,8 @@ def test_a_sweep_that_is_wrong_launches_nothing(
 def test_a_sweep_that_the_cluster_cannot_run_is_not_stored(
     orchestrate: Orchestrate, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orchestrator.local_ray.connect", lambda address: None)
-    monkeypatch.setattr("orchestrator.ray_cluster.shortfall", lambda want: "n1: 1 CPUs, 0 GPUs")
+    monkeypatch.setattr("orchestrator.on_ray.local_ray.connect", lambda address: None)
+    monkeypatch.setattr("orchestrator.on_ray.ray_cluster.shortfall", lambda want: "n1: 1 CPUs, 0 GPUs")
 
     code, printed, said = orchestrate("sweep", "grid.yaml", "-y", "--address", "127.0.0.1:1")
 
@@ -212,10 +212,12 @@ def test_a_sweep_that_goes_on_waits_for_nodes_that_have_yet_to_join(
 ) -> None:
     tabby(folder, store)
     started: list[str] = []
-    monkeypatch.setattr("orchestrator.local_ray.connect", lambda address: None)
-    monkeypatch.setattr("orchestrator.ray_cluster.shortfall", lambda want: "")
-    monkeypatch.setattr("orchestrator.ray_cluster.machines", lambda: 1)
-    monkeypatch.setattr("orchestrator.launch.start", lambda sweep, *_, **__: started.append(sweep.name))
+    monkeypatch.setattr("orchestrator.on_ray.local_ray.connect", lambda address: None)
+    monkeypatch.setattr("orchestrator.on_ray.ray_cluster.shortfall", lambda want: "")
+    monkeypatch.setattr("orchestrator.on_ray.ray_cluster.machines", lambda: 1)
+    monkeypatch.setattr(
+        "orchestrator.launching.launch.start", lambda sweep, *_, **__: started.append(sweep.name)
+    )
 
     code, _, said = orchestrate("resume", "tabby", "-d", "--address", "127.0.0.1:1")
 
@@ -411,7 +413,7 @@ def test_ctrl_c_while_watching_detaches_and_says_what_next(
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("orchestrator.watch.time.sleep", interrupted)
+    monkeypatch.setattr("orchestrator.reports.watch.time.sleep", interrupted)
 
     code, printed, said = orchestrate("status", "cat", "-w")
 

@@ -7,11 +7,11 @@ import pytest
 from proof.control import play
 from support.runs import claimed, committed
 
-from orchestrator.appending import append_decided
-from orchestrator.cluster import Slot
-from orchestrator.controller import Controller
-from orchestrator.lifecycle import CancelAsked, Policy, advance
-from orchestrator.loss import loss
+from orchestrator.control.cluster import Slot
+from orchestrator.control.controller import Controller
+from orchestrator.control.lifecycle import CancelAsked, Policy, advance
+from orchestrator.control.loss import loss
+from orchestrator.on_ray.appending import append_decided
 from storage.log import run_log
 from storage.memory import MemoryStore
 from storage.records import CancelRequested, EndReason
@@ -52,7 +52,7 @@ def test_a_controller_that_takes_silence_for_death_is_found_out(monkeypatch: pyt
     def at_once(slot: Slot, silent_s: float, limit_s: float, **how: bool) -> tuple[EndReason, str] | None:
         return loss(slot, 1e9, 0.0, **how)
 
-    monkeypatch.setattr("orchestrator.controller.loss", at_once)
+    monkeypatch.setattr("orchestrator.control.controller.loss", at_once)
 
     assert any("instead of 1" in line for seed in range(ENOUGH) for line in play(seed).violations)
 

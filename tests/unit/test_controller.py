@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from support.fake_cluster import FILE, FakeCluster, run_to_end, small_sweep, weights_at
 
-from orchestrator.cancelling import ask_to_cancel
-from orchestrator.cluster import Health, Listening, Order, Slot
-from orchestrator.controller import REFRESH_S, Controller
-from orchestrator.grid_schema import Checkpoint, Metric, Recovery
-from orchestrator.sweep import Sweep
-from orchestrator.sweep_snapshot import EVERY_S
-from orchestrator.view import Status, read_rows
+from orchestrator.commands.cancelling import ask_to_cancel
+from orchestrator.control.cluster import Health, Listening, Order, Slot
+from orchestrator.control.controller import REFRESH_S, Controller
+from orchestrator.control.sweep_snapshot import EVERY_S
+from orchestrator.grid.schema import Checkpoint, Metric, Recovery
+from orchestrator.grid.sweep import Sweep
+from orchestrator.reports.view import Status, read_rows
 from storage import layout
 from storage.errors import AccessDenied, Fenced, Unavailable
 from storage.log import Snapshot, run_log
@@ -581,7 +581,7 @@ def test_a_store_that_is_away_is_told_once_and_not_every_tick(caplog: pytest.Log
     controller = Controller(sweep, store, cluster, cluster.clock)
     store.away = True
 
-    with caplog.at_level(logging.WARNING, logger="orchestrator.controller"):
+    with caplog.at_level(logging.WARNING, logger="orchestrator.control.controller"):
         ticks(controller, cluster, 20)
         store.away = False
         finish(controller, cluster)
@@ -624,7 +624,7 @@ def test_a_store_that_refuses_to_delete_is_told_once_a_run_and_stops_nothing(
     cluster = FakeCluster(store, sweep, nodes=1)
     controller = Controller(sweep, store, cluster, cluster.clock)
 
-    with caplog.at_level(logging.WARNING, logger="orchestrator.controller"):
+    with caplog.at_level(logging.WARNING, logger="orchestrator.control.controller"):
         ticks(controller, cluster, 8)
         cluster.lose_node("n1")
         cluster.add_node()

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from support.fake_cluster import small_sweep
 
-from orchestrator import controller_actor
-from orchestrator.controller_actor import ControllerActor, ControllerSetup
 from orchestrator.errors import OrchestrateError
-from orchestrator.granting import Unenforced
-from orchestrator.submission import submit
+from orchestrator.launching.submission import submit
+from orchestrator.on_ray import controller_actor
+from orchestrator.on_ray.controller_actor import ControllerActor, ControllerSetup
+from orchestrator.on_ray.granting import Unenforced
 from storage import layout
 from storage.directory import DirectoryStore
 from storage.url import open_store

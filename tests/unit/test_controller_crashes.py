@@ -10,9 +10,9 @@ import pytest
 from support.fake_cluster import FILE, FakeCluster, small_sweep, weights_at
 from support.flaky_store import Died, Fault, FlakyStore
 
-from orchestrator.controller import Controller
-from orchestrator.grid_schema import Checkpoint, Recovery
-from orchestrator.sweep import Sweep
+from orchestrator.control.controller import Controller
+from orchestrator.grid.schema import Checkpoint, Recovery
+from orchestrator.grid.sweep import Sweep
 from storage import layout
 from storage.log import run_log
 from storage.memory import MemoryStore

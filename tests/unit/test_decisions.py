@@ -6,17 +6,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from support.runs import claimed, committed
 
-from orchestrator.lifecycle import (
-    CancelAsked,
-    Event,
-    Exited,
-    Lost,
-    Policy,
-    advance,
-    settle,
-    wait_s,
-)
-from orchestrator.scheduler import Avoided, FreeSlot, QueuedRun, assign
+from orchestrator.control.lifecycle import CancelAsked, Event, Exited, Lost, Policy, advance, settle, wait_s
+from orchestrator.control.scheduler import Avoided, FreeSlot, QueuedRun, assign
 from storage.records import EndReason, Record
 from storage.run_state import FREE_ENDS, RunState, apply, refusal
 from trainer.rundir import (

@@ -10,11 +10,11 @@ from support.runs import claimed, committed, ended
 from support.tiny_world import build_images
 
 from orchestrator.cli import main
-from orchestrator.describing import describe, text
-from orchestrator.grid_schema import Checkpoint
-from orchestrator.storage_tables import size_text
-from orchestrator.submission import submit
-from orchestrator.sweep import Sweep
+from orchestrator.commands.storage_tables import size_text
+from orchestrator.grid.schema import Checkpoint
+from orchestrator.grid.sweep import Sweep
+from orchestrator.launching.submission import submit
+from orchestrator.reports.describing import describe, text
 from storage import layout
 from storage.content.store import store_for
 from storage.directory import DirectoryStore

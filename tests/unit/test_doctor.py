@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from orchestrator.cli import main
-from orchestrator.doctor import exit_code, lines, verdict
+from orchestrator.commands.doctor import exit_code, lines, verdict
 from storage.directory import DirectoryStore
 from storage.doctor import checks as doctor_checks
 from storage.doctor import examination as doctor

@@ -3,11 +3,11 @@
 import pytest
 from support.fake_cluster import FakeCluster, small_sweep
 
-from orchestrator.controller import Controller
-from orchestrator.draining import READ_EVERY_S, ask_to_drain, drain_log
+from orchestrator.control.controller import Controller
+from orchestrator.control.draining import READ_EVERY_S, ask_to_drain, drain_log
+from orchestrator.control.lifecycle import Exited, Policy, advance
 from orchestrator.errors import OrchestrateError
-from orchestrator.lifecycle import Exited, Policy, advance
-from orchestrator.sweep import Sweep
+from orchestrator.grid.sweep import Sweep
 from storage import layout
 from storage.drains import DrainAsked
 from storage.errors import Unavailable

@@ -8,9 +8,9 @@ from click.testing import CliRunner
 from support.fake_cluster import FakeCluster, small_sweep
 
 from orchestrator.cli import main
-from orchestrator.controller import Controller
-from orchestrator.draining import drain_log, drain_record
-from orchestrator.events import EventReader, Happening, in_order, line
+from orchestrator.control.controller import Controller
+from orchestrator.control.draining import drain_log, drain_record
+from orchestrator.reports.events import EventReader, Happening, in_order, line
 from storage import layout
 from storage.directory import DirectoryStore
 from storage.log import run_log

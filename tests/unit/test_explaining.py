@@ -9,11 +9,11 @@ from click.testing import CliRunner
 from support.fake_cluster import FakeCluster, small_sweep
 
 from orchestrator.cli import main
-from orchestrator.controller import Controller, policy_of
-from orchestrator.explaining import explain, summary
-from orchestrator.grid_schema import Recovery, Resources
-from orchestrator.lifecycle import Policy
-from orchestrator.placing import Hold, Outlook, SlotNote, Standing, unused
+from orchestrator.control.controller import Controller, policy_of
+from orchestrator.control.lifecycle import Policy
+from orchestrator.control.placing import Hold, Outlook, SlotNote, Standing, unused
+from orchestrator.grid.schema import Recovery, Resources
+from orchestrator.reports.explaining import explain, summary
 from storage import layout
 from storage.directory import DirectoryStore
 from storage.log import run_log

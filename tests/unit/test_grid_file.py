@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import InvalidFile
-from orchestrator.grid_file import parse, parse_value, read
-from orchestrator.overrides import overlaid
+from orchestrator.grid.file import parse, parse_value, read
+from orchestrator.grid.overrides import overlaid
 
 TEXT = """\
 method: grid

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.grid_schema import Recovery
+from orchestrator.grid.schema import Recovery
 from trainer.evidence import Evidence, attributed
 from trainer.hang import LONG_STEPS, LONGEST_LOOK_S, Quiet, Signs, hangs, looked, signs_of, where
 from trainer.pulse import Pulse

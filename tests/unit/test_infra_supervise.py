@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from orchestrator.detection import PROFILES
-from orchestrator.supervise_command import supervise
-from orchestrator.supervision import EXIT_TAKEN_OVER, HOPELESS
+from orchestrator.commands.supervise_command import supervise
+from orchestrator.on_ray.detection import PROFILES
+from orchestrator.supervise.supervision import EXIT_TAKEN_OVER, HOPELESS
 
 INFRA = Path(__file__).resolve().parents[2] / "infra"
 UNIT = INFRA / "systemd" / "orchestrate-supervise@.service"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.runs import claimed, committed, ended
 from support.training import events
 
-from orchestrator.grid_schema import Checkpoint
+from orchestrator.grid.schema import Checkpoint
 from storage.log import run_log
 from storage.memory import MemoryStore
 from storage.records import EndReason, Record

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from support.fake_cluster import FakeCluster, run_to_end, small_sweep
 
-from orchestrator import launch, local_ray
-from orchestrator.cancelling import ask_to_cancel
-from orchestrator.cluster import NoCluster
-from orchestrator.controller import Controller
+from orchestrator.commands.cancelling import ask_to_cancel
+from orchestrator.control.cluster import NoCluster
+from orchestrator.control.controller import Controller
 from orchestrator.errors import OrchestrateError, PreflightFailed
-from orchestrator.watch import watch
+from orchestrator.launching import launch
+from orchestrator.on_ray import local_ray
+from orchestrator.reports.watch import watch
 from storage import layout
 from storage.memory import MemoryStore
 
@@ -71,7 +72,7 @@ def test_nobody_cancels_beside_the_controller_where_two_writers_could_both_win()
 
 
 def test_watching_a_sweep_that_nobody_works_on_ends_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.watch.ABANDONED_S", -1.0)
+    monkeypatch.setattr("orchestrator.reports.watch.ABANDONED_S", -1.0)
     with pytest.raises(OrchestrateError, match=r"no controller works on cat .* orchestrate resume cat"):
         watch(small_sweep(runs=1), MemoryStore(), controller=lambda: None)
 

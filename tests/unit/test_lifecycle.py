@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.runs import claimed, committed, ref
 
-from orchestrator.lifecycle import (
+from orchestrator.control.lifecycle import (
     CancelAsked,
     Event,
     Exited,

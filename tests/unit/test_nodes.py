@@ -9,11 +9,11 @@ from rich.console import Console
 from support.fake_cluster import FakeCluster, small_sweep
 
 from orchestrator.cli import main
-from orchestrator.controller import Controller
-from orchestrator.draining import drain_log
-from orchestrator.node_table import table
-from orchestrator.nodes import NodeView, nodes
-from orchestrator.placing import SlotNote, Standing
+from orchestrator.control.controller import Controller
+from orchestrator.control.draining import drain_log
+from orchestrator.control.placing import SlotNote, Standing
+from orchestrator.reports.node_table import table
+from orchestrator.reports.nodes import NodeView, nodes
 from storage import layout
 from storage.directory import DirectoryStore
 from storage.drains import DrainAsked, Drains

@@ -4,14 +4,14 @@ import pytest
 from support.fake_cluster import FakeCluster, run_to_end, small_sweep, weights_at
 from support.runs import claimed, committed
 
-from orchestrator.cluster import Health, Slot
-from orchestrator.controller import Controller
-from orchestrator.grid_schema import Recovery, Resources
-from orchestrator.lifecycle import Exited, Policy, advance
-from orchestrator.loss import OVERDUE_SILENCE_S, loss
+from orchestrator.control.cluster import Health, Slot
+from orchestrator.control.controller import Controller
+from orchestrator.control.lifecycle import Exited, Policy, advance
+from orchestrator.control.loss import OVERDUE_SILENCE_S, loss
+from orchestrator.grid.schema import Recovery, Resources
 from orchestrator.notices.notice import CALM_S, Kind, Notice
-from orchestrator.ray_drain import drain, draining
-from orchestrator.why import why
+from orchestrator.on_ray.ray_drain import drain, draining
+from orchestrator.reports.why import why
 from storage import layout
 from storage.log import run_log
 from storage.memory import MemoryStore

@@ -15,23 +15,14 @@ from hypothesis import strategies as st
 from support.fake_metadata import INSTANCE, VM, FakeMetadata, announce, metadata_service, withdraw
 
 from orchestrator.errors import InvalidFile
-from orchestrator.grid_schema import Notices, Resources
+from orchestrator.grid.schema import Notices, Resources
+from orchestrator.grid.sweep import validate
 from orchestrator.notices.clouds import Aws, Azure, Gcp
 from orchestrator.notices.metadata import Unreachable
-from orchestrator.notices.notice import (
-    CALM_S,
-    LONGEST_CALM_S,
-    Kind,
-    Notice,
-    Standing,
-    after,
-    calm_s,
-    told,
-)
+from orchestrator.notices.notice import CALM_S, LONGEST_CALM_S, Kind, Notice, Standing, after, calm_s, told
 from orchestrator.notices.own import Command, File, Url, said
 from orchestrator.notices.sources import AZURE_TAG, Auto, source_of, vendor
 from orchestrator.notices.watcher import LONGEST_POLL_S, PATIENCE, POLL_S, NoticeWatcher
-from orchestrator.sweep import validate
 
 NOWHERE = "http://127.0.0.1:9"
 """The discard port, at which nothing listens."""

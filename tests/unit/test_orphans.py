@@ -72,7 +72,7 @@ time.sleep(600)
 """
 AGENT = """
 import os, threading
-from orchestrator.lineage import end_with_parent
+from orchestrator.on_ray.lineage import end_with_parent
 threading.Thread(target=end_with_parent, args=(os.getppid(),)).start()
 """
 

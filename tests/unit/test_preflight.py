@@ -10,8 +10,8 @@ from PIL import Image
 
 from orchestrator.cli import main
 from orchestrator.errors import PreflightFailed, Problem
-from orchestrator.preflight import check, refuse
-from orchestrator.sweep import load
+from orchestrator.grid.sweep import load
+from orchestrator.launching.preflight import check, refuse
 from storage.errors import (
     AccessDenied,
     NotFound,

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from orchestrator.readers import THREADS, Readers
+from orchestrator.control.readers import THREADS, Readers
 
 
 def test_all_is_done_at_once() -> None:

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from support.fake_cluster import FakeCluster, small_sweep
 from support.runs import claimed, committed
 
-from orchestrator.controller import Controller
-from orchestrator.grid_schema import Recovery
-from orchestrator.reputation import (
+from orchestrator.control.controller import Controller
+from orchestrator.control.reputation import (
     HALF_LIFE_S,
     LONGEST_PAUSE_S,
     PAUSE_S,
@@ -21,6 +20,7 @@ from orchestrator.reputation import (
     judged,
     pause_s,
 )
+from orchestrator.grid.schema import Recovery
 from storage.log import run_log
 from storage.memory import MemoryStore
 from storage.object_store import ObjectStore

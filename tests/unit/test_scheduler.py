@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.scheduler import Avoided, FreeSlot, Placement, QueuedRun, assign
+from orchestrator.control.scheduler import Avoided, FreeSlot, Placement, QueuedRun, assign
 
 OLD = Avoided(node="old", because="it stalled there")
 

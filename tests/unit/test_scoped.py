@@ -9,11 +9,11 @@ import pytest
 from support.granting import caller_of, data_key
 from support.runs import RUN, claimed, committed, ended, incarnation, ref
 
-from orchestrator.agent import forget_credentials
+from orchestrator.commands.session import refuse_unrunnable
 from orchestrator.errors import InvalidFile, PreflightFailed
-from orchestrator.launch import start
-from orchestrator.session import refuse_unrunnable
-from orchestrator.sweep import load
+from orchestrator.grid.sweep import load
+from orchestrator.launching.launch import start
+from orchestrator.on_ray.agent import forget_credentials
 from storage import layout
 from storage.errors import (
     AccessDenied,

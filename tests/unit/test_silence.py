@@ -4,10 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fake_cluster import FakeCluster, run_to_end, small_sweep
 
-from orchestrator import silence
-from orchestrator.controller import REFRESH_S, Controller
-from orchestrator.grid_schema import Recovery
-from orchestrator.sweep import Sweep
+from orchestrator.control import silence
+from orchestrator.control.controller import REFRESH_S, Controller
+from orchestrator.grid.schema import Recovery
+from orchestrator.grid.sweep import Sweep
 from storage.log import run_log
 from storage.memory import MemoryStore
 from storage.records import Claimed, Committed, Ended, EndReason, Outcome, Record, Started

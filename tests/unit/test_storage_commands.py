@@ -16,11 +16,11 @@ from support.flaky_store import Fault, FlakyStore
 from support.invariants import violations
 from support.runs import claimed, ended, incarnation, read_files, ref, write_checkpoint
 
-from orchestrator.appending import ArbitratedLedger, ledger_of
 from orchestrator.cli import main
-from orchestrator.cluster import Work
-from orchestrator.grid_schema import Checkpoint, Metric
-from orchestrator.submission import submit
+from orchestrator.control.cluster import Work
+from orchestrator.grid.schema import Checkpoint, Metric
+from orchestrator.launching.submission import submit
+from orchestrator.on_ray.appending import ArbitratedLedger, ledger_of
 from storage import layout
 from storage.checkpoints import CheckpointStore
 from storage.directory import DirectoryStore
@@ -295,7 +295,7 @@ def test_where_only_a_controller_may_write_gc_retires_nothing_and_says_so(
     store: DirectoryStore, orchestrate: Orchestrate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("storage.probe.open_probed", lambda url: (store, ProbeResult(False, "2 of 16 won")))
-    monkeypatch.setattr("orchestrator.session.controller_finder", lambda name, address: lambda: None)
+    monkeypatch.setattr("orchestrator.commands.session.controller_finder", lambda name, address: lambda: None)
 
     code, _, said = orchestrate("gc", "--apply")
     assert code == 0
@@ -378,7 +378,9 @@ def test_where_only_a_controller_may_write_it_writes_for_the_commands(
 ) -> None:
     controller = Controller(store)
     monkeypatch.setattr("storage.probe.open_probed", lambda url: (store, ProbeResult(False, "2 of 16 won")))
-    monkeypatch.setattr("orchestrator.session.controller_finder", lambda name, address: lambda: controller)
+    monkeypatch.setattr(
+        "orchestrator.commands.session.controller_finder", lambda name, address: lambda: controller
+    )
 
     assert orchestrate("checkpoints", "pin", "cat/0@10")[0] == 0
     assert orchestrate("gc", "--apply")[0] == 0

@@ -7,8 +7,8 @@ from support.fake_cluster import small_sweep
 from support.flaky_store import Died, Fault, FlakyStore
 
 from orchestrator.errors import Ambiguous, InvalidFile, OrchestrateError, Unknown
-from orchestrator.grid_schema import Recovery
-from orchestrator.submission import find_run, load_submitted, read_spec, submit, sweep_names
+from orchestrator.grid.schema import Recovery
+from orchestrator.launching.submission import find_run, load_submitted, read_spec, submit, sweep_names
 from storage import layout
 from storage.errors import NotFound
 from storage.memory import MemoryStore

@@ -17,12 +17,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator import detection, heads, supervise, supervision
+from orchestrator.control.term import Holder, in_office
 from orchestrator.errors import PreflightFailed
-from orchestrator.heads import CommandHead, Head, HeadFailed, RemoteHead
-from orchestrator.lineage import Lineage
-from orchestrator.supervision import LONGEST_PAUSE_S, STEADY_S, Tries, failed, final
-from orchestrator.term import Holder, in_office
+from orchestrator.on_ray import detection
+from orchestrator.on_ray.lineage import Lineage
+from orchestrator.supervise import heads, supervision
+from orchestrator.supervise import loop as supervise
+from orchestrator.supervise.heads import CommandHead, Head, HeadFailed, RemoteHead
+from orchestrator.supervise.supervision import LONGEST_PAUSE_S, STEADY_S, Tries, failed, final
 from storage import layout
 from storage.errors import Corrupt
 from storage.memory import MemoryStore

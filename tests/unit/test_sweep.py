@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import InvalidFile, Unknown
-from orchestrator.grid_schema import BLOCKS, Checkpoint, Grid, Metric, Notices, Recovery, Resources, Storage
-from orchestrator.sweep import Sweep, differences, load, validate
+from orchestrator.grid.schema import BLOCKS, Checkpoint, Grid, Metric, Notices, Recovery, Resources, Storage
+from orchestrator.grid.sweep import Sweep, differences, load, validate
 from trainer.config import RunSpec
 from trainer.dataset_files import dataset_digest
 from trainer.model_files import model_digest
@@ -319,7 +319,7 @@ def test_a_run_is_found_by_its_id(write: Write) -> None:
 def test_checking_a_file_imports_nothing_heavy(write: Write) -> None:
     heavy = ["torch", "ray", "boto3", "PIL", "diffusers", "numpy"]
     code = (
-        "import sys; from pathlib import Path; from orchestrator.sweep import validate; "
+        "import sys; from pathlib import Path; from orchestrator.grid.sweep import validate; "
         f"validate(Path({str(write())!r})); print([name for name in {heavy} if name in sys.modules])"
     )
     root = Path(__file__).parents[2]

@@ -6,10 +6,10 @@ import pytest
 from support.fake_cluster import FakeCluster, run_to_end, small_sweep
 from support.runs import claimed
 
-from orchestrator.controller import Controller
-from orchestrator.sweep_logs import LOOKS_AT_ONCE, SweepLogs
-from orchestrator.view import Status, read_rows, read_states
-from orchestrator.watch import Watcher
+from orchestrator.control.controller import Controller
+from orchestrator.reports.sweep_logs import LOOKS_AT_ONCE, SweepLogs
+from orchestrator.reports.view import Status, read_rows, read_states
+from orchestrator.reports.watch import Watcher
 from storage import layout
 from storage.errors import Corrupt, Unavailable
 from storage.log import run_log

@@ -4,8 +4,8 @@ import pytest
 from support.fake_cluster import FakeCluster, small_sweep
 from support.flaky_store import Fault, FlakyStore
 
-from orchestrator.controller import Controller
-from orchestrator.term import SteppedDown, Term
+from orchestrator.control.controller import Controller
+from orchestrator.control.term import SteppedDown, Term
 from storage import layout
 from storage.errors import Unavailable
 from storage.memory import MemoryStore

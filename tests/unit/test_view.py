@@ -12,12 +12,12 @@ from rich.console import Console
 from support.fake_cluster import small_sweep
 from support.runs import claimed, committed, ended, finished
 
-from orchestrator.cluster import Work
-from orchestrator.contact_sheet import CELL, LABEL, MARGIN, contact_sheet
-from orchestrator.grid_schema import Metric
-from orchestrator.sweep import Sweep
-from orchestrator.view import RunView, Status, as_json, best, described, read_states, rows, status
-from orchestrator.watch import Watcher, console, table
+from orchestrator.commands.contact_sheet import CELL, LABEL, MARGIN, contact_sheet
+from orchestrator.control.cluster import Work
+from orchestrator.grid.schema import Metric
+from orchestrator.grid.sweep import Sweep
+from orchestrator.reports.view import RunView, Status, as_json, best, described, read_states, rows, status
+from orchestrator.reports.watch import Watcher, console, table
 from storage.errors import Unavailable
 from storage.log import run_log
 from storage.memory import MemoryStore

@@ -5,8 +5,8 @@ from datetime import UTC, datetime
 import pytest
 from support.runs import incarnation
 
-from orchestrator.describing import _attempt, _attempt_text
-from orchestrator.why import Interruption, interruptions, timeline, why
+from orchestrator.reports.describing import _attempt, _attempt_text
+from orchestrator.reports.why import Interruption, interruptions, timeline, why
 from storage.log import run_log
 from storage.memory import MemoryStore
 from storage.records import (

@@ -1,0 +1,1 @@
+"""What the command line does. Each parses, calls and prints."""

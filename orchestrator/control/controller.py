@@ -1,0 +1,587 @@
+"""The controller's tick: observe, decide, append, act.
+
+Decisions are ``lifecycle`` and ``scheduler``, truth is the logs, and every act may be repeated or lost: a
+record is appended before what follows from it is done, and what a log says should be going on, but is not,
+is started again by the next tick. So a controller may die between any two lines, and its successor, which
+knows nothing but the store and the cluster, goes on.
+
+One thread decides and appends; logs are read, and left-overs deleted, by ``Readers``, so that a run whose
+part of the store is slow holds up no other. What a tick costs in requests: one listing for each running run
+that is due (``REFRESH_S``, at most ``LOOKS_PER_S`` in all), one now and then for others (``IDLE_REFRESH_S``,
+``IDLE_LOOKS_PER_S``), one per ``REFRESH_S`` for the term; none for runs that are over, and none in between.
+A start costs two requests for the sweep's snapshot, and one listing for each run that is not over and tidy.
+"""
+
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
+from storage.errors import (
+    Corrupt,
+    Fenced,
+    StorageError,
+)
+from storage.object_store import ObjectStore
+from storage.records import (
+    Claimed,
+    EndReason,
+    Record,
+)
+from storage.run_state import RunState
+
+from ..grid.schema import Recovery
+from ..grid.sweep import Sweep
+from ..on_ray.appending import append_decided
+from . import silence
+from .cluster import Cluster, Health, Order, Slot
+from .draining import DrainBook, drain_record
+from .lifecycle import CancelAsked, Event, Exited, Lost, Phase, Policy, advance, phase, settle, wait_s
+from .loss import loss
+from .placing import Hold, Outlook, SlotNote, bar, claims, free_slots, note, outlook, queued_run, unused
+from .pruning import delete_orphans, prune
+from .readers import PATIENCE_S, Readers
+from .reputation import NodeBook, Repute, barred
+from .scheduler import Placement, QueuedRun, assign
+from .sweep_snapshot import SweepSnapshot
+from .term import SteppedDown, Term
+from .tracked_run import TrackedRun
+
+REFRESH_S = 5.0
+"""How often the log of a running run is read without a hint."""
+
+IDLE_REFRESH_S = 60.0
+"""The same for a run that nobody else should be writing about."""
+
+LOOKS_PER_S = 4.0
+IDLE_LOOKS_PER_S = 1.0
+"""With very many runs each is looked at less often: a listing costs as much as a write, day and night."""
+
+LOOKS_AT_ONCE = 64
+"""More than these that are merely due wait for the next tick, those not looked at for longest going first."""
+
+START_PATIENCE_S = 10.0
+"""At the start nothing is decided until every log is read, or none has been for so long."""
+
+RETRY_S = 5.0
+"""How long a run is left alone after the store failed it."""
+
+DAMAGED = 2
+"""A log that was found damaged so often in a row is: the run has failed, and nothing is appended."""
+
+logger = logging.getLogger(__name__)
+
+
+def policy_of(recovery: Recovery) -> Policy:
+    """How patient a sweep's file wants its controller to be."""
+    return Policy(
+        max_failures=recovery.max_failures,
+        backoff_s=recovery.backoff_s,
+        max_backoff_s=recovery.max_backoff_s,
+    )
+
+
+class Controller:
+    """One sweep's controller. ``tick`` is called by one thread; ``append`` and ``cancel`` by any."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        store: ObjectStore,
+        cluster: Cluster,
+        clock: Callable[[], float] | None = None,
+        term: Term | None = None,
+        *,
+        monotonic: Callable[[], float] | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        readers: Readers | None = None,
+    ) -> None:
+        """Clocks are this machine's; a ``clock`` that is given without the other is taken for both.
+
+        Args:
+            clock: Unix seconds for the records. It may be set at any time: nothing waits by it.
+            term: None where no other controller can be.
+            monotonic: Seconds, for every wait.
+            sleep: Waits before a store that did not answer is asked again.
+            readers: None: threads of its own.
+        """
+        self._sweep = sweep
+        self._cluster = cluster
+        self._clock = clock or time.time
+        self._monotonic = monotonic or clock or time.monotonic
+        self._term = term
+        self._term_checked_at = self._monotonic()
+        self._policy = policy_of(sweep.recovery)
+        self._readers = readers or Readers()
+        track = partial(
+            TrackedRun.of,
+            store=store,
+            many=len(sweep.runs) >= self._readers.threads,
+            clock=self._clock,
+            monotonic=self._monotonic,
+            sleep=sleep,
+        )
+        self._runs = {plan.run_id: track(plan) for plan in sweep.runs}
+        runs = tuple(self._runs.values())
+        self._snapshot = SweepSnapshot(store, sweep.name, runs, self._readers, self._monotonic)
+        self._drains = DrainBook(store, sweep.name, self._readers, self._monotonic)
+        self._last_notes: tuple[SlotNote, ...] = ()
+        self._book = NodeBook()
+        self._ill: dict[str, Repute] = {}
+        self._begun = False
+
+    @property
+    def states(self) -> dict[str, RunState]:
+        """The last known state of each run, in sweep order."""
+        return {run_id: run.state for run_id, run in self._runs.items()}
+
+    @property
+    def done(self) -> bool:
+        """Every run is over, and nothing that it left behind is in the store; or its log is damaged."""
+        return all(run.tidy or run.damage for run in self._runs.values())
+
+    @property
+    def begun(self) -> bool:
+        """What the logs say is known."""
+        return self._begun
+
+    @property
+    def damaged(self) -> dict[str, str]:
+        """Runs that nobody can go on with, and why."""
+        return {run_id: run.damage for run_id, run in self._runs.items() if run.damage}
+
+    def state(self, run_id: str, *, refresh: bool = False) -> RunState:
+        """The state of a run as last known, or as its log tells it now.
+
+        Raises:
+            Fenced: It is not a run of this sweep.
+        """
+        run = self._runs.get(run_id)
+        if run is None:
+            raise Fenced(f"{run_id} is not a run of sweep {self._sweep.name}")
+        if refresh:
+            with run.lock:
+                run.quiet = False
+                run.log.refresh()
+        return run.state
+
+    def append(self, run_id: str, record: Record) -> None:
+        """Append for an agent that may not do so itself. A record that is there already is not repeated.
+
+        Raises:
+            Fenced: The log does not admit the record.
+        """
+        run = self._runs.get(run_id)
+        if run is None:
+            raise Fenced(f"{run_id} is not a run of sweep {self._sweep.name}")
+        with run.lock:
+            run.quiet = False
+            run.log.refresh()
+            run.log.append(record)
+
+    def cancel(self, run_ids: Iterable[str]) -> None:
+        """Ask runs to stop. Those that are over stay as they are.
+
+        Raises:
+            StorageError: One of them could not be asked; all others were.
+        """
+        runs = [run for run_id in run_ids if not (run := self._runs[run_id]).tidy and not run.damage]
+        with self._readers.pool() as pool:
+            failed = [error for error in pool.map(self._cancel, runs) if error]
+        if failed:
+            raise failed[0]
+
+    def drain(self, node: str, grace_s: float | None) -> None:
+        """Leave a node alone: nothing new goes there, and what trains there gets ``grace_s`` to save itself
+        and end. None: the node may be used again.
+
+        Raises:
+            StorageError
+        """
+        self._drains.record(drain_record(node, grace_s, self._clock()))
+
+    def notes(self) -> tuple[SlotNote, ...]:
+        """What was thought of each slot when runs were last placed, or might have been."""
+        return self._last_notes
+
+    def unused(self) -> frozenset[str]:
+        """The slots in whose place the cluster may open others."""
+        return unused(self._last_notes)
+
+    def outlook(self, run_id: str) -> Outlook:
+        """Why a run waits, by what was last decided.
+
+        Raises:
+            Fenced: It is not a run of this sweep.
+        """
+        run, notes = self._runs.get(run_id), self._last_notes
+        if run is None:
+            raise Fenced(f"{run_id} is not a run of sweep {self._sweep.name}")
+        if run.damage:
+            return Outlook(hold=Hold.LOG_DAMAGED, problem=run.damage, slots=notes)
+        if run.problem:
+            return Outlook(hold=Hold.LOG_UNREADABLE, problem=run.problem, slots=notes)
+        if phase(run.state) is not Phase.QUEUED or run.state.cancel_requested or run.state.result:
+            return Outlook(slots=notes)
+        return outlook(
+            queued_run(run_id, run.plan.index, run.state, self._not_before(run)),
+            self._queued(),
+            notes,
+            drains_known=self._drains.known,
+            room=self._room(),
+            now=self._monotonic(),
+        )
+
+    def _cancel(self, run: TrackedRun) -> StorageError | None:
+        try:
+            with run.lock:
+                run.quiet = False
+                run.log.refresh()
+                self._advance(run, CancelAsked(at=self._clock()))
+        except StorageError as error:
+            return error
+        return None
+
+    def tick(self) -> None:
+        """Look at everything once and do what is due. A store that fails delays a run, never ends it.
+
+        Raises:
+            SteppedDown: Another controller has taken over.
+        """
+        if self._monotonic() - self._term_checked_at >= REFRESH_S:
+            with contextlib.suppress(StorageError):
+                self._check_term()
+        if not self._begun and not self._begin():
+            return
+        slots = {slot.slot: slot for slot in self._cluster.observe()}
+        now = self._monotonic()
+        due = self._due(slots, now)
+        read = self._read(due)
+        for run in self._awake():
+            run_id = run.plan.run_id
+            if run_id in read or (run_id not in due and self._free(run, now)):
+                self._try(run, partial(self._follow, run, slots, now))
+        self._sweep_orphans(now)
+        if any(run.quiet or run.state.finished is None for run in self._runs.values()):
+            self._drains.tend(now)
+        self._dismiss_ghosts(slots)
+        self._launch(slots)
+        self._snapshot.keep(now, at_once=self.done)
+
+    def _begin(self) -> bool:
+        """Read every log, from the last snapshot on; False if not even that can be asked for yet."""
+        if not self._snapshot.restore():
+            return False
+        self._read([run_id for run_id, run in self._runs.items() if not run.tidy], START_PATIENCE_S)
+        for run_id, run in self._runs.items():
+            run.was_over = run.state.finished is not None
+            self._book.note(run_id, run.state, self._clock(), self._monotonic())
+        self._begun = True
+        return True
+
+    def _due(self, slots: dict[str, Slot], now: float) -> dict[str, None]:
+        """The runs whose logs are to be read now: something has happened, or it has been a while.
+
+        In an order that does not depend on how strings hash: what a simulation did, it must do again.
+        """
+        awake = [run for run in self._awake() if self._free(run, now)]
+        quiet = [run for run in self._runs.values() if run.quiet and not run.tidy]
+        running = sum(run.state.running is not None for run in awake)
+        every_s = max(REFRESH_S, running / LOOKS_PER_S)
+        idle_every_s = max(IDLE_REFRESH_S, (len(awake) + len(quiet) - running) / IDLE_LOOKS_PER_S)
+        looks = [
+            (run.read_at, run.plan.run_id)
+            for run in quiet
+            if now - run.read_at >= idle_every_s and self._free(run, now)
+        ]
+        due = dict[str, None]()
+        for run in awake:
+            if run.problem or self._event(run, slots):
+                due[run.plan.run_id] = None
+            elif now - run.read_at >= self._every_s(run, slots, every_s, idle_every_s):
+                looks.append((run.read_at, run.plan.run_id))
+        return due | dict.fromkeys(run_id for _, run_id in sorted(looks)[:LOOKS_AT_ONCE])
+
+    def _every_s(self, run: TrackedRun, slots: dict[str, Slot], running_s: float, idle_s: float) -> float:
+        """How often the run's log is read: where the slot is silent, it alone can say that the run lives."""
+        if run.state.running is None:
+            return idle_s
+        slot = slots.get(run.state.running.claimed.slot)
+        return REFRESH_S if slot and slot.health is Health.UNKNOWN else running_s
+
+    def _awake(self) -> list[TrackedRun]:
+        """The runs about which there may be something to do. All others cost a tick no more than this loop:
+        there may be very many."""
+        return [run for run in self._runs.values() if not run.quiet and not run.tidy]
+
+    def _free(self, run: TrackedRun, now: float) -> bool:
+        """Whether there may be something to do about the run, and nobody is at it."""
+        return not run.tidy and now >= run.retry_at and not self._readers.busy(run.plan.run_id)
+
+    def _read(self, run_ids: Iterable[str], patience_s: float = PATIENCE_S) -> set[str]:
+        """Read the logs of these runs at once; returns those whose logs are now known as of this call."""
+        done = self._readers.do(
+            {run_id: partial(self._read_one, self._runs[run_id]) for run_id in run_ids}, patience_s
+        )
+        return {run_id for run_id in done if self._runs[run_id].problem is None}
+
+    def _read_one(self, run: TrackedRun) -> None:
+        with run.lock, self._guarded(run):
+            now = self._monotonic()
+            run.log.refresh()
+            run.sign = silence.look(run.sign, run.state, now)
+            run.read_at, run.problem, run.corrupt, run.damage = now, None, 0, None
+            run.quiet = False
+
+    def _check_term(self) -> None:
+        if self._term:
+            self._term.check()
+        self._term_checked_at = self._monotonic()
+
+    def _follow(self, run: TrackedRun, slots: dict[str, Slot], now: float) -> None:
+        """Do what follows from a run's log and its slot."""
+        if event := self._event(run, slots):
+            if run.state.running and run.state.running.claimed.slot not in slots:
+                self._check_term()  # a slot that we never knew may be the newer controller's
+            self._advance(run, event)
+        self._append_all(run, settle(run.state, self._clock()))
+        self._book.note(run.plan.run_id, run.state, self._clock(), now)
+        if running := run.state.running:
+            self._steer(run, slots.get(running.claimed.slot))
+        if now >= run.clean_at:
+            prune(run, self._sweep, now)
+        self._snapshot.keep_own(run)
+        run.quiet = not (run.state.running or run.state.retired or run.state.finished)
+
+    def _event(self, run: TrackedRun, slots: dict[str, Slot]) -> Event | None:
+        """Return what the slot's report means for the running attempt."""
+        state = run.state
+        if state.running is None:
+            return None
+        claimed, now = state.running.claimed, self._clock()
+        slot = slots.get(claimed.slot)
+        if slot is None:
+            detail = f"{claimed.node} is not part of the cluster any more"
+            return Lost(at=now, attempt=claimed.attempt, reason=EndReason.NODE_LOST, detail=detail)
+        work = slot.work
+        mine = work if work and (work.run_id, work.attempt) == (run.plan.run_id, claimed.attempt) else None
+        if mine and mine.exit_code is not None:
+            return Exited(
+                at=now,
+                attempt=claimed.attempt,
+                code=mine.exit_code,
+                error=mine.error,
+                evidence=mine.evidence,
+                step=mine.step,
+                step_s=mine.step_s,
+                drained=self._drains.of(slot.node) is not None,
+                notice=str(mine.notice) if mine.notice else "",
+                saved_s=mine.saved_s,
+            )
+        silent_s = silence.silent_s(slot.silent_s, run.sign, self._monotonic())
+        drained = self._drains.of(slot.node) is not None
+        lost = loss(slot, silent_s, self._sweep.recovery.silence_s, drained=drained)
+        if lost is None:
+            return None
+        reason, detail = lost
+        return Lost(
+            at=now,
+            attempt=claimed.attempt,
+            reason=reason,
+            detail=detail,
+            step=max(mine.step if mine else 0, state.committed_step),
+            step_s=mine.step_s if mine else 0.0,
+            silent_s=silent_s,
+        )
+
+    def _steer(self, run: TrackedRun, slot: Slot | None) -> None:
+        """Make the slot do what the log says: repeat a lost order, or ask a cancelled run to stop."""
+        running = run.state.running
+        if running is None or slot is None or slot.health is not Health.ALIVE:
+            return
+        claimed = running.claimed
+        if slot.work is None or (slot.work.run_id, slot.work.attempt) != (run.plan.run_id, claimed.attempt):
+            if run.log.refresh().running != running:
+                return  # another controller has ended the attempt: the slot may hold what came after it
+            self._cluster.start(
+                slot.slot,
+                Order(run_id=run.plan.run_id, attempt=claimed.attempt, incarnation=claimed.incarnation),
+            )
+        elif run.state.cancel_requested:
+            self._cluster.stop(slot.slot, run.plan.run_id, claimed.attempt, self._sweep.recovery.stop_grace_s)
+        elif drain := self._drains.of(slot.node):
+            self._cluster.stop(slot.slot, run.plan.run_id, claimed.attempt, drain.grace_s)
+
+    def _dismiss_ghosts(self, slots: dict[str, Slot]) -> None:
+        """End attempts that are over by their logs: their next commit would end them, but is far away."""
+        for slot in slots.values():
+            work = slot.work
+            run = self._runs.get(work.run_id) if work else None
+            if work is None or run is None or work.exit_code is not None or slot.health is not Health.ALIVE:
+                continue
+            state = run.state
+            current = state.running and state.running.number == work.attempt
+            if run.damage:  # what it trains could never be committed
+                self._cluster.stop(slot.slot, work.run_id, work.attempt, self._sweep.recovery.stop_grace_s)
+            elif work.attempt <= state.attempt and not current:
+                self._cluster.stop(slot.slot, work.run_id, work.attempt, grace_s=0.0)
+
+    def _launch(self, slots: dict[str, Slot]) -> None:
+        notes = self._notes(slots)
+        free = free_slots(notes)
+        self._last_notes = notes
+        if not free or not self._drains.known:
+            return
+        queued = self._queued(untried=len(free))
+        placed = assign(queued, free, self._monotonic(), room=self._room())
+        placements = {placement.run_id: placement for placement in placed}
+        read = self._read(placements)
+        for run_id, placement in placements.items():
+            if run_id in read:
+                self._try(self._runs[run_id], partial(self._claim, self._runs[run_id], placement))
+
+    def _room(self) -> int | None:
+        """How many runs may be started. There may be more slots than that: one whose node was told of its end
+        is made up for at once, and may be used again."""
+        limit = self._sweep.resources.max_concurrent
+        if limit is None:
+            return None
+        running = sum(run.state.running is not None and not run.damage for run in self._awake())
+        return max(0, limit - running)
+
+    def _notes(self, slots: dict[str, Slot]) -> tuple[SlotNote, ...]:
+        """What is thought of each slot, and why."""
+        taken = claims({run.plan.run_id: run.state for run in self._awake() if not run.damage})
+        self._judge(slots)
+        there = [(slot.slot, slot.node) for slot in slots.values() if slot.health is not Health.GONE]
+        ill = barred(there, taken, self._ill, self._monotonic())
+        return tuple(
+            note(slot, bar(slot, self._drains.state, ill), taken.get(slot.slot)) for slot in slots.values()
+        )
+
+    def _judge(self, slots: dict[str, Slot]) -> None:
+        """Find out which nodes fail their runs."""
+        now = self._monotonic()
+        for lifted in self._drains.state.lifted:
+            self._book.pardon(lifted.node, now - max(0.0, self._clock() - lifted.at))
+        ill = self._book.judged({s.node for s in slots.values() if s.health is not Health.GONE}, now)
+        for node, repute in ill.items():
+            if node not in self._ill or self._ill[node].strikes < repute.strikes:
+                logger.warning("%s is quarantined for %.0f s: %s", node, repute.until - now, repute.because)
+        self._ill = ill
+
+    def _queued(self, *, untried: int | None = None) -> list[QueuedRun]:
+        """The runs that may be placed, once they are due.
+
+        Args:
+            untried: Of those that never had an attempt the first so many will do: one is as good as another.
+        """
+        queued = []
+        for run in self._runs.values():
+            if run.tidy or (untried == 0 and not run.state.attempts) or not self._may_be_placed(run):
+                continue
+            if untried is not None and not run.state.attempts:
+                untried -= 1
+            queued.append(queued_run(run.plan.run_id, run.plan.index, run.state, self._not_before(run)))
+        return queued
+
+    def _may_be_placed(self, run: TrackedRun) -> bool:
+        return (
+            phase(run.state) is Phase.QUEUED
+            and not run.state.cancel_requested
+            and run.state.result is None
+            and run.problem is None  # its state may be anything, and another run can use the slot
+            and not self._readers.busy(run.plan.run_id)
+        )
+
+    def _not_before(self, run: TrackedRun) -> float:
+        """When the run may be launched again. Of its last attempt's end only the age is believed, and only
+        when that is first seen: whoever wrote it, and this machine later, may have a clock that is wrong."""
+        last = run.state.attempts[-1] if run.state.attempts else None
+        if last is None or last.ended is None:
+            return float("-inf")
+        if run.end_seen != last.number:
+            run.end_seen = last.number
+            run.ended_at = self._monotonic() - max(0.0, self._clock() - last.ended.at)
+        return run.ended_at + wait_s(run.state, self._policy)
+
+    def _claim(self, run: TrackedRun, placement: Placement) -> None:
+        state = run.state
+        if phase(state) is not Phase.QUEUED or state.cancel_requested or state.result:
+            return  # what it was placed by is old news
+        claimed = Claimed(
+            attempt=state.attempt + 1,
+            incarnation=secrets.token_hex(4),
+            node=placement.node,
+            slot=placement.slot,
+            because=placement.because,
+            at=self._clock(),
+        )
+        run.log.append(claimed)
+        run.sign = silence.look(run.sign, run.state, self._monotonic())
+        logger.info(
+            "%s: attempt %d on %s: %s", run.plan.run_id, claimed.attempt, placement.node, placement.because
+        )
+        self._cluster.start(
+            placement.slot,
+            Order(run_id=run.plan.run_id, attempt=claimed.attempt, incarnation=claimed.incarnation),
+        )
+
+    def _sweep_orphans(self, now: float) -> None:
+        """Delete what runs that are over have left behind; nothing is appended, so all at once."""
+        self._readers.do(
+            {
+                run.plan.run_id: partial(self._sweep_one, run, now)
+                for run in self._awake()
+                if run.state.finished and self._free(run, now) and run.problem is None
+            }
+        )
+
+    def _sweep_one(self, run: TrackedRun, now: float) -> None:
+        with run.lock, self._guarded(run):
+            delete_orphans(run, now)
+
+    def _advance(self, run: TrackedRun, event: Event) -> None:
+        self._append_all(run, advance(run.state, event, self._policy, self._ill))
+
+    def _append_all(self, run: TrackedRun, records: tuple[Record, ...]) -> None:
+        for record in append_decided(run.log, records):
+            logger.info("%s: %s", run.plan.run_id, record)
+
+    def _try(self, run: TrackedRun, do: Callable[[], None]) -> None:
+        """Do this under the run's lock; nothing while somebody else is at the run."""
+        if run.lock.acquire(blocking=False):
+            try:
+                with self._guarded(run):
+                    do()
+            finally:
+                run.lock.release()
+
+    @contextlib.contextmanager
+    def _guarded(self, run: TrackedRun) -> Iterator[None]:
+        """A store that fails, a lost race, a damaged log or a bug costs this run alone."""
+        try:
+            yield
+        except Fenced as error:
+            logger.warning("%s: %s; reading its log again", run.plan.run_id, error)
+            run.read_at = float("-inf")
+        except Corrupt as error:
+            run.corrupt += 1
+            if run.corrupt == DAMAGED:
+                logger.error("%s has failed, its log is damaged: %s", run.plan.run_id, error)
+            run.damage = str(error) if run.corrupt >= DAMAGED else None
+            self._leave_alone(run, error)
+        except SteppedDown:
+            raise
+        except Exception as error:  # a bug, or a report that no record can hold: the others must go on
+            self._leave_alone(run, error)
+
+    def _leave_alone(self, run: TrackedRun, error: Exception) -> None:
+        problem = f"{type(error).__name__}: {error}"
+        if problem != run.problem:  # told once: the store may be away for hours
+            foreign = None if isinstance(error, StorageError) else error
+            logger.warning("%s: %s; trying again", run.plan.run_id, problem, exc_info=foreign)
+        run.problem, run.quiet = problem, False
+        run.retry_at = self._monotonic() + (IDLE_REFRESH_S if run.damage else RETRY_S)

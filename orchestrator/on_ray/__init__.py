@@ -1,0 +1,1 @@
+"""Where the rest meets Ray: agents, the controller as an actor, local clusters."""

@@ -1,0 +1,1 @@
+"""What keeps a head and a controller up until a sweep is over."""
