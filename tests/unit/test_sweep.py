@@ -406,6 +406,6 @@ def test_the_reference_names_every_key() -> None:
 
 
 def test_the_reference_explains_every_code() -> None:
-    sources = (ROOT / "orchestrator").glob("*.py")
+    sources = (ROOT / "orchestrator").rglob("*.py")
     used = {code for path in sources for code in re.findall(r'"([EW]2\d{3})"', path.read_text())}
     assert used == set(re.findall(r"^\| ([EW]2\d{3}) \|", REFERENCE, re.MULTILINE))
