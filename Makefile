@@ -74,7 +74,7 @@ gpu: $(READY) ## tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 netns: $(READY) ## real faults on network namespaces, a row each; needs root; the last line is JSON
-	$(BIN)/python -m pytest -m netns $(ARGS)
+	$(BIN)/python -m pytest tests/netns -m netns $(ARGS)
 
 storm: $(READY) ## random faults on namespaces over a sweep for MINUTES, from SEED on; needs root
 	@PYTHONPATH=tests $(BIN)/python -m proof.storm --seed $(SEED) --minutes $(MINUTES) $(ARGS)

@@ -13,11 +13,13 @@ import pytest
 from support.evidence import trained_alone
 from support.namespaces import why_no_namespaces
 from support.netns_cluster import NetnsCluster, netns_cluster, python_path
-from support.rows import RowResult
+from support.rows import RowResult, summary
 from support.tiny_world import build_base, build_images
 from support.trial import plan
 
 ROWS: list[RowResult] = []
+PASSED: list[bool] = []
+"""Whether the session passed, once that is known."""
 RUNS = 2
 
 Calm = Callable[[], dict[int, str]]
@@ -74,17 +76,13 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         )
 
 
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    PASSED.append(exitstatus == pytest.ExitCode.OK)
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     if ROWS:
-        print(
-            json.dumps(
-                {
-                    "rows": len(ROWS),
-                    "holds": all(row.holds for row in ROWS),
-                    "faults": {row.fault: asdict(row) for row in ROWS},
-                }
-            )
-        )
+        print(json.dumps(summary(ROWS, passed=all(PASSED))))
 
 
 def _shown(value: object) -> str:

@@ -1,6 +1,7 @@
-"""What one fault did to a sweep."""
+"""What one fault did to a sweep, and what all of them did."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,3 +29,17 @@ class RowResult:
     @property
     def holds(self) -> bool:
         return self.recovered and not (self.zombie_commits or self.needless_restarts or self.left_behind)
+
+
+def summary(rows: Iterable[RowResult], *, passed: bool) -> dict[str, object]:
+    """All rows as one JSON object; a row that never came to its end is none of them: ``passed`` knows."""
+    found = {f"{row.fault}, {row.profile}": row for row in rows}
+    return {
+        "rows": len(found),
+        "holds": passed and all(row.holds for row in found.values()),
+        "faults": {name: _rounded(asdict(row)) for name, row in found.items()},
+    }
+
+
+def _rounded(row: dict[str, object]) -> dict[str, object]:
+    return {key: round(value, 1) if isinstance(value, float) else value for key, value in row.items()}

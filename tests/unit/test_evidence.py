@@ -1,6 +1,9 @@
 """The counts by which storms and rows are judged can tell when something is wrong."""
 
+from dataclasses import replace
+
 from support.evidence import litter, zombie_commits
+from support.rows import RowResult, summary
 
 from storage import layout
 from storage.memory import MemoryStore
@@ -34,3 +37,22 @@ def test_data_that_no_record_names_is_litter() -> None:
     for key in (kept, left):
         store.put(key, b"x")
     assert litter(store, "run", RunState(checkpoints=(known,))) == [left]
+
+
+def test_the_rows_of_two_profiles_are_kept_apart_and_one_that_never_ended_does_not_hold() -> None:
+    row = RowResult(
+        fault="node killed",
+        profile="fast",
+        recovered=True,
+        restarts=1,
+        lost_steps=1,
+        detect_s=2.0,
+        again_s=3.0,
+        zombie_commits=0,
+        needless_restarts=0,
+        left_behind=0,
+    )
+    both = [row, replace(row, profile="patient")]
+    assert (summary(both, passed=True)["rows"], summary(both, passed=True)["holds"]) == (2, True)
+    assert not summary(both, passed=False)["holds"]
+    assert not summary([row, replace(row, left_behind=1)], passed=True)["holds"]
