@@ -1,13 +1,15 @@
 """The notices of AWS, Google Cloud and Azure, as their metadata services tell them to their machines.
 
 Each class is asked by ``poll()``, which returns the gravest thing that is announced, or None. They begin with
-what proves that it is this cloud which answers, see ``is_here``.
+what proves that it is this cloud which answers, see ``is_here``. A termination is asked for first; where the
+lesser notice beside it cannot be asked for, it is taken to be as it was.
 """
 
 import contextlib
 import json
 from datetime import datetime
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any
 
 from .metadata import LINK_LOCAL, Answer, Unreachable, ask
@@ -16,6 +18,12 @@ from .notice import Kind, Notice
 TOKEN_TTL_S = 21_600
 GCP_WARNING_S = 30.0
 """What Google Cloud gives a preempted machine; it does not say when that began."""
+GCP_MAINTENANCE_S = 60.0
+"""How long ahead a machine is told that its host's maintenance ends it; it does not say when that began."""
+GCP_MAINTENANCE_GPU_S = 3600.0
+"""The same of a machine with GPUs."""
+GPU = Path("/dev/nvidiactl")
+"""Is there where this process may use an NVIDIA GPU."""
 
 
 class Aws:
@@ -27,6 +35,7 @@ class Aws:
         self._base = base
         self._token: str | None = None
         self._instance = ""
+        self._beside: Notice | None = None
 
     def is_here(self) -> bool:
         return bool(self._new_token())
@@ -39,6 +48,11 @@ class Aws:
             detail = f"{self._instance_id()}: {told.get('action', 'terminate')}"
             return Notice(kind=Kind.TERMINATE, source=self.name, detail=detail, left_s=left_s)
         _expect(action, 404)
+        with contextlib.suppress(Unreachable):
+            self._beside = self._rebalance()
+        return self._beside
+
+    def _rebalance(self) -> Notice | None:
         rebalance = self._get("events/recommendations/rebalance")
         if rebalance.status == 200:
             return Notice(kind=Kind.REBALANCE, source=self.name, detail=self._instance_id())
@@ -66,9 +80,10 @@ class Aws:
 
     def _instance_id(self) -> str:
         if not self._instance:
-            answer = self._get("instance-id")
-            self._instance = answer.text if answer.status == 200 else "this instance"
-        return self._instance
+            with contextlib.suppress(Unreachable):  # the notice counts without a name
+                answer = self._get("instance-id")
+                self._instance = answer.text if answer.status == 200 else ""
+        return self._instance or "this instance"
 
 
 class Gcp:
@@ -76,8 +91,10 @@ class Gcp:
 
     name = "Google Cloud"
 
-    def __init__(self, base: str = LINK_LOCAL) -> None:
+    def __init__(self, base: str = LINK_LOCAL, gpu: Path = GPU) -> None:
         self._base = base
+        self._ahead_s = GCP_MAINTENANCE_GPU_S if gpu.exists() else GCP_MAINTENANCE_S
+        self._beside: Notice | None = None
 
     def is_here(self) -> bool:
         return self._get("name").status == 200
@@ -87,11 +104,16 @@ class Gcp:
         _expect(preempted, 200)
         if preempted.text == "TRUE":
             return Notice(kind=Kind.TERMINATE, source=self.name, detail="preempted", left_s=GCP_WARNING_S)
+        with contextlib.suppress(Unreachable):
+            self._beside = self._maintenance()
+        return self._beside
+
+    def _maintenance(self) -> Notice | None:
         event = self._get("maintenance-event")
         _expect(event, 200)
-        if event.text == "TERMINATE_ON_HOST_MAINTENANCE":  # a machine that is moved alive notices nothing
-            return Notice(kind=Kind.MAINTENANCE, source=self.name, detail=event.text)
-        return None
+        if event.text != "TERMINATE_ON_HOST_MAINTENANCE":  # a machine that is moved alive notices nothing
+            return None
+        return Notice(kind=Kind.MAINTENANCE, source=self.name, detail=event.text, left_s=self._ahead_s)
 
     def _get(self, path: str) -> Answer:
         answer = ask(f"{self._base}/computeMetadata/v1/instance/{path}", {"Metadata-Flavor": "Google"})

@@ -59,6 +59,10 @@ class FakeMetadata(ThreadingHTTPServer):
         """How far this service's clock, by which it announces, is ahead of the machine's."""
         self.broken = False
         """Answer 503 to everything."""
+        self.broken_paths: tuple[str, ...] = ()
+        """Answer 503 to paths that end so."""
+        self.silent_paths: tuple[str, ...] = ()
+        """Close the connection on paths that end so."""
         super().__init__((host, port), _Requests)
 
     @property
@@ -92,7 +96,11 @@ class _Requests(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         service.requests.append(f"{self.command} {path}")
         play = {"aws": self._aws, "gcp": self._gcp, "azure": self._azure, "url": self._url}[service.provider]
-        status, text = (503, "try later") if service.broken else play(path, service.notice())
+        if path.endswith(service.silent_paths):
+            self.close_connection = True
+            return
+        broken = service.broken or path.endswith(service.broken_paths)
+        status, text = (503, "try later") if broken else play(path, service.notice())
         body = text.encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))

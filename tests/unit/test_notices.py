@@ -167,6 +167,54 @@ def test_maintenance_that_nothing_survives_is_a_notice(provider: str, detail: st
     assert (notice.kind, notice.detail) == (Kind.MAINTENANCE, detail)
 
 
+@pytest.mark.parametrize(("gpus", "left_s"), [(True, 3600.0), (False, 60.0)])
+def test_google_tells_machines_with_gpus_an_hour_ahead(
+    gpus: bool, left_s: float, state: Path, tmp_path: Path
+) -> None:
+    gpu = tmp_path / "nvidiactl"
+    if gpus:
+        gpu.touch()
+    with metadata_service("gcp", state) as service:
+        announce(state, 600, "maintenance")
+        notice = Gcp(service.url, gpu=gpu).poll()
+    assert notice is not None
+    assert notice.left_s == left_s
+
+
+@pytest.mark.parametrize(
+    ("provider", "kind", "beside"),
+    [("aws", "rebalance", "rebalance"), ("gcp", "maintenance", "maintenance-event")],
+)
+def test_what_cannot_be_asked_beside_a_termination_is_as_it_was_and_hides_none(
+    provider: str, kind: str, beside: str, state: Path
+) -> None:
+    with metadata_service(provider, state) as service:
+        source = CLOUDS[provider](service.url)
+        service.broken_paths = (beside,)
+        assert source.poll() is None
+        service.broken_paths = ()
+        announce(state, 60, kind)
+        lesser = source.poll()
+        service.broken_paths = (beside,)
+        withdraw(state)
+        assert source.poll() == lesser
+        announce(state, 60)
+        notice = source.poll()
+    assert lesser is not None
+    assert lesser.kind == kind
+    assert notice is not None
+    assert notice.kind is Kind.TERMINATE
+
+
+def test_a_termination_counts_although_the_instance_has_no_name(state: Path) -> None:
+    with metadata_service("aws", state) as service:
+        service.silent_paths = ("instance-id",)
+        announce(state, 60)
+        notice = Aws(service.url).poll()
+    assert notice is not None
+    assert (notice.kind, notice.detail) == (Kind.TERMINATE, "this instance: terminate")
+
+
 def test_azure_tells_every_machine_of_a_set_about_all_of_them(state: Path) -> None:
     with metadata_service("azure", state) as service:
         announce(state, 60, "somebody else's, and a freeze of ours")
