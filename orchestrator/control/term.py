@@ -25,8 +25,20 @@ class SteppedDown(Exception):
 class Holder:
     """Where the controller runs, or ran, that took office last."""
 
+    term: str
+    """Its key in the store: a newer term has a higher one."""
     host: str
     pid: int
+    cluster: str = ""
+    """Its cluster's address as Ray says it; empty if it did not say."""
+
+    def is_elsewhere(self, host: str, address: str) -> bool:
+        """Whether it works on another machine, or on another cluster of this one: these differ in their port."""
+        if self.host != host:
+            return True
+        if not self.cluster or address.startswith("ray://"):  # that port is another service's
+            return False
+        return _port(self.cluster) != _port(address)
 
 
 def in_office(store: ObjectStore, sweep: str) -> Holder | None:
@@ -40,7 +52,12 @@ def in_office(store: ObjectStore, sweep: str) -> Holder | None:
         return None
     try:
         body = json.loads(store.get(max(keys)))
-        return Holder(host=str(body["host"]), pid=int(body["pid"]))
+        return Holder(
+            term=max(keys),
+            host=str(body["host"]),
+            pid=int(body["pid"]),
+            cluster=str(body.get("cluster", "")),
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise Corrupt(f"{max(keys)} in {store.url}: is not what a controller writes") from error
 
@@ -48,8 +65,8 @@ def in_office(store: ObjectStore, sweep: str) -> Holder | None:
 class Term:
     """A controller's time in office."""
 
-    def __init__(self, store: ObjectStore, sweep: str) -> None:
-        """Take office.
+    def __init__(self, store: ObjectStore, sweep: str, cluster: str = "") -> None:
+        """Take office; ``cluster`` is where this controller works, for those who supervise it.
 
         Raises:
             StorageError: The store does not let us.
@@ -60,6 +77,7 @@ class Term:
             {
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
+                "cluster": cluster,
                 "at": time.time(),
                 "nonce": secrets.token_hex(16),
             }
@@ -89,3 +107,7 @@ class Term:
                 return self._store.get(key) == body
             except (NotFound, Unavailable):
                 raise error from None  # the next number would fare no better: who asks again waits first
+
+
+def _port(address: str) -> str:
+    return address.rpartition(":")[2]

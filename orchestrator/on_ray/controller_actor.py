@@ -165,7 +165,7 @@ class ControllerActor:
                 sweep = load_submitted(store, setup.sweep)
                 if setup.scoped:
                     check_store(store)
-                term = Term(store, setup.sweep)
+                term = Term(store, setup.sweep, ray.get_runtime_context().gcs_address)
                 break
             except Unavailable as error:
                 logger.warning("%s; trying again", error)

@@ -54,6 +54,8 @@ class Supervisor:
         self._command = command
         self._hostname = hostname or socket.gethostname()
         self._tries = Tries()
+        self._term: str | None = None
+        """The newest term when the child was started, empty if there was none; None: the store did not say."""
 
     def run(self) -> int | None:
         """Return the exit code; None if it was asked to stop. The head is left as it is."""
@@ -73,6 +75,7 @@ class Supervisor:
             return None
         if self._head.owned and not was_owned:
             self._say(f"started a head at {address}")
+        self._remember_term()
         began = time.monotonic()
         code = self._watch(address)
         lasted_s = time.monotonic() - began
@@ -87,7 +90,7 @@ class Supervisor:
         if over is not None:
             self._say(f"{self._name} is over, exit code {over}" if over in (0, 100) else f"exit code {over}")
             return over
-        if other := self._taken_over():
+        if other := self._taken_over(address):
             self._say(f"{self._name} was taken over by {other}: it is supervised there")
             return EXIT_TAKEN_OVER
         self._again(code, lasted_s, f"what worked on it ended with code {code}")
@@ -119,13 +122,19 @@ class Supervisor:
         self._tries = failed(self._tries, code, lasted_s)
         self._say(f"{why}; again in {self._tries.pause_s:g} s")
 
-    def _taken_over(self) -> str | None:
-        """Who works on the sweep, if that is another machine than ours, where our controller would be."""
-        if not self._head.owned:
+    def _remember_term(self) -> None:
+        """Who took office earlier may be dead, as the head that this one came to replace."""
+        with contextlib.suppress(StorageError):
+            holder = in_office(self._store, self._name)
+            self._term = holder.term if holder else ""
+
+    def _taken_over(self, address: str) -> str | None:
+        """Who took office since the child was started, if that is not a controller on our own head."""
+        if not self._head.owned or self._term is None:
             return None
         with contextlib.suppress(StorageError):
             holder = in_office(self._store, self._name)
-            if holder and holder.host != self._hostname:
+            if holder and holder.term > self._term and holder.is_elsewhere(self._hostname, address):
                 return f"the controller on {holder.host} (pid {holder.pid})"
         return None
 

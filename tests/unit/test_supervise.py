@@ -86,6 +86,7 @@ class World:
         self.heads_file.touch()
         self.plan = folder / "plan"
         self.said: list[str] = []
+        self.say: Callable[[str], None] = self.said.append
         self.thread: threading.Thread | None = None
         self.stop = threading.Event()
         self.store = MemoryStore()
@@ -104,7 +105,7 @@ class World:
             "cat",
             self.store,
             head or self.head,
-            say=self.said.append,
+            say=self.say,
             stop=self.stop,
             command=command,
             hostname=host,
@@ -116,9 +117,9 @@ class World:
         self.thread.start()
         return self.thread
 
-    def in_office(self, host: str) -> None:
-        body = json.dumps({"host": host, "pid": 7, "at": 0.0, "nonce": ""}).encode()
-        self.store.put(layout.term("cat", 0), body)
+    def takes_office(self, number: int, host: str, cluster: str = "") -> None:
+        body = json.dumps({"host": host, "pid": 7, "cluster": cluster, "at": 0.0, "nonce": ""}).encode()
+        self.store.put(layout.term("cat", number), body)
 
 
 @pytest.fixture
@@ -206,12 +207,34 @@ def test_a_head_that_does_not_stay_says_so_and_is_tried_again(world: World, tmp_
         CommandHead([str(tmp_path / "nothing")], world.address, "fast", threading.Event()).ensure()
 
 
-def test_a_sweep_that_another_machine_has_taken_over_is_left_to_it(world: World) -> None:
-    world.in_office("here")
+@pytest.mark.parametrize(
+    ("host", "cluster", "code"),
+    [
+        ("here", "", 0),
+        ("here", "its own", 0),
+        ("here", "10.0.0.1:1", supervision.EXIT_TAKEN_OVER),
+        ("there", "", supervision.EXIT_TAKEN_OVER),
+    ],
+)
+def test_a_sweep_that_another_cluster_takes_over_is_left_to_it(
+    world: World, host: str, cluster: str, code: int
+) -> None:
+    def say(line: str) -> None:
+        world.said.append(line)
+        if line.startswith("resuming"):
+            world.takes_office(len(world.said), host, cluster.replace("its own", world.address))
+
+    world.say = say
+    assert world.supervise("1", "0") == code
+    if code:
+        assert world.said[-1].startswith(f"cat was taken over by the controller on {host} (pid 7)")
+
+
+def test_a_sweep_whose_last_controller_was_on_a_machine_that_is_gone_is_worked_on(world: World) -> None:
+    world.takes_office(0, "gone", "10.0.0.1:1")
+    assert world.supervise("1", "3", "6", "0") == 0
+    world.store.put(layout.term("cat", 1), b"[]")  # nobody can say who that was, or that it is new
     assert world.supervise("1", "0") == 0
-    world.in_office("there")
-    assert world.supervise("1", "0") == supervision.EXIT_TAKEN_OVER
-    assert world.said[-1] == "cat was taken over by the controller on there (pid 7): it is supervised there"
 
 
 def test_who_took_office_last_is_read_from_the_store() -> None:
@@ -219,7 +242,7 @@ def test_who_took_office_last_is_read_from_the_store() -> None:
     assert in_office(store, "cat") is None
     for number, host in enumerate(["a", "b"]):
         store.put(layout.term("cat", number), json.dumps({"host": host, "pid": number}).encode())
-    assert in_office(store, "cat") == Holder(host="b", pid=1)
+    assert in_office(store, "cat") == Holder(term=layout.term("cat", 1), host="b", pid=1)
     store.put(layout.term("cat", 2), b"[]")
     with pytest.raises(Corrupt):
         in_office(store, "cat")
