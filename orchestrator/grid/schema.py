@@ -6,6 +6,7 @@ them changes the bytes of an adapter: where runs go, how often they save, when t
 
 import re
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -83,6 +84,8 @@ class Notices(Frozen):
     def _http(cls, url: str | None) -> str | None:
         if url is not None and not url.startswith(("http://", "https://")):
             raise ValueError(f"must begin with http:// or https://, got {url!r}")
+        if url is not None and "@" in urlsplit(url).netloc:
+            raise ValueError("must not contain a user or a password: the file is kept, and shown, as it is")
         return url
 
     @model_validator(mode="after")

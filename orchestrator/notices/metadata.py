@@ -3,19 +3,22 @@
 A proxy would answer for another machine, or send what a cloud tells this one to a stranger.
 """
 
-import urllib.error
+import time
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.message import Message
 from email.utils import parsedate_to_datetime
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 
 LINK_LOCAL = "http://169.254.169.254"
 """Where each of the clouds answers its own machines."""
 
 TIMEOUT_S = 2.0
+"""For each step of a request."""
+LONGEST_S = 5.0
+"""An answer that comes in drops must be whole by then."""
 MAX_BYTES = 65_536
 
 
@@ -39,11 +42,6 @@ class Answer:
         return (_utc(moment) - self.at).total_seconds()
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *arguments: object, **options: object) -> None:
-        return None
-
-
 def ask(url: str, headers: Mapping[str, str] | None = None, *, method: str = "GET") -> Answer:
     """Return what a service answers.
 
@@ -51,17 +49,26 @@ def ask(url: str, headers: Mapping[str, str] | None = None, *, method: str = "GE
         Unreachable: It does not, in time.
     """
     request = urllib.request.Request(url, headers=dict(headers or {}), method=method)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
+    opener = urllib.request.OpenerDirector()  # no proxies, no redirects, no status that is an error
+    for handler in (urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()):
+        opener.add_handler(handler)
+    deadline = time.monotonic() + LONGEST_S
     try:
-        try:
-            with opener.open(request, timeout=TIMEOUT_S) as reply:
-                return _answer(reply.status, reply.read(MAX_BYTES), reply.headers)
-        except urllib.error.HTTPError as error:
-            with error:
-                return _answer(error.code, error.read(MAX_BYTES), error.headers)
+        with opener.open(request, timeout=TIMEOUT_S) as reply:
+            return _answer(reply.status, _read(reply, deadline), reply.headers)
     except (OSError, HTTPException, ValueError) as error:  # urllib's errors are OSErrors
         reason = getattr(error, "reason", None) or error
         raise Unreachable(f"{url.partition('?')[0]}: {reason}") from error
+
+
+def _read(reply: HTTPResponse, deadline: float) -> bytes:
+    """The beginning of the body. The timeout of the socket is one for each drop."""
+    body = b""
+    while len(body) < MAX_BYTES and (drop := reply.read1(MAX_BYTES - len(body))):
+        body += drop
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the answer was not whole within {LONGEST_S:g} s")
+    return body
 
 
 def _answer(status: int, body: bytes, headers: Message) -> Answer:

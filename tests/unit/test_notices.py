@@ -1,7 +1,9 @@
 """What a node is told of its end: read from services that play each provider, folded, and passed on."""
 
+import contextlib
 import logging
 import os
+import socket
 import stat
 import sys
 import threading
@@ -18,7 +20,7 @@ from orchestrator.errors import InvalidFile
 from orchestrator.grid.schema import Notices, Resources
 from orchestrator.grid.sweep import validate
 from orchestrator.notices.clouds import Aws, Azure, Gcp
-from orchestrator.notices.metadata import Unreachable
+from orchestrator.notices.metadata import Unreachable, ask
 from orchestrator.notices.notice import CALM_S, LONGEST_CALM_S, Kind, Notice, Standing, after, calm_s, told
 from orchestrator.notices.own import Command, File, Url, said
 from orchestrator.notices.sources import AZURE_TAG, Auto, source_of, vendor
@@ -84,6 +86,11 @@ def test_a_sweep_file_names_who_tells(written: str, expected: Notices, tmp_path:
         (
             "{url: ftp://x}",
             "4:28 E2111 resources.notices.url must begin with http:// or https://, got 'ftp://x'",
+        ),
+        (
+            "{url: 'https://somebody@10.0.0.1/x'}",
+            "4:28 E2111 resources.notices.url must not contain a user or a password:"
+            " the file is kept, and shown, as it is",
         ),
         ("{fil: /x}", "4:23 E2103 unknown key 'fil' in resources.notices — did you mean 'file'?"),
         (
@@ -241,6 +248,47 @@ def test_a_proxy_is_never_asked(state: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.delenv(name, raising=False)
     with metadata_service("aws", state) as service:
         assert Aws(service.url).poll() is None
+
+
+def test_an_answer_in_drops_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.notices.metadata.LONGEST_S", 0.1)
+
+    def drip(listening: socket.socket) -> None:
+        connection, _ = listening.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.recv(1000)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n")
+            for _ in range(100):
+                connection.sendall(b"x")
+                time.sleep(0.02)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=drip, args=(listening,))
+        thread.start()
+        try:
+            with pytest.raises(Unreachable, match="not whole within"):
+                ask(f"http://127.0.0.1:{listening.getsockname()[1]}/")
+        finally:
+            thread.join()
+
+
+def test_a_redirect_is_an_answer_and_not_followed() -> None:
+    asked: list[bytes] = []
+
+    def redirect(listening: socket.socket) -> None:
+        connection, _ = listening.accept()
+        with connection:
+            asked.append(connection.recv(1000))
+            connection.sendall(b"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\nContent-Length: 0\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=redirect, args=(listening,))
+        thread.start()
+        try:
+            answer = ask(f"http://127.0.0.1:{listening.getsockname()[1]}/here")
+        finally:
+            thread.join()
+    assert (answer.status, len(asked)) == (302, 1)
 
 
 def test_the_cloud_that_answers_is_found(cloud: FakeMetadata, state: Path, tmp_path: Path) -> None:
