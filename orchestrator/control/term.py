@@ -33,7 +33,7 @@ class Holder:
     """Its cluster's address as Ray says it; empty if it did not say."""
 
     def is_elsewhere(self, host: str, address: str) -> bool:
-        """Whether it works on another machine, or on another cluster of this one: these differ in their port."""
+        """Whether it works on another machine, or on another cluster (port) of this one."""
         if self.host != host:
             return True
         if not self.cluster or address.startswith("ray://"):  # that port is another service's

@@ -55,7 +55,7 @@ class Supervisor:
         self._hostname = hostname or socket.gethostname()
         self._tries = Tries()
         self._term: str | None = None
-        """The newest term when the child was started, empty if there was none; None: the store did not say."""
+        """The newest term before the child was started, empty if none was; None: the store did not say."""
 
     def run(self) -> int | None:
         """Return the exit code; None if it was asked to stop. The head is left as it is."""
