@@ -21,6 +21,7 @@ from .notice import Kind, Notice
 
 COMMAND_S = 10.0
 """A program that takes longer is stopped, and has said nothing."""
+LOOK_S = 0.02
 
 MAX_DETAIL = 120
 
@@ -67,16 +68,46 @@ class Command:
         except OSError as error:
             raise Unreachable(f"{name} cannot be started: {error.strerror}") from error
         try:
-            output, _ = process.communicate(timeout=COMMAND_S)
-        except subprocess.TimeoutExpired as error:
-            raise Unreachable(f"{name} did not end within {COMMAND_S:.0f} s") from error
+            output = _output(process, time.monotonic() + COMMAND_S)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and what it left behind
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # it, and what it left behind
             process.wait()
-            if process.stdout:
-                process.stdout.close()
-        return said(output[:MAX_BYTES].decode(errors="replace"), name) if process.returncode == 0 else None
+            assert process.stdout is not None
+            process.stdout.close()
+        if output is None:
+            raise Unreachable(f"{name} did not end within {COMMAND_S:.0f} s")
+        return said(output.decode(errors="replace"), name) if process.returncode == 0 else None
+
+
+def _output(process: subprocess.Popen[bytes], deadline: float) -> bytes | None:
+    """What a program printed, or the beginning of it; None if it has not ended by the deadline.
+
+    Others may hold its end of the pipe after it, so the end of the output is not waited for.
+    """
+    assert process.stdout is not None
+    pipe = process.stdout.fileno()
+    os.set_blocking(pipe, False)
+    output = b""
+    while True:
+        ended = _ended(process)
+        with contextlib.suppress(BlockingIOError):
+            while chunk := os.read(pipe, MAX_BYTES):
+                output = (output + chunk)[:MAX_BYTES]
+                if time.monotonic() > deadline:
+                    break
+        if ended:
+            return output
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(LOOK_S)
+
+
+def _ended(process: subprocess.Popen[bytes]) -> bool:
+    """Whether it has; it is left to be reaped, so that its group cannot become anybody else's."""
+    if not hasattr(os, "waitid"):  # macOS, before Python 3.13
+        return process.poll() is not None
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 class Url:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -374,6 +375,25 @@ def test_a_command_that_succeeds_is_a_notice(tmp_path: Path, monkeypatch: pytest
     assert Command(denies).poll() is None
     with pytest.raises(Unreachable, match="cannot be started"):
         Command((str(tmp_path / "missing"),)).poll()
+
+
+def test_what_a_command_leaves_behind_neither_delays_its_notice_nor_lives(tmp_path: Path) -> None:
+    left = tmp_path / "left"
+    leaves = ("bash", "-c", f"sleep 600 & echo $! > {left}; echo 30")
+    assert Command(leaves).poll() == Notice(kind=Kind.TERMINATE, source="bash", left_s=30.0)
+    pid = int(left.read_text())
+    deadline = time.monotonic() + 30.0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_a_command_that_talks_much_is_heard(tmp_path: Path) -> None:
+    talks = script(tmp_path / "talks", "print('gone ' * 200_000)")
+    notice = Command(talks).poll()
+    assert notice is not None
+    assert notice.detail == ("gone " * 24)
 
 
 def test_a_command_that_never_ends_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
