@@ -15,7 +15,7 @@ from storage.run_state import FREE_ENDS, RunState
 from .cluster import Health, Slot
 from .scheduler import Avoided, FreeSlot, QueuedRun, in_turn
 
-NODE_AT_FAULT = (EndReason.STORAGE_DOWN, EndReason.DISK_FULL, EndReason.NODE_UNFIT)
+NODE_AT_FAULT = (EndReason.STORAGE_DOWN, EndReason.HUB_DOWN, EndReason.DISK_FULL, EndReason.NODE_UNFIT)
 """Whatever the run has achieved there: what the next attempt needs may not be better there soon."""
 
 
@@ -131,8 +131,9 @@ def free_slots(notes: Sequence[SlotNote]) -> list[FreeSlot]:
 
 
 def unused(notes: Sequence[SlotNote]) -> frozenset[str]:
-    """The slots that train nothing and get nothing: others may be opened in their place."""
-    kept_out = (Standing.DRAINED, Standing.BARRED)
+    """The slots that train nothing and get nothing: others may be opened in their place, and those that are
+    gone may be forgotten."""
+    kept_out = (Standing.DRAINED, Standing.BARRED, Standing.GONE)
     return frozenset(note.slot for note in notes if note.standing in kept_out and note.run_id is None)
 
 

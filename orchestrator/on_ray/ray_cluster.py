@@ -8,7 +8,8 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +30,12 @@ NODES_EVERY_S = 1.0
 LONGEST_PAUSE_S = 60.0
 """Between agents on a node where none of them comes up; doubled from 2 s."""
 
+VERDICT_S = 5.0
+"""An agent often dies a moment before its node is known to be dead: only after so long it died alone."""
+
+REMEMBER_S = 600.0
+"""For so long a dead agent is told of, and then no more unless a run still counts on it."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -47,10 +54,18 @@ class _Member:
     heard_at: float = 0.0
     """In seconds of ``Listening``."""
     health: Health = Health.ALIVE
+    gone_at: float = 0.0
+    settled: bool = False
+    """GONE, and it is known whether it died with its node or alone."""
     node_lost: bool = False
     out_of_memory: bool = False
     preempted: bool = False
     adopted: bool = False
+
+    @property
+    def may_train(self) -> bool:
+        """A new agent does not before it was heard of: it may never get its place. An adopted one may."""
+        return self.report is not None or self.adopted
 
 
 class RayCluster:
@@ -95,13 +110,11 @@ class RayCluster:
                 ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0)
             for ref in ready:
                 self._receive(pending[ref], ref)
+            if any(pending[ref].health is Health.GONE for ref in ready):
+                self._read_nodes()
         else:
             time.sleep(0.2)
-        # An adopted agent counts before it was heard of: it may be training. A new one does not: it may never
-        # get its place.
-        self.slots = tuple(
-            self._slot(m) for m in self._members.values() if m.report or m.adopted or m.health is Health.GONE
-        )
+        self.slots = tuple(self._slot(m) for m in self._members.values() if m.may_train)
         return self.slots
 
     def start(self, slot: str, order: Order) -> None:
@@ -130,7 +143,7 @@ class RayCluster:
                         handle=ray.get_actor(name, namespace=NAMESPACE),
                         name=name,
                         node_id=None,
-                        node="?",
+                        node=name.removeprefix(self._prefix).rpartition("/")[0],
                         heard_at=self._listening.seconds,
                         adopted=True,
                     )
@@ -138,32 +151,53 @@ class RayCluster:
     def _refresh_nodes(self) -> None:
         if self._clock() - self._nodes_read_at < NODES_EVERY_S:
             return
-        self._nodes = ray.nodes()
         self._nodes_read_at = self._clock()
-        if any(self._unplaced(m) for m in self._members.values()):
+        self._read_nodes()
+        unused = self.unused()
+        self._forget(unused)
+        living = [m for m in self._members.values() if m.health is not Health.GONE]
+        if any(self._unplaced(m) for m in living):
             return  # adopted agents first say where they are, or two would share a slot
-        for node in self._nodes:
-            if node["Alive"] and self._no_agent_before.get(node["NodeID"], 0.0) <= self._clock():
-                self._fill(node)
+        here = Counter(m.node_id for m in living)
+        limit = self._resources.max_concurrent
+        room = None if limit is None else limit - sum(m.name not in unused for m in living)
+        nodes = [n for n in self._nodes if n["Alive"] and self._may_open_on(n["NodeID"])]
+        opened = openings(nodes, here, self._resources, room)
+        left_alone = draining() if opened else ()  # Ray would not let them come up there
+        if left_alone:
+            nodes = [node for node in nodes if node["NodeID"] not in left_alone]
+            opened = openings(nodes, here, self._resources, room)
+        for node in opened:
+            self._create(node)
+
+    def _read_nodes(self) -> None:
+        """Ask Ray which nodes there are, and judge by it which agents died with theirs."""
+        self._nodes = ray.nodes()
+        dead = [m for m in self._members.values() if m.health is Health.GONE and not m.settled]
+        if not dead:
+            return
+        alive = {known for n in self._nodes if n["Alive"] for known in (n["NodeID"], node_name(n))}
+        for member in dead:
+            member.node_lost = (member.node_id or member.node) not in alive
+            explained = member.node_lost or member.out_of_memory or member.preempted
+            member.settled = explained or self._clock() - member.gone_at >= VERDICT_S
+            if member.settled:
+                logger.warning("%s died %s", member.name, "with its node" if member.node_lost else "alone")
+
+    def _forget(self, unused: Collection[str]) -> None:
+        """Drop the agents that are long dead: nodes may come and go for weeks."""
+        until = self._clock() - REMEMBER_S
+        for member in [m for m in self._members.values() if m.settled]:
+            if not member.may_train or (member.gone_at < until and member.name in unused):
+                del self._members[member.name]
+
+    def _may_open_on(self, node_id: str) -> bool:
+        return self._no_agent_before.get(node_id, 0.0) <= self._clock()
 
     def _unplaced(self, member: _Member) -> bool:
         """An adopted agent that may still say where it is; one that stays silent holds up nobody."""
         silent_s = self._listening.seconds - member.heard_at
         return member.node_id is None and member.health is not Health.GONE and silent_s < 3 * REPORT_WAIT_S
-
-    def _fill(self, node: dict[str, Any]) -> None:
-        """Create the agents that a node has room for."""
-        here = sum(
-            m.node_id == node["NodeID"] and m.health is not Health.GONE for m in self._members.values()
-        )
-        unused = self.unused()
-        everywhere = sum(m.health is not Health.GONE and m.name not in unused for m in self._members.values())
-        wanted = slots_on(node["Resources"], self._resources) - here
-        limit = self._resources.max_concurrent
-        if wanted > 0 and node["NodeID"] in draining():
-            return  # Ray would not let them come up
-        for _ in range(wanted if limit is None else min(wanted, limit - everywhere)):
-            self._create(node)
 
     def _create(self, node: dict[str, Any]) -> None:
         place = node_name(node)
@@ -203,15 +237,14 @@ class RayCluster:
         except (ActorDiedError, ActorUnschedulableError, OutOfMemoryError) as error:
             member.health = Health.GONE
             member.out_of_memory = isinstance(error, OutOfMemoryError)
-            member.node_lost = not self._node_alive(member.node_id)
+            member.gone_at = self._clock()
             # At first sight: asked again, Ray may have forgotten it.
             member.preempted = bool(getattr(error, "preempted", False))
             if member.report is None:
                 self._misfires[member.node_id] = self._misfires.get(member.node_id, 0) + 1
                 pause_s = min(2.0 ** self._misfires[member.node_id], LONGEST_PAUSE_S)
                 self._no_agent_before[member.node_id] = self._clock() + pause_s
-            with_node = ", with its node" if member.node_lost else ""
-            logger.warning("%s is gone%s: %s", member.name, with_node, str(error).splitlines()[0])
+            logger.warning("%s is gone: %s", member.name, str(error).splitlines()[0])
         except RayError as error:
             if member.health is Health.ALIVE:
                 logger.warning("%s cannot be reached: %s", member.name, type(error).__name__)
@@ -227,10 +260,6 @@ class RayCluster:
             member.node_id = report.node_id
             member.up_since = report.up_since
             self._heed(report)
-            if member.node == "?":
-                member.node = next(
-                    (node_name(n) for n in self._nodes if n["NodeID"] == report.node_id), report.node_id[:8]
-                )
 
     def _heed(self, report: Report) -> None:
         """Let Ray know, once, that a node is about to be taken away."""
@@ -239,13 +268,11 @@ class RayCluster:
             self._drained.add(report.node_id)
             drain(report.node_id, str(notice), notice.left_s)
 
-    def _node_alive(self, node_id: str | None) -> bool:
-        return any(n["NodeID"] == node_id and n["Alive"] for n in ray.nodes())
-
     def _slot(self, member: _Member) -> Slot:
         silent_s = self._listening.seconds - member.heard_at
         unheard = member.report is None or silent_s > 3 * REPORT_WAIT_S
         work: Work | None = member.report.work if member.report else None
+        waits = member.health is Health.GONE and not member.settled
         notice = member.report.notice if member.report else None
         if notice and notice.left_s is not None:
             notice = replace(notice, left_s=notice.left_s - silent_s)
@@ -253,7 +280,7 @@ class RayCluster:
             slot=member.name,
             node=member.node,
             up_since=member.up_since,
-            health=Health.UNKNOWN if unheard and member.health is Health.ALIVE else member.health,
+            health=Health.UNKNOWN if waits or (unheard and member.health is Health.ALIVE) else member.health,
             silent_s=silent_s,
             node_lost=member.node_lost,
             out_of_memory=member.out_of_memory,
@@ -278,6 +305,24 @@ def shortfall(want: Resources) -> str | None:
 def machines() -> int:
     """How many machines the connected cluster spans."""
     return len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
+
+
+def openings(
+    nodes: Sequence[dict[str, Any]], here: Mapping[str | None, int], want: Resources, room: int | None
+) -> list[dict[str, Any]]:
+    """Return the nodes on which to start an agent, each as often as it has room for one more.
+
+    Args:
+        here: How many agents a node has, by its id.
+        room: So many agents may be started in all; None: as many as fit.
+    """
+    opened: list[dict[str, Any]] = []
+    for node in nodes:
+        if room is not None and len(opened) >= room:
+            break
+        missing = slots_on(node["Resources"], want) - here.get(node["NodeID"], 0)
+        opened += [node] * max(0, missing)
+    return opened if room is None else opened[: max(0, room)]
 
 
 def slots_on(have: dict[str, float], want: Resources) -> int:
