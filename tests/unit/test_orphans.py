@@ -124,6 +124,50 @@ def test_a_trainer_whose_supervisor_is_killed_ends_by_itself_with_its_children(
             wait_until(lambda pid=pid: gone(pid), f"{pid} is gone")  # type: ignore[misc]
 
 
+SCRATCH = """
+import sys
+from orchestrator.on_ray.scratch import own_scratch
+print(own_scratch(), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_an_agents_folder_stays_while_it_lives_whatever_its_pid_and_is_removed_by_the_next(
+    tmp_path: Path,
+) -> None:
+    """Containers on one disk see neither each other's processes nor different process ids."""
+
+    def agent() -> tuple[subprocess.Popen[str], Path]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", SCRATCH],
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        return process, Path(process.stdout.readline().strip())
+
+    first, folder = agent()
+    with first:
+        (folder / "checkpoint").touch()
+        foreign = folder.parent / "1"
+        foreign.mkdir()
+        elsewhere = folder.rename(folder.parent / "999999999")  # a pid that is nobody's here
+        with agent()[0] as second:
+            assert (elsewhere / "checkpoint").exists()
+            second.kill()
+
+        first.kill()
+    with agent()[0] as third:
+        left = set(folder.parent.iterdir())
+        third.kill()
+
+    assert elsewhere not in left
+    assert foreign in left, "who left no lock is no agent"
+    assert len(left) == 2, "the dead one's is removed, too"
+
+
 class Heard:
     """A ledger that counts how often it is read, and may not answer; and what the watch said."""
 
