@@ -93,7 +93,8 @@ class Vigil:
 
     def _moved_bytes(self) -> int:
         """What it has read and written, of files at least: a base model or a dataset that is on its way."""
-        with contextlib.suppress(psutil.Error):
+        # Not every system counts, and not every container lets us look.
+        with contextlib.suppress(psutil.Error, AttributeError, OSError, RuntimeError, ValueError):
             counted = psutil.Process(self._process.pid).io_counters()
             return int(counted.read_chars + counted.write_chars + counted.read_bytes)
         return 0

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy
+import psutil
 import pytest
 import torch
 from support import failing_trainer
@@ -110,6 +111,20 @@ def test_a_process_that_is_frozen_has_no_stacks_to_tell_and_ends_all_the_same(
 
     assert reason(final) is EndReason.STALLED
     assert final.error.startswith("nothing happened for")
+
+
+@pytest.mark.parametrize("error", [AttributeError("io_counters"), FileNotFoundError("/proc/7/io")])
+def test_a_system_that_does_not_count_what_a_process_reads_harms_no_run(
+    error: Exception, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def counters(process: psutil.Process) -> None:
+        raise error
+
+    monkeypatch.setattr(psutil.Process, "io_counters", counters)
+
+    final = supervised(start("hang"), MemoryStore(), tmp_path)
+
+    assert reason(final) is EndReason.STALLED, "it was watched all the same"
 
 
 def test_a_process_that_somebody_kills_is_killed(start: Start, tmp_path: Path) -> None:
