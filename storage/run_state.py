@@ -38,10 +38,11 @@ FREE_ENDS = frozenset(
         EndReason.SUPERSEDED,
         EndReason.DRAINED,
         EndReason.STORAGE_DOWN,
+        EndReason.HUB_DOWN,
         EndReason.NODE_UNFIT,
     }
 )
-"""Ends that say nothing about the run: the machine went, or its way to the store. They are never stalls.
+"""Ends that say nothing about the run: the machine went, or its way to the store or the hub. Never stalls.
 
 An agent that died while its node lives is not among them: a run that takes all memory ends so.
 """

@@ -3,13 +3,13 @@
 TrainerError
 ├── BadInput          the spec, the data or the base model are wrong      no                       exit 78
 ├── BadCheckpoint     the checkpoint to resume from cannot be used        with an earlier one      exit 65
-├── BaseUnavailable   the hub did not answer                              yes                      exit 1
+├── BaseUnavailable   the hub did not answer                              yes                      exit 68
 ├── DiskFull          the node's disk is full or cannot be written        elsewhere, or after a while exit 73
 ├── Diverged          loss or gradient is not finite                      seldom: the retry rule decides
 └── EvaluationFailed  the evaluate command did not give scores            perhaps                  exit 1
 """
 
-from .rundir import EXIT_BAD_CHECKPOINT, EXIT_BAD_CONFIG, EXIT_DISK_FULL
+from .rundir import EXIT_BAD_CHECKPOINT, EXIT_BAD_CONFIG, EXIT_DISK_FULL, EXIT_HUB_UNREACHABLE
 
 
 class TrainerError(Exception):
@@ -36,6 +36,8 @@ class BadCheckpoint(TrainerError):
 
 class BaseUnavailable(TrainerError):
     """The base model could not be fetched now."""
+
+    exit_code = EXIT_HUB_UNREACHABLE
 
 
 class DiskFull(TrainerError):

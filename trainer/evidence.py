@@ -10,7 +10,14 @@ from dataclasses import dataclass, replace
 
 from storage.records import EndReason
 
-from .rundir import EXIT_COMPLETE, EXIT_PREEMPTED, EXIT_STORE_UNREACHABLE, EXIT_UNFIT, end_reason
+from .rundir import (
+    EXIT_COMPLETE,
+    EXIT_HUB_UNREACHABLE,
+    EXIT_PREEMPTED,
+    EXIT_STORE_UNREACHABLE,
+    EXIT_UNFIT,
+    end_reason,
+)
 
 ROOM_BYTES = 1_000_000
 """A disk with less room than this is full."""
@@ -82,7 +89,7 @@ def attributed(code: int, evidence: Evidence, error: str = "") -> EndReason:
         code: Its exit code, negative for a signal.
         error: The message of the last exception.
     """
-    if code in (EXIT_COMPLETE, EXIT_PREEMPTED, EXIT_STORE_UNREACHABLE, EXIT_UNFIT):
+    if code in (EXIT_COMPLETE, EXIT_PREEMPTED, EXIT_HUB_UNREACHABLE, EXIT_STORE_UNREACHABLE, EXIT_UNFIT):
         return end_reason(code)
     if evidence.hung_s > 0:
         return EndReason.STALLED
@@ -129,6 +136,8 @@ def told(code: int, evidence: Evidence, error: str = "") -> str:
         return "the trainer was asked to stop and saved its state"
     if code == EXIT_COMPLETE:
         return f"the trainer exited with code 0 but no final checkpoint was committed{said}"
+    if code == EXIT_HUB_UNREACHABLE:
+        return f"the trainer's node could not fetch the base model{said}"
     if code == EXIT_STORE_UNREACHABLE:
         return f"the trainer's node could not reach the store{said}"
     if code == EXIT_UNFIT:

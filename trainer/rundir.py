@@ -52,6 +52,9 @@ GPU_CHECK = "TRAINER_GPU_CHECK"
 """Environment variable of the process: the file for what it finds out about its GPU. Without it, nothing."""
 GPU_WORKS = "ok"
 
+EXIT_HUB_UNREACHABLE = 68
+"""The base model is on a hub that did not answer."""
+
 EXIT_STORE_UNREACHABLE = 69
 """Said by the supervisor: what the attempt needed, or had saved, did not get from or to the store."""
 
@@ -75,6 +78,7 @@ def end_reason(code: int) -> EndReason:
         EXIT_BAD_CHECKPOINT: EndReason.CKPT_INVALID,
         EXIT_BAD_CONFIG: EndReason.BAD_CONFIG,
         EXIT_STORE_UNREACHABLE: EndReason.STORAGE_DOWN,
+        EXIT_HUB_UNREACHABLE: EndReason.HUB_DOWN,
         EXIT_DISK_FULL: EndReason.DISK_FULL,
         EXIT_UNFIT: EndReason.NODE_UNFIT,
     }.get(code, EndReason.APP_ERROR)

@@ -23,6 +23,7 @@ _CAUSES = {
     EndReason.SUPERSEDED: "a newer attempt took over from {node}",
     EndReason.DRAINED: "asked to stop on {node}",
     EndReason.STORAGE_DOWN: "{node} could not reach the store",
+    EndReason.HUB_DOWN: "{node} could not fetch the base model from its hub",
     EndReason.DISK_FULL: "the disk of {node} is full or cannot be written",
     EndReason.APP_ERROR: "the trainer failed on {node}",
     EndReason.BAD_CONFIG: "the trainer refused its configuration",

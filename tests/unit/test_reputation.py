@@ -26,6 +26,7 @@ from storage.memory import MemoryStore
 from storage.object_store import ObjectStore
 from storage.records import Claimed, Ended, EndReason, Outcome, Record
 from storage.run_state import RunState, apply
+from trainer.errors import BaseUnavailable
 
 NODES = ("n1", "n2")
 
@@ -176,6 +177,7 @@ def ended(attempt: int, reason: EndReason, at: float = 1.5) -> Ended:
         (EndReason.NODE_LOST, False),
         (EndReason.SPOT_NOTICE, False),
         (EndReason.STORAGE_DOWN, False),
+        (EndReason.HUB_DOWN, False),
         (EndReason.NAN_LOSS, False),
     ],
 )
@@ -280,6 +282,27 @@ def test_a_sweep_whose_runs_are_all_wrong_ends_without_any_quarantine() -> None:
     over, _ = run_with(lambda run_id, node: True)
 
     assert {state.outcome for state in over.values()} == {Outcome.FAILED}
+
+
+def test_a_hub_that_does_not_answer_for_minutes_fails_no_run_and_speaks_against_no_node() -> None:
+    away_until = 1000.0 + 180.0
+    store, sweep = MemoryStore(), small_sweep(runs=4, max_steps=20, recovery=Recovery())
+    cluster = FakeCluster(store, sweep, nodes=4)
+    controller = Controller(sweep, store, cluster, cluster.clock)
+    for _ in range(1000):
+        controller.tick()
+        if controller.done:
+            break
+        for slot in cluster.busy() if cluster.now < away_until else ():
+            error = BaseUnavailable("base model owner/model: the hub did not answer")
+            cluster.exit(slot, error.exit_code, f"BaseUnavailable: {error}")
+        cluster.advance()
+
+    over = states(store, [run.run_id for run in sweep.runs])
+    ends = [a.ended.reason for state in over.values() for a in state.attempts if a.ended]
+    assert {state.outcome for state in over.values()} == {Outcome.SUCCEEDED}
+    assert set(ends) == {EndReason.HUB_DOWN}
+    assert len(ends) < 4 * 10, "it was asked again and again without a pause"
 
 
 def test_the_only_node_is_used_whatever_happens_there() -> None:

@@ -292,6 +292,7 @@ def end(reason: EndReason, code: int, *, attempt: int = 1, detail: str = "") -> 
         (0, EndReason.APP_ERROR),
         (75, EndReason.DRAINED),
         (-9, EndReason.KILLED),
+        (68, EndReason.HUB_DOWN),
         (69, EndReason.STORAGE_DOWN),
         (65, EndReason.CKPT_INVALID),
     ],
