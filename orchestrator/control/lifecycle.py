@@ -267,24 +267,20 @@ def _given_up(
     if ended.reason in FREE_ENDS:
         return ()
     after = reduce(apply, records, state)
-    why = proof(state, ended, suspects) or _too_often(state, after, ended, policy, suspects)
+    why = proof(state, ended, suspects) or _too_often(state, after, policy)
     if why is None:
         return ()
     detail = advised(ended.reason, f"{ended.detail}; {why} (step {after.committed_step})")
     return (Finished(outcome=Outcome.FAILED, detail=detail, step=ended.step, at=ended.at),)
 
 
-def _too_often(
-    state: RunState, after: RunState, ended: Ended, policy: Policy, suspects: Collection[str]
-) -> str | None:
+def _too_often(state: RunState, after: RunState, policy: Policy) -> str | None:
     if after.stalls == state.stalls:
         return None
     why = None
     # Who begins anew tries something that none of these attempts did.
     if after.stalls >= policy.max_failures and not (state.newest and after.newest is None):
         why = f"no new checkpoint in {after.stalls} attempt{'' if after.stalls == 1 else 's'}"
-    if _same_error(state, ended, suspects) and after.stalls >= 2:
-        why = "the same error twice"
     if after.quarantined != state.quarantined:
         # Each time the step is reached again and committed, which is progress as far as stalls can tell.
         step = after.quarantined[-1][0].step
@@ -292,21 +288,6 @@ def _too_often(
         if times >= policy.max_failures:
             why = f"the checkpoint of step {step} was refused {times} times"
     return why
-
-
-def _same_error(state: RunState, ended: Ended, suspects: Collection[str]) -> bool:
-    """Whether the last end that was the run's own doing was this very error, and none a bad node's."""
-    *older, last = state.attempts
-    if last.claimed.node in suspects:
-        return False
-    trusted = (attempt for attempt in reversed(older) if attempt.claimed.node not in suspects)
-    ends = (a.ended for a in trusted if a.ended and a.ended.reason not in FREE_ENDS)
-    before = next(ends, None)
-    return (
-        before is not None
-        and before.reason == ended.reason == EndReason.APP_ERROR
-        and before.detail == ended.detail
-    )
 
 
 def _detail(event: Exited) -> str:

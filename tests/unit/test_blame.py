@@ -125,14 +125,6 @@ def test_what_happens_on_a_node_in_ill_repute_proves_nothing(suspects: set[str])
     assert outcome(state, exited(2, "a"), frozenset(suspects)) is None
 
 
-def test_the_same_error_twice_on_a_node_in_ill_repute_is_not_yet_the_end() -> None:
-    detail = "the trainer exited with code 1: a"
-    state = state_after(claimed(1), end(1, EndReason.APP_ERROR, 13, detail), claimed(2))
-
-    assert outcome(state, exited(2, "a", step=9)) is not None
-    assert outcome(state, exited(2, "a", step=9), frozenset({"n1"})) is None
-
-
 def test_a_hang_at_the_same_step_on_two_nodes_however_long_it_was() -> None:
     before = (
         claimed(1, node="n1"),

@@ -251,26 +251,28 @@ def test_a_step_whose_checkpoint_is_refused_again_and_again_fails_the_run() -> N
     )
 
 
-def test_the_same_error_twice_without_progress_fails_the_run_at_once() -> None:
+def test_the_same_error_on_one_node_alone_fails_no_run_before_its_failures_are_spent() -> None:
+    """It may be the node: one that fails whatever it gets may be the only free one."""
+    state, attempts = state_after(claimed(), committed(10), end(1, EndReason.NODE_LOST)), 1
+    while not state.finished:
+        attempts += 1
+        state = apply(state, claimed(attempts, node="bad"))
+        event = exited(1, attempt=attempts, error="ValueError: no", step=12)
+        state = reduce(apply, advance(state, event, POLICY), state)
+
+    assert attempts == 1 + POLICY.max_failures
     detail = "the trainer exited with code 1: ValueError: no"
-    state = state_after(claimed(), committed(10), end(1, detail="other"), claimed(2), end(2, detail=detail))
-    state = apply(state, claimed(3))
-
-    records = advance(state, exited(1, attempt=3, error="ValueError: no", step=12), POLICY)
-
-    assert records == (
-        ended(EndReason.APP_ERROR, 1, detail, attempt=3, step=12),
-        finished(Outcome.FAILED, 12, f"{detail}; the same error twice (step 10)"),
-    )
+    assert state.finished.detail == f"{detail}; no new checkpoint in 3 attempts (step 10)"
 
 
 def test_a_lost_node_between_two_equal_errors_does_not_hide_that_they_are_equal() -> None:
     detail = "the trainer exited with code 1: ValueError: no"
-    state = state_after(claimed(), end(1, detail=detail), claimed(2), end(2, EndReason.NODE_LOST), claimed(3))
+    lost = (claimed(2), end(2, EndReason.NODE_LOST))
+    state = state_after(claimed(), end(1, detail=detail), *lost, claimed(3, node="n2"))
 
     *_, last = advance(state, exited(1, attempt=3, error="ValueError: no"), POLICY)
 
-    assert last == finished(Outcome.FAILED, detail=f"{detail}; the same error twice (step 0)")
+    assert last == finished(Outcome.FAILED, detail=f"{detail}; the same at step 0 on n1 and n2 (step 0)")
 
 
 @pytest.mark.parametrize(
