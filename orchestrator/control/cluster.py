@@ -89,6 +89,8 @@ class Slot:
     """GONE, and its node was known to be about to be taken away."""
     notice: Notice | None = None
     """What its node was last told of its own end."""
+    unheard: str = ""
+    """Why its node cannot hear such notices."""
     unfit: str = ""
     """Why nothing could be trained there now: its agent has tried."""
     work: Work | None = None

@@ -46,6 +46,8 @@ class SlotNote:
     """The run that a claim gave it to, or that it trains."""
     last_choice: bool = False
     """Its node may be taken away sooner than others."""
+    unheard: str = ""
+    """Why its node could not hear a notice of its end."""
 
 
 class Hold(StrEnum):
@@ -118,6 +120,7 @@ def note(slot: Slot, barred: tuple[Standing, str] | None, claimed_by: str | None
         silent_s=slot.silent_s,
         run_id=run_id,
         last_choice=slot.notice is not None,
+        unheard=slot.unheard,
     )
 
 

@@ -26,6 +26,10 @@ class Unreachable(Exception):
     """Whoever tells of notices does not answer, or not in its own words: nothing is known."""
 
 
+class NobodyHere(Unreachable):
+    """There is no sign that anybody would ever tell this machine anything."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """A service's answer, whatever its status."""

@@ -26,6 +26,9 @@ MARGIN_S = 2.0
 
 LEAST_GRACE_S = 2.0
 
+SOON_S = 600.0
+"""Attempts train on until the end of their node is this near, which is enough to store any checkpoint."""
+
 
 class Kind(StrEnum):
     """What is going to happen to the node. Bounded, so that it can label a metric."""
@@ -57,6 +60,12 @@ class Notice:
     def ends_node(self) -> bool:
         """Nothing may run there. Otherwise the node is only the last choice."""
         return self.kind is not Kind.REBALANCE
+
+    @property
+    def soon(self) -> bool:
+        """What is trained there has to end now. Before that, only nothing new begins there."""
+        imminent = self.left_s is None or self.left_s <= SOON_S
+        return self.ends_node and not self.withdrawn and imminent
 
     @property
     def overdue(self) -> bool:

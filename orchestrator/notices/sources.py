@@ -6,7 +6,7 @@ from typing import Protocol
 
 from ..grid.schema import Notices
 from .clouds import Aws, Azure, Gcp
-from .metadata import LINK_LOCAL, Unreachable
+from .metadata import LINK_LOCAL, NobodyHere, Unreachable
 from .notice import Notice
 from .own import Command, File, Url
 
@@ -25,6 +25,7 @@ class Source(Protocol):
 
         Raises:
             Unreachable: Nobody answers: nothing is known.
+            NobodyHere: And nobody says that this machine is one that is told.
         """
 
 
@@ -48,7 +49,7 @@ class Auto:
     def poll(self) -> Notice | None:
         self._found = self._found or self._look()
         if self._found is None:
-            raise Unreachable("no cloud's metadata service answers here")
+            raise NobodyHere("no cloud's metadata service answers here")
         return self._found.poll()
 
     def _look(self) -> Cloud | None:

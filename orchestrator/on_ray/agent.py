@@ -80,6 +80,8 @@ class Report:
     up_since: float
     notice: Notice | None = None
     """What the node was told of its own end."""
+    unheard: str = ""
+    """Why it cannot hear what is announced of it."""
     unfit: str = ""
     """Why nothing can be trained here now."""
 
@@ -166,6 +168,7 @@ class Agent:
                 node_id=self._node_id,
                 up_since=self._up_since,
                 notice=self._notices.notice,
+                unheard=self._notices.unheard,
                 unfit=self._unfit,
             )
 
@@ -295,7 +298,7 @@ class Agent:
     def _obey_notice(self) -> None:
         """Let the attempt that is held save itself and end, if the node is about to."""
         notice = self._notices.notice
-        if notice is None or not notice.ends_node or notice.withdrawn:
+        if notice is None or not notice.soon:
             return
         with self._changed:
             supervisor = self._supervisor

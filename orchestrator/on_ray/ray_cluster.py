@@ -264,7 +264,7 @@ class RayCluster:
     def _heed(self, report: Report) -> None:
         """Let Ray know, once, that a node is about to be taken away."""
         notice = report.notice
-        if notice and notice.ends_node and not notice.withdrawn and report.node_id not in self._drained:
+        if notice and notice.soon and report.node_id not in self._drained:
             self._drained.add(report.node_id)
             drain(report.node_id, str(notice), notice.left_s)
 
@@ -286,6 +286,7 @@ class RayCluster:
             out_of_memory=member.out_of_memory,
             preempted=member.preempted,
             notice=notice,
+            unheard=member.report.unheard if member.report else "",
             unfit=member.report.unfit if member.report else "",
             work=work,
         )

@@ -98,4 +98,6 @@ def _state(
         return SILENT, "it may be training all the same"
     if barred := next((note for note in there if note.standing is Standing.BARRED), None):
         return NOT_USED, barred.detail
+    if unheard := next((note.unheard for note in there if note.unheard), ""):
+        return UP, f"notices of its end cannot be heard: {unheard}"
     return UP, ""

@@ -221,7 +221,7 @@ class _Trainer:
 
     def heed(self, notice: Notice, now: float) -> None:
         """Begin to save what there is, unless it is all over."""
-        if self.exit_code is None:
+        if self.exit_code is None and self.notice is None:
             self.stopping, self.notice, self.asked_at = True, notice, now
 
 
@@ -325,6 +325,7 @@ class FakeCluster:
                 if agent.standing.withdrawn_at is not None:
                     agent.standing = after(agent.standing, None, self.now)
                 self._take_order(agent)
+                _heed(agent, self.now)
                 if agent.trainer and not agent.frozen:
                     agent.trainer.train(self.now)
             for ghost in self.ghosts:
@@ -354,9 +355,7 @@ class FakeCluster:
             if agent.node == node:
                 notice = Notice(kind=kind, source="AWS", left_s=left_s)
                 agent.standing = after(agent.standing, notice, self.now)
-                notice = told(agent.standing, self.now) or notice
-                if agent.trainer and notice.ends_node:
-                    agent.trainer.heed(notice, self.now)
+                _heed(agent, self.now)
 
     def withdraw(self, node: str) -> None:
         """A node is not told so any more; asked again each second, it is used again when it has been calm."""
@@ -481,9 +480,6 @@ class FakeCluster:
         agent.trainer = _Trainer(self._store, log, order, self._max_steps[order.run_id], self._commit_every)
         self.trainers.append(agent.trainer)
         agent.trainer.begin()
-        notice = told(agent.standing, self.now)
-        if notice and notice.ends_node and not notice.withdrawn:  # the order was on its way when it came
-            agent.trainer.heed(notice, self.now)
 
     def _slot(self, agent: _Agent) -> Slot:
         heard = agent.silent_since is None and not agent.gone
@@ -527,6 +523,13 @@ def run_to_end(
 
 def _holds(agent: _Agent, order: Order) -> bool:
     return agent.trainer is not None and agent.trainer.order == order
+
+
+def _heed(agent: _Agent, now: float) -> None:
+    """As an agent does: also when the end comes nearer, or the order was on its way when the notice came."""
+    notice = told(agent.standing, now)
+    if agent.trainer and notice and notice.soon:
+        agent.trainer.heed(notice, now)
 
 
 def _no_sleep(seconds: float) -> None:

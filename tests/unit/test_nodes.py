@@ -1,6 +1,7 @@
 """``orchestrate nodes`` and ``drain``: which nodes there are, what they do, and leaving one alone."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,12 @@ def slot(node: str, standing: Standing, run_id: str | None = None, *, number: in
     return SlotNote(
         slot=f"{node}/{number}", node=node, up_since=10.0, standing=standing, run_id=run_id, silent_s=4.0
     )
+
+
+def test_a_node_that_cannot_hear_notices_is_up_and_says_so() -> None:
+    (view,) = nodes([replace(slot("a", Standing.FREE), unheard="http://169.254.169.254: timed out")])
+    assert view.state == "up"
+    assert view.why == "notices of its end cannot be heard: http://169.254.169.254: timed out"
 
 
 def states(views: list[NodeView]) -> dict[str, str]:

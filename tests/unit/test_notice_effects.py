@@ -9,7 +9,7 @@ from orchestrator.control.controller import Controller
 from orchestrator.control.lifecycle import Exited, Policy, advance
 from orchestrator.control.loss import OVERDUE_SILENCE_S, loss
 from orchestrator.grid.schema import Recovery, Resources
-from orchestrator.notices.notice import CALM_S, Kind, Notice
+from orchestrator.notices.notice import CALM_S, SOON_S, Kind, Notice
 from orchestrator.on_ray.ray_drain import drain, draining
 from orchestrator.reports.why import why
 from storage import layout
@@ -118,6 +118,52 @@ def test_a_withdrawn_notice_costs_one_restart_however_it_flaps() -> None:
     assert len(world.nodes()) == 2
     second = world.state().attempts[1].claimed.at
     assert second - waited_from >= CALM_S - 4
+
+
+def test_a_node_that_ends_later_gets_nothing_new() -> None:
+    world = World(nodes=2, runs=2)
+    world.cluster.warn("n2", 3600.0)
+    world.to_the_end()
+    assert (world.nodes(R0), world.nodes("cat-1-00000001")) == (["n1"], ["n1"])
+
+
+def test_a_node_that_ends_later_trains_on_until_that_is_soon() -> None:
+    world = World(nodes=2)
+    world.pass_time(8)
+    assert world.nodes() == ["n1"]
+    world.cluster.warn("n1", SOON_S + 12.0)
+    world.pass_time(10)
+    assert world.state().running is not None, "it was stopped long before the end of its node"
+    world.pass_time(8)
+    (first, second) = world.state().attempts
+    assert first.ended is not None
+    assert (first.ended.reason, first.ended.step) == (EndReason.SPOT_NOTICE, second.resumed_from)
+    world.to_the_end()
+    assert world.nodes() == ["n1", "n2"]
+
+
+def test_a_notice_for_later_that_is_withdrawn_costs_nothing() -> None:
+    world = World(nodes=2)
+    world.pass_time(8)
+    for _ in range(3):
+        world.cluster.warn("n1", 3600.0)
+        world.pass_time(2)
+        world.cluster.withdraw("n1")
+        world.pass_time(2)
+    world.to_the_end()
+    assert world.nodes() == ["n1"]
+
+
+def test_a_withdrawn_notice_costs_one_restart_where_there_are_other_nodes() -> None:
+    world = World(nodes=2)
+    world.pass_time(8)
+    for _ in range(3):
+        world.cluster.warn("n1", 120.0)
+        world.pass_time(3)
+        world.cluster.withdraw("n1")
+        world.pass_time(3)
+    world.to_the_end()
+    assert world.nodes() == ["n1", "n2"]
 
 
 def test_a_node_that_goes_before_the_attempt_has_ended_was_told_of_it() -> None:
