@@ -22,7 +22,7 @@ from storage.log import run_log
 from storage.memory import MemoryStore
 from storage.url import open_store
 from trainer.config import Base, Dataset, RunSpec
-from trainer.rundir import EXIT_COMPLETE, EXIT_UNFIT, GPU_CHECK, Options
+from trainer.rundir import EXIT_COMPLETE, EXIT_PREEMPTED, EXIT_UNFIT, GPU_CHECK, Options
 from trainer.training_process import TrainingProcess
 
 RUN = "cat-0-00000000"
@@ -62,7 +62,11 @@ def start(store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(agents, "Canary", partial(Canary, pause_s=0.01))
     begun: list[Agent] = []
 
-    def make(*arguments: str, check_gpu: bool = False) -> Agent:
+    def make(
+        *arguments: str,
+        check_gpu: bool = False,
+        notices: Notices = Notices(service="none"),  # noqa: B008
+    ) -> Agent:
         def process(extra: dict[str, str]) -> TrainingProcess:
             return TrainingProcess((sys.executable, *arguments), extra)
 
@@ -74,7 +78,7 @@ def start(store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             options=Options(),
             arbiter=None,
             check_gpu=check_gpu,
-            notices=Notices(service="none"),
+            notices=notices,
         )
         begun.append(Agent(setup))
         return begun[-1]
@@ -122,3 +126,43 @@ def test_an_order_for_a_node_without_a_gpu_ends_at_once_and_says_why(
     assert work is not None
     assert work.error == "no GPU"
     assert unfit(agent) == "no GPU"
+
+
+def test_an_attempt_trains_on_under_a_notice_for_later_until_it_is_brought_forward(
+    start: Start, store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.notices.watcher.POLL_S", 0.01)
+    store.put(layout.sweep_spec("cat"), b"{}")
+    notice = tmp_path / "ending"
+    notice.write_text("3600")
+    agent = start(light_trainer.__file__, "forever", notices=Notices(file=str(notice)))
+    wait_until(lambda: agent.report(-1, 0.0).notice is not None, "the notice is heard")
+    wait_until(lambda: unfit(agent) == "", "the node is fit")
+    agent.start(ORDER)
+
+    def trains() -> bool:
+        work = agent.report(-1, 0.0).work
+        return work is not None and (work.first_step_at is not None or work.exit_code is not None)
+
+    wait_until(trains, "it trains")
+    assert ended(agent) is None, "it was stopped an hour before the end of its node"
+
+    nearer = tmp_path / "nearer"
+    nearer.write_text("60")
+    nearer.rename(notice)
+    wait_until(lambda: ended(agent) is not None, "it has saved itself")
+    work = agent.report(-1, 0.0).work
+    assert work is not None
+    assert work.exit_code == EXIT_PREEMPTED
+    assert work.notice is not None
+    assert work.notice.warning_s is not None
+    assert work.notice.warning_s > 3000
+
+
+def test_an_agent_reports_that_it_hears_no_notices(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.notices.watcher.POLL_S", 0.01)
+    monkeypatch.setattr("orchestrator.notices.watcher.UNHEARD_S", 0.0)
+    agent = start(light_trainer.__file__, "steps", notices=Notices(command=(str(tmp_path / "missing"),)))
+    wait_until(lambda: "cannot be started" in agent.report(-1, 0.0).unheard, "it says so")
