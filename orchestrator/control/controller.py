@@ -256,6 +256,7 @@ class Controller:
         if not self._begun and not self._begin():
             return
         slots = {slot.slot: slot for slot in self._cluster.observe()}
+        self._judge(slots)  # before any end is: what happens on a bad node proves nothing
         now = self._monotonic()
         due = self._due(slots, now)
         read = self._read(due)

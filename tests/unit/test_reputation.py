@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from support.fake_cluster import FakeCluster, small_sweep
 from support.runs import claimed, committed
 
+from orchestrator.control.cluster import Order
 from orchestrator.control.controller import Controller
 from orchestrator.control.reputation import (
     HALF_LIFE_S,
@@ -282,6 +283,36 @@ def test_a_sweep_whose_runs_are_all_wrong_ends_without_any_quarantine() -> None:
     over, _ = run_with(lambda run_id, node: True)
 
     assert {state.outcome for state in over.values()} == {Outcome.FAILED}
+
+
+def test_a_controller_that_starts_knows_the_bad_nodes_before_it_judges_an_end() -> None:
+    store, sweep = MemoryStore(), small_sweep(runs=3, max_steps=60, recovery=Recovery(max_failures=5))
+    cluster = FakeCluster(store, sweep, nodes=2)
+    unlucky, *others = (run.run_id for run in sweep.runs)
+
+    def write(run_id: str, *records: Record) -> None:
+        log = run_log(store, run_id)
+        for record in records:
+            log.append(record)
+
+    def failed(attempt: int, error: str) -> Ended:
+        detail = f"the trainer exited with code 1: {error}"
+        now, reason = cluster.now, EndReason.APP_ERROR
+        return Ended(attempt=attempt, reason=reason, detail=detail, step=1, exit_code=1, at=now)
+
+    for run_id in others:
+        write(run_id, claimed(1, node="n1"), failed(1, run_id))
+    write(unlucky, claimed(1, node="n2"), failed(1, "boom"), claimed(2, node="n1"))
+    cluster.start("n1/0", Order(run_id=unlucky, attempt=2, incarnation="00000002"))
+    cluster.advance()  # it makes a step
+    cluster.exit("n1/0", 1, "boom")
+
+    controller = Controller(sweep, store, cluster, cluster.clock)
+    controller.tick()
+
+    state = controller.states[unlucky]
+    assert [a.ended.reason for a in state.attempts if a.ended] == [EndReason.APP_ERROR] * 2
+    assert state.finished is None
 
 
 def test_a_hub_that_does_not_answer_for_minutes_fails_no_run_and_speaks_against_no_node() -> None:
