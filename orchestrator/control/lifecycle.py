@@ -209,7 +209,8 @@ def _after_exit(
 ) -> tuple[Record, ...]:
     if event.code == EXIT_COMPLETE and state.result:
         return (Finished(outcome=Outcome.SUCCEEDED, step=state.result.step, at=event.at),)
-    if event.code == EXIT_BAD_CONFIG and not (state.result or state.cancel_requested):
+    sound = state.attempts[-1].claimed.node not in suspects  # which may have misled the trainer
+    if event.code == EXIT_BAD_CONFIG and sound and not (state.result or state.cancel_requested):
         detail = event.error or "the trainer refused its configuration"
         return (Finished(outcome=Outcome.FAILED, detail=detail, step=event.step, at=event.at),)
     ended = Ended(

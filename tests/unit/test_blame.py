@@ -1,5 +1,6 @@
 """When an end proves that the run itself is at fault."""
 
+from dataclasses import replace
 from functools import reduce
 
 import pytest
@@ -11,6 +12,8 @@ from orchestrator.control.blame import REPEATABLE, advised, proof
 from orchestrator.control.cluster import Health, Slot
 from orchestrator.control.lifecycle import Exited, Lost, Policy, advance, phase
 from orchestrator.control.loss import loss
+from orchestrator.control.placing import avoided
+from orchestrator.control.scheduler import Avoided
 from storage.records import Ended, EndReason, Finished, Outcome, Record
 from storage.run_state import FREE_ENDS, RunState, apply, refusal
 from trainer.evidence import ADVICE, Evidence
@@ -123,6 +126,20 @@ def test_what_happens_on_a_node_in_ill_repute_proves_nothing(suspects: set[str])
 
     assert outcome(state, exited(2, "a")) is not None
     assert outcome(state, exited(2, "a"), frozenset(suspects)) is None
+
+
+def test_a_configuration_that_a_node_in_ill_repute_refuses_is_tried_elsewhere() -> None:
+    state = state_after(claimed(1, node="bad"))
+    refused = Exited(at=NOW, attempt=1, code=78, error="BadInput: bf16 is not supported by this GPU")
+
+    (ended,) = advance(state, refused, POLICY, {"bad"})
+
+    assert isinstance(ended, Ended)
+    assert ended.reason is EndReason.BAD_CONFIG
+    queued = apply(state, ended)
+    assert avoided(queued) == Avoided(node="bad", because="its last attempt stalled there")
+    again = apply(queued, claimed(2, node="n2"))
+    assert outcome(again, replace(refused, attempt=2), frozenset({"bad"})) == refused.error
 
 
 def test_a_hang_at_the_same_step_on_two_nodes_however_long_it_was() -> None:
