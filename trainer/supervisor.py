@@ -45,13 +45,14 @@ from .rundir import (
     EXIT_DISK_FULL,
     EXIT_PREEMPTED,
     EXIT_STORE_UNREACHABLE,
+    EXIT_UNFIT,
     Options,
     RunDir,
     StartOrder,
     read_events,
 )
 from .shipper import Shipper
-from .training_process import TrainingProcess
+from .training_process import STUCK, TrainingProcess
 from .vigil import Vigil
 
 logger = logging.getLogger(__name__)
@@ -186,9 +187,12 @@ class Supervisor:
             self._on_fenced(error)
             code = EXIT_PREEMPTED
         except (Unavailable, AccessDenied, Corrupt, NotFound) as error:
-            # The damage may be this node's disk, memory or way to the store: the next attempt is elsewhere.
-            self._fail(error)
-            code = EXIT_STORE_UNREACHABLE
+            if self._stopping.is_set():  # that is why fetching was given up
+                code = EXIT_PREEMPTED
+            else:
+                # The damage may be this node's disk, memory or way to the store: the next is elsewhere.
+                self._fail(error)
+                code = EXIT_STORE_UNREACHABLE
         except OSError as error:
             self._fail(error)
             code = EXIT_DISK_FULL if error.errno in DISK_UNUSABLE else 1
@@ -199,6 +203,10 @@ class Supervisor:
             if self._process:
                 self._process.kill()
             shutil.rmtree(self._run_dir.root, ignore_errors=True)
+        if self._process and self._process.stuck:
+            code = EXIT_UNFIT
+            said = f": {self.progress.error}" if self.progress.error else ""
+            self._update(error=one_line(f"{STUCK}{said}"))
         self._update(exit_code=code, superseded=self._fenced.is_set())
         return self.progress
 
@@ -207,6 +215,7 @@ class Supervisor:
         process = self._process or TrainingProcess()
         self._process = process
         process.begin(self._run_dir.root)
+        vigil = Vigil(process, self._run_dir, self._options.stall_timeout_s)
         shipper = self._shipper
         replicator = Replicator(
             self._run_dir.checkpoints, self._publish, on_fenced=self._on_fenced, on_error=self._on_push_error
@@ -216,7 +225,7 @@ class Supervisor:
             replicator.start()
             shipper.start()
             self._claim_watch.start()
-            code = self._watch(process)
+            code = self._watch(process, vigil)
         finally:
             process.kill()  # whatever it started must not outlive it, nor write on
             pushed = self._push(replicator)
@@ -281,10 +290,11 @@ class Supervisor:
             raise Fenced(f"{self.assignment.run_id}: the final checkpoint is committed already")
         return self._checkpoints.fetch_newest(state, self._run_dir.resume, attempt=self.assignment.attempt)
 
-    def _watch(self, process: TrainingProcess) -> int:
+    def _watch(self, process: TrainingProcess, vigil: Vigil) -> int:
         asked = False
-        vigil = Vigil(process, self._run_dir, self._options.stall_timeout_s)
         while (code := process.exit_code) is None:
+            if process.stuck:
+                return EXIT_UNFIT
             self._read_events()
             self._pacer.review()
             if self._fenced.is_set():

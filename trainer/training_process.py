@@ -14,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 REAP_S = 60.0
-"""A killed process that is not gone by then hangs in the kernel: whoever holds it had better end, too."""
+"""A killed process that is not gone by then hangs in the kernel, and holds its GPU."""
+
+STUCK = "the trainer hangs in the kernel and cannot be killed"
 
 SECRETS = ("AWS_", "RAY_", "SLACK_")
 """Prefixes of environment variables that a training process has no use for: it never talks to the store."""
@@ -41,6 +43,9 @@ class TrainingProcess:
             start_new_session=True,
             env=environment,
         )
+        self._killed_in_vain = False
+        self._gone = False
+        """It is reaped and its group was killed: its number may be somebody else's now."""
 
     @property
     def pid(self) -> int:
@@ -67,11 +72,23 @@ class TrainingProcess:
         if self.exit_code is None:
             self._process.send_signal(signal.SIGUSR1)
 
+    @property
+    def stuck(self) -> bool:
+        """Whether it was killed and is there all the same: it hangs in the kernel, as in a driver."""
+        return self._killed_in_vain and self.exit_code is None
+
     def kill(self) -> None:
-        """End it and everything it started, at once."""
+        """End it and everything it started, at once. Waits ``REAP_S`` for one that is ``stuck``, once."""
+        if self._gone:
+            return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(timeout=REAP_S)
+        try:
+            self._process.wait(timeout=0.0 if self._killed_in_vain else REAP_S)
+        except subprocess.TimeoutExpired:
+            self._killed_in_vain = True
+            return
+        self._gone = True
         if self._process.stdin:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()

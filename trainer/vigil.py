@@ -30,6 +30,7 @@ class Vigil:
         self._run_dir = run_dir
         self._timeout_s = timeout_s
         self._memory = MemoryWatch(process.pid)
+        self._memory.look(time.monotonic())  # who dies while nobody watches yet is missed against this
         self._quiet = Quiet()
         self._next_look = float("-inf")
         self._longest_step_s = 0.0

@@ -18,6 +18,7 @@ from support.training import events
 from storage import layout
 from storage.log import run_log
 from storage.memory import MemoryStore
+from storage.object_store import ObjectInfo
 from storage.records import EndReason
 from trainer import process as training
 from trainer.config import Base, Dataset, RunSpec
@@ -172,6 +173,31 @@ def test_a_process_that_takes_all_memory_was_too_large(
     assert reason(final) is EndReason.OOM_HOST
     assert final.evidence.memory_bytes == pytest.approx(200_000_000, rel=0.01)
     assert told(-9, final.evidence) == "the trainer was killed by the kernel: the memory of 0.2 GB was full"
+
+
+def test_a_process_that_takes_all_memory_while_its_checkpoint_is_fetched_was_too_large(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = tmp_path / "group"
+    group.mkdir()
+    (group / "memory.max").write_text("1000000")
+    (group / "memory.events").write_text("oom_kill 3\n")
+    monkeypatch.setattr("trainer.memory._groups_of", lambda pid: [group])
+    process = start("hang")
+
+    class Fetching(MemoryStore):
+        """The kernel kills while this is asked for what to resume from."""
+
+        def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
+            if any(tmp_path.glob(f"{RUN}-*")):
+                (group / "memory.events").write_text("oom_kill 4\n")
+                os.kill(process.pid, signal.SIGKILL)
+            return super().list(prefix, after)
+
+    final = supervised(process, Fetching(), tmp_path)
+
+    assert reason(final) is EndReason.OOM_HOST
+    assert final.evidence.memory_bytes == 1_000_000
 
 
 def test_what_a_process_says_of_its_exception_decides(start: Start, tmp_path: Path) -> None:

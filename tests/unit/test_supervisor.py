@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -22,7 +23,7 @@ from support.training import contents, lay_out, newest
 from storage import layout
 from storage.checkpoints import CheckpointStore
 from storage.directory import DirectoryStore
-from storage.errors import AccessDenied, Unavailable
+from storage.errors import AccessDenied, Fenced, Unavailable
 from storage.log import Log, RunLog, run_log
 from storage.memory import MemoryStore
 from storage.object_store import ObjectInfo, ObjectStore
@@ -42,6 +43,7 @@ from trainer.rundir import (
     EXIT_COMPLETE,
     EXIT_PREEMPTED,
     EXIT_STORE_UNREACHABLE,
+    EXIT_UNFIT,
     CheckpointPolicy,
     Options,
     RunDir,
@@ -50,7 +52,7 @@ from trainer.rundir import (
 )
 from trainer.stop import Stop
 from trainer.supervisor import Assignment, Progress, Supervisor
-from trainer.training_process import TrainingProcess
+from trainer.training_process import STUCK, TrainingProcess
 
 # diffusers' schedulers hand torch tensors to numpy in the old way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -133,6 +135,7 @@ def supervise(tmp_path: Path) -> Iterator[Supervise]:
         light: str | None = None,
         process: TrainingProcess | None = None,
         who: str | None = None,
+        stall_timeout_s: float | None = None,
     ) -> Attempt:
         if light:
             process = TrainingProcess((sys.executable, light_trainer.__file__, light))
@@ -140,7 +143,12 @@ def supervise(tmp_path: Path) -> Iterator[Supervise]:
             store,
             Assignment(run_id=RUN, attempt=attempt, incarnation=who or incarnation(attempt)),
             spec or LIGHT_SPEC,
-            Options(checkpoint=EVERY_STEP, threads=1, cache_dir=str(cache) if cache else None),
+            Options(
+                checkpoint=EVERY_STEP,
+                threads=1,
+                cache_dir=str(cache) if cache else None,
+                stall_timeout_s=stall_timeout_s,
+            ),
             scratch=scratch,
             ledger=run_log(store, RUN),
             process=process,
@@ -409,6 +417,59 @@ def test_a_store_that_stays_away_while_fetching_ends_the_attempt_with_an_error(
     assert end_reason(EXIT_STORE_UNREACHABLE) is EndReason.STORAGE_DOWN
 
 
+class InTheKernel:
+    """Stands for a process that no signal reaches any more: it cannot be made without a broken driver."""
+
+    def __init__(self, real: subprocess.Popen[bytes]) -> None:
+        self.pid, self.stdin = real.pid, real.stdin
+
+    def poll(self) -> None:
+        return None
+
+    def send_signal(self, number: int) -> None:
+        pass
+
+    def wait(self, timeout: float) -> None:
+        raise subprocess.TimeoutExpired("trainer", timeout)
+
+
+@pytest.mark.parametrize("end", ["it hangs", "a stop", "a newer claim"])
+def test_a_trainer_that_cannot_be_killed_ends_the_attempt_with_what_it_saved_and_blames_the_node(
+    end: str, supervise: Supervise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Failing("put", Unavailable("503 SlowDown"))
+    claim(store, 1)
+    process = TrainingProcess((sys.executable, light_trainer.__file__, "forever"))
+    attempt = supervise(store, process=process, stall_timeout_s=1.0 if end == "it hangs" else None)
+    wait_until(lambda: state(store).committed_step > 0, "something is committed")
+    store.armed = True
+    before = state(store).committed_step
+    wait_until(lambda: attempt.supervisor.progress.step > before + 2, "more is saved")
+    os.kill(process.pid, signal.SIGSTOP)
+    real = process._process
+    monkeypatch.setattr(os, "killpg", lambda group, number: setattr(store, "armed", False))
+    process._process = InTheKernel(real)  # type: ignore[assignment]
+    try:
+        if end == "a stop":
+            attempt.supervisor.stop(grace_s=0.0)
+        elif end == "a newer claim":
+            run_log(store, RUN).append(ended(1, EndReason.NODE_UNREACHABLE))
+            attempt.supervisor._on_fenced(Fenced("attempt 1 is fenced"))
+        final = attempt.end()
+    finally:
+        monkeypatch.undo()
+        process._process = real
+        real.kill()
+        real.wait()
+        process.kill()
+
+    assert (final.exit_code, final.superseded) == (EXIT_UNFIT, end == "a newer claim")
+    assert final.error.startswith(STUCK)
+    assert ("nothing happened for" in final.error) == (end == "it hangs")
+    if end != "a newer claim":
+        assert state(store).committed_step >= final.step - 1 > before, "what it had saved is pushed"
+
+
 def with_a_checkpoint(store: Failing) -> Failing:
     """A run with one real checkpoint, whose second attempt is claimed. From here on the store fails."""
     body = b"weights 3"
@@ -478,14 +539,16 @@ def test_a_start_that_could_not_be_recorded_is_recorded_with_the_next_checkpoint
     assert [r for r in records(store) if isinstance(r, Started)] == lost
 
 
-def test_a_stop_ends_the_wait_for_a_store_that_is_away(supervise: Supervise) -> None:
+def test_a_stop_ends_the_wait_for_a_store_that_is_away_and_that_is_not_the_stores_fault(
+    supervise: Supervise,
+) -> None:
     store = with_a_checkpoint(Failing("download", Unavailable("connection reset")))
     attempt = supervise(store, 2, light="steps")
     wait_until(lambda: store.left < 10**9, "the store has been asked")
 
     attempt.supervisor.stop(grace_s=60.0)
 
-    assert attempt.end().exit_code == EXIT_STORE_UNREACHABLE
+    assert attempt.end() == Progress(exit_code=EXIT_PREEMPTED)
 
 
 def test_a_result_that_cannot_be_pushed_is_the_stores_fault_and_not_the_runs(
@@ -578,14 +641,18 @@ def test_a_training_process_sees_no_credentials(monkeypatch: pytest.MonkeyPatch,
     assert '"HF_TOKEN": "for the base model"' in seen.read_text()
 
 
-def test_a_process_that_is_gone_can_be_given_work_stopped_and_killed(tmp_path: Path) -> None:
+def test_a_process_that_is_gone_can_be_given_work_stopped_and_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     process = TrainingProcess((sys.executable, "-c", "raise SystemExit(3)"))
     wait_until(lambda: process.exit_code == 3, "it has ended")
 
     process.begin(tmp_path)
     process.terminate()
     process.kill()
-    process.kill()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "killpg", lambda group, number: pytest.fail("its number may be another's now"))
+        process.kill()
 
     assert process.exit_code == 3
 
