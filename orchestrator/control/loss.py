@@ -24,16 +24,17 @@ def loss(
     """
     notice = slot.notice if slot.ending else None
     if slot.health is Health.GONE:
-        if notice:
+        if slot.out_of_memory and not slot.node_lost:
+            return EndReason.OOM_HOST, f"{slot.node} ran out of memory, and Ray ended the agent for that"
+        if notice and notice.soon:
             return EndReason.SPOT_NOTICE, str(notice)
         if drained and slot.node_lost:
             return EndReason.DRAINED, f"{slot.node} is drained, and gone"
-        if slot.preempted:
+        stays = notice is not None and notice.withdrawn and not slot.node_lost  # though Ray believes it goes
+        if slot.preempted and not stays:
             return EndReason.SPOT_NOTICE, "spot notice from Ray"
         if slot.node_lost:
             return EndReason.NODE_LOST, f"{slot.node} was lost without notice"
-        if slot.out_of_memory:
-            return EndReason.OOM_HOST, f"{slot.node} ran out of memory, and Ray ended the agent for that"
         return EndReason.AGENT_LOST, f"the agent on {slot.node} died"
     if slot.health is Health.UNKNOWN:
         if notice and notice.overdue and silent_s > min(OVERDUE_SILENCE_S, limit_s):

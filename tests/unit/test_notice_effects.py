@@ -1,5 +1,7 @@
 """What follows from a notice: an attempt saves itself, its run goes on elsewhere at once, none comes here."""
 
+from dataclasses import replace
+
 import pytest
 from support.fake_cluster import FakeCluster, run_to_end, small_sweep, weights_at
 from support.runs import claimed, committed
@@ -211,6 +213,8 @@ def test_no_more_runs_train_than_are_asked_for_although_there_are_more_slots() -
 
 
 NOTICE = Notice(kind=Kind.TERMINATE, source="AWS", left_s=20.0, warning_s=118.0)
+WITHDRAWN = replace(NOTICE, withdrawn=True)
+LATER = replace(NOTICE, left_s=3600.0)
 SAID = "spot notice from AWS, 118 s warning"
 
 
@@ -226,6 +230,22 @@ def slot(health: Health, **facts: object) -> Slot:
         (slot(Health.GONE), 0.0, (EndReason.AGENT_LOST, "the agent on n1 died")),
         (slot(Health.GONE, notice=NOTICE), 0.0, (EndReason.SPOT_NOTICE, SAID)),
         (slot(Health.GONE, preempted=True), 0.0, (EndReason.SPOT_NOTICE, "spot notice from Ray")),
+        (slot(Health.GONE, notice=LATER), 0.0, (EndReason.AGENT_LOST, "the agent on n1 died")),
+        (
+            slot(Health.GONE, notice=WITHDRAWN, preempted=True),
+            0.0,
+            (EndReason.AGENT_LOST, "the agent on n1 died"),
+        ),
+        (
+            slot(Health.GONE, notice=WITHDRAWN, preempted=True, node_lost=True),
+            0.0,
+            (EndReason.SPOT_NOTICE, "spot notice from Ray"),
+        ),
+        (
+            slot(Health.GONE, notice=NOTICE, preempted=True, out_of_memory=True),
+            0.0,
+            (EndReason.OOM_HOST, "n1 ran out of memory, and Ray ended the agent for that"),
+        ),
         (
             slot(Health.GONE, node_lost=True, notice=Notice(kind=Kind.REBALANCE, source="AWS")),
             0.0,
