@@ -3,7 +3,8 @@
 Preemptions are free, failures are stalls (``run_state.FREE_ENDS``), and so many stalls in a row end a run
 whatever they were. Some ends say more than that, and end it at once:
 
-* out of memory twice in a row, on memory of one size: a third time would be no different;
+* out of memory twice in a row, on memory of one size: a third time would be no different (on one node, if
+  it was the trainer's own process that told so, or was killed for it);
 * the same error at the same step on two nodes, none of which is in ill repute: it is not the machine;
 * a loss that is not finite at the same step twice: what a step computes is the same everywhere.
 """
@@ -58,10 +59,13 @@ def advised(reason: EndReason, detail: str) -> str:
 
 def _too_small_again(last: Attempt, before: list[Attempt], ended: Ended) -> bool:
     """Whether the last end that was not the machine's was the same, and nothing came of this attempt."""
-    own = [a.ended for a in before if a.ended and a.ended.reason not in FREE_ENDS]
-    if last.committed_step is not None or not own or own[-1].reason is not ended.reason:
+    own = [a for a in before if a.ended and a.ended.reason not in FREE_ENDS]
+    earlier = own[-1].ended if own else None
+    if last.committed_step is not None or earlier is None or earlier.reason is not ended.reason:
         return False
-    sizes = {own[-1].memory_bytes, ended.memory_bytes}
+    if own[-1].claimed.node == last.claimed.node and None in (earlier.exit_code, ended.exit_code):
+        return False  # the agent was ended, not the trainer: a neighbour may be what takes the memory there
+    sizes = {earlier.memory_bytes, ended.memory_bytes}
     return None in sizes or len(sizes) == 1
 
 

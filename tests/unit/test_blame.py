@@ -34,7 +34,15 @@ def state_after(*records: Record) -> RunState:
 def end(
     attempt: int, reason: EndReason, step: int = 13, detail: str = "boom", memory_bytes: int | None = None
 ) -> Ended:
-    return Ended(attempt=attempt, reason=reason, step=step, detail=detail, memory_bytes=memory_bytes, at=NOW)
+    return Ended(
+        attempt=attempt,
+        reason=reason,
+        step=step,
+        detail=detail,
+        exit_code=1,
+        memory_bytes=memory_bytes,
+        at=NOW,
+    )
 
 
 def exited(
@@ -82,6 +90,19 @@ def test_out_of_memory_after_progress_is_not_the_second_time() -> None:
     )
 
     assert outcome(state, oom(2, step=900)) is None
+
+
+@pytest.mark.parametrize(("nodes", "failed"), [(("n1", "n1"), False), (("n1", "n2"), True)])
+def test_an_agent_that_was_ended_for_memory_twice_on_one_node_may_have_a_greedy_neighbour(
+    nodes: tuple[str, str], failed: bool
+) -> None:
+    state = RunState()
+    for attempt, node in enumerate(nodes, 1):
+        state = apply(state, claimed(attempt, node=node))
+        lost = Lost(at=NOW, attempt=attempt, reason=EndReason.OOM_HOST, detail="no memory", step=50 * attempt)
+        state = reduce(apply, advance(state, lost, POLICY), state)
+
+    assert (state.finished is not None) == failed
 
 
 def test_a_lost_node_between_does_not_hide_the_second_time() -> None:
