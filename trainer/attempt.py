@@ -21,6 +21,7 @@ from .families import load_family
 from .loop import Loop, Parts
 from .methods import attach
 from .model_files import model_digest
+from .narration import say
 from .optim import build_optimizer
 from .pulse import Pulse
 from .randomness import make_deterministic
@@ -66,6 +67,7 @@ def prepare(run_dir: RunDir, stop: Stop) -> Parts:
     cache_dir = Path(options.cache_dir).expanduser() if options.cache_dir else None
     examples = read_dataset(spec, options)
     check_base(spec, options)
+    say(f"loading {spec.base.model}")
     family = load_family(local_base(spec, options), cache_dir / "hub" if cache_dir else None)
     if spec.base.resolution % family.latent_pixels:
         raise BadInput(
@@ -75,6 +77,7 @@ def prepare(run_dir: RunDir, stop: Stop) -> Parts:
     cache = Cache(cache_dir or default_cache_dir())
     captions = ["", *(example.caption for example in examples), *sample_texts(spec)]
     text = encode_texts(family, cache, captions, stop.alive)
+    say(f"{len(examples)} images with captions; encoding those that no run here has met yet")
     images = encode_images(family, cache, examples, spec, stop.alive)
     family.rest_encoders()
     train, validation = split(len(images), held_out(len(images), spec.dataset.val_fraction))

@@ -25,6 +25,7 @@ from .evaluate import evaluate
 from .evidence import ADVICE
 from .families import Family
 from .methods import Method
+from .narration import say
 from .objective import add_noise, loss, target
 from .optim import learning_rate, set_learning_rate
 from .pacing import Inflation, PaceReader
@@ -99,6 +100,7 @@ class Loop:
         finally:
             self._writer.wait()
         self._event("complete")
+        say("the run is complete")
         return EXIT_COMPLETE
 
     def _train(self) -> None:
@@ -131,6 +133,7 @@ class Loop:
         self._inflation.step(step_s, writing=writing)
         if step == self._resumed_step:
             self._event("started", step=step)
+            say(f"training from step {step} of {self._base.max_train_steps} on {self.parts.family.device}")
         self._event(
             "step",
             loss=mean_loss,
@@ -218,6 +221,7 @@ class Loop:
         self._metrics[METRIC] = value
         self.progress = self.progress.model_copy(update={"validated_step": self.progress.step})
         self._event("validation", **{METRIC: value})
+        say(f"step {self.progress.step}: {METRIC} {value:.5f}")
 
     def _sample(self) -> Path:
         parts, step = self.parts, self.progress.step
@@ -225,6 +229,7 @@ class Loop:
         folder = write_samples(parts.run_dir.samples, step, images)
         self.progress = self.progress.model_copy(update={"sampled_step": step})
         self._event("samples", folder=folder.name)
+        say(f"step {step}: sample images drawn")
         return folder
 
     def _wait_no_longer(self) -> bool:
@@ -259,6 +264,7 @@ class Loop:
             if spec.evaluate:
                 found = self._evaluate(spec.evaluate, samples)
                 self._event("score", scores=found)
+                say("scores: " + ", ".join(f"{name} {value:.5g}" for name, value in found.items()))
                 self._metrics |= found
         self._save(final=True)
         self._writer.wait()
@@ -279,11 +285,13 @@ class Loop:
     def _preempted(self) -> int:
         self._save_progress()
         self._event("preempted")
+        say(f"asked to stop; step {self.progress.step} is saved")
         return EXIT_PREEMPTED
 
     def _on_written(self, step: int, stall_s: float, write_s: float) -> None:
         told = {"stall_s": stall_s, "write_s": write_s, "inflation_s": self._inflation.taken()}
         append_event(self.parts.run_dir.events, "checkpoint", step=step, **told)
+        say(f"step {step} of {self._base.max_train_steps} saved; loss of late {self.progress.train_loss:.5f}")
 
     def _event(self, event: str, **fields: Any) -> None:
         append_event(self.parts.run_dir.events, event, **{"step": self.progress.step, **fields})

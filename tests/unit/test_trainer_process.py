@@ -159,6 +159,10 @@ def test_sigterm_finishes_the_step_saves_it_and_exits_75(
     *_, last_step, saved, ended = events(run_dir)
     assert (saved["event"], saved["step"]) == ("checkpoint", last_step["step"])
     assert (ended["event"], ended["step"]) == ("preempted", last_step["step"])
+    written = [line[20:] for line in run_dir.log.read_text().splitlines()]
+    assert f"loading {world / 'base'}" in written
+    assert "training from step 0 of 8 on cpu" in written
+    assert written[-1] == f"asked to stop; step {last_step['step']} is saved"
     again = lay_out(tmp_path / "again", spec, resume=newest(run_dir), cache=world / "cache")
     gate.open()
     assert run_attempt(again, Stop()) == EXIT_COMPLETE
