@@ -126,7 +126,10 @@ def nodes(sweep: str | None, with_gone: bool, output: str, store_url: str, addre
             continue
         if not live:
             click.echo(f"{name}: no controller was reached; this is what the store knows", err=True)
-        console().print(table(name, shown))
+        if shown:
+            console().print(table(name, shown))
+        else:
+            click.echo(f"{name}: no node trains for it", err=True)
 
 
 @click.command()

@@ -20,7 +20,7 @@ from storage.directory import DirectoryStore
 from storage.drains import DrainAsked, Drains
 from storage.log import run_log
 from storage.memory import MemoryStore
-from storage.records import Claimed
+from storage.records import Claimed, Ended, EndReason
 
 R0 = "cat-0-00000000"
 
@@ -135,6 +135,15 @@ def test_who_names_no_sweep_and_reaches_no_controller_is_told_so(store: Director
 
     assert (result.exit_code, result.stdout) == (0, "")
     assert "no controller was reached: name a sweep" in result.stderr
+
+
+def test_a_sweep_that_trains_nowhere_has_no_table(store: DirectoryStore) -> None:
+    run_log(store, R0).append(Ended(attempt=1, reason=EndReason.NODE_LOST, at=20.0))
+
+    shown = orchestrate(store, "nodes", "cat")
+
+    assert (shown.exit_code, shown.stdout) == (0, "")
+    assert shown.stderr.splitlines()[-1] == "cat: no node trains for it"
 
 
 def test_a_node_that_nobody_has_is_an_error_when_no_sweep_is_named(store: DirectoryStore) -> None:
