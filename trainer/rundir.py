@@ -21,6 +21,7 @@ Imports no torch.
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,17 @@ class RunDir:
         self.interval = root / "interval.json"
         self.log = root / LOG_FILE
         self.alive = root / "alive"
+
+    def remove(self) -> None:
+        """Remove it with all that is in it; never raises.
+
+        It gets another name first: what a thread that is still at work in it makes would else be left.
+        """
+        doomed = self.root.with_name(f".removed-{self.root.name}")
+        with contextlib.suppress(OSError):
+            self.root.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+        shutil.rmtree(self.root, ignore_errors=True)
 
     def order_start(self, order: StartOrder) -> None:
         """Release the waiting process."""

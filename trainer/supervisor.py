@@ -9,7 +9,6 @@ pushed even after it crashed. Knows neither Ray nor torch: an agent actor runs t
 
 import contextlib
 import logging
-import shutil
 import signal
 import threading
 import time
@@ -202,7 +201,7 @@ class Supervisor:
         finally:
             if self._process:
                 self._process.kill()
-            shutil.rmtree(self._run_dir.root, ignore_errors=True)
+            self._run_dir.remove()
         if self._process and self._process.stuck:
             code = EXIT_UNFIT
             said = f": {self.progress.error}" if self.progress.error else ""
@@ -266,7 +265,7 @@ class Supervisor:
 
     def _prepare(self) -> None:
         root = self._run_dir.root
-        shutil.rmtree(root, ignore_errors=True)
+        self._run_dir.remove()
         self._run_dir.checkpoints.mkdir(parents=True)
         self._run_dir.spec.write_text(self._spec.model_dump_json())
         self._run_dir.options.write_text(self._options.model_dump_json())
