@@ -36,7 +36,7 @@ from ..grid.schema import Recovery
 from ..grid.sweep import Sweep
 from ..on_ray.appending import append_decided
 from . import silence
-from .cluster import Cluster, Health, Order, Slot
+from .cluster import Cluster, Health, Slot
 from .draining import DrainBook, drain_record
 from .lifecycle import CancelAsked, Event, Exited, Lost, Phase, Policy, advance, phase, settle, wait_s
 from .loss import loss
@@ -45,6 +45,7 @@ from .pruning import delete_orphans, prune
 from .readers import PATIENCE_S, Readers
 from .reputation import NodeBook, Repute, barred
 from .scheduler import Placement, QueuedRun, assign
+from .steering import Steering
 from .sweep_snapshot import SweepSnapshot
 from .term import SteppedDown, Term
 from .tracked_run import TrackedRun
@@ -127,6 +128,7 @@ class Controller:
         runs = tuple(self._runs.values())
         self._snapshot = SweepSnapshot(store, sweep.name, runs, self._readers, self._monotonic)
         self._drains = DrainBook(store, sweep.name, self._readers, self._monotonic)
+        self._steering = Steering(cluster, self._drains, sweep.recovery.stop_grace_s)
         self._last_notes: tuple[SlotNote, ...] = ()
         self._book = NodeBook()
         self._ill: dict[str, Repute] = {}
@@ -267,7 +269,8 @@ class Controller:
         self._sweep_orphans(now)
         if any(run.quiet or run.state.finished is None for run in self._runs.values()):
             self._drains.tend(now)
-        self._dismiss_ghosts(slots)
+        self._steering.dismiss_ghosts(self._runs, slots, now)
+        self._steering.forget(now)
         self._launch(slots)
         self._snapshot.keep(now, at_once=self.done)
 
@@ -299,7 +302,7 @@ class Controller:
         ]
         due = dict[str, None]()
         for run in awake:
-            if run.problem or self._event(run, slots):
+            if run.problem or self._event(run, slots, now) or self._steering.awaits_order(run, slots, now):
                 due[run.plan.run_id] = None
             elif now - run.read_at >= self._every_s(run, slots, every_s, idle_every_s):
                 looks.append((run.read_at, run.plan.run_id))
@@ -343,52 +346,58 @@ class Controller:
 
     def _follow(self, run: TrackedRun, slots: dict[str, Slot], now: float) -> None:
         """Do what follows from a run's log and its slot."""
-        if event := self._event(run, slots):
+        if event := self._event(run, slots, now):
             if run.state.running and run.state.running.claimed.slot not in slots:
                 self._check_term()  # a slot that we never knew may be the newer controller's
             self._advance(run, event)
         self._append_all(run, settle(run.state, self._clock()))
         self._book.note(run.plan.run_id, run.state, self._clock(), now)
         if running := run.state.running:
-            self._steer(run, slots.get(running.claimed.slot))
+            self._steering.steer(run, slots.get(running.claimed.slot), now)
         if now >= run.clean_at:
             prune(run, self._sweep, now)
         self._snapshot.keep_own(run)
         run.quiet = not (run.state.running or run.state.retired or run.state.finished)
 
-    def _event(self, run: TrackedRun, slots: dict[str, Slot]) -> Event | None:
-        """Return what the slot's report means for the running attempt."""
+    def _event(self, run: TrackedRun, slots: dict[str, Slot], now: float) -> Event | None:
+        """Return what the slot's report means for the running attempt.
+
+        Args:
+            now: The tick's: who was heard of when it was decided whose logs to read is not found silent by
+                how long the reading took.
+        """
         state = run.state
         if state.running is None:
             return None
-        claimed, now = state.running.claimed, self._clock()
+        claimed, at = state.running.claimed, self._clock()
         slot = slots.get(claimed.slot)
         if slot is None:
             detail = f"{claimed.node} is not part of the cluster any more"
-            return Lost(at=now, attempt=claimed.attempt, reason=EndReason.NODE_LOST, detail=detail)
+            return Lost(at=at, attempt=claimed.attempt, reason=EndReason.NODE_LOST, detail=detail)
         work = slot.work
         mine = work if work and (work.run_id, work.attempt) == (run.plan.run_id, claimed.attempt) else None
         if mine and mine.exit_code is not None:
             return Exited(
-                at=now,
+                at=at,
                 attempt=claimed.attempt,
                 code=mine.exit_code,
                 error=mine.error,
                 evidence=mine.evidence,
                 step=mine.step,
                 step_s=mine.step_s,
+                asked=mine.asked,
                 drained=self._drains.of(slot.node) is not None,
                 notice=str(mine.notice) if mine.notice else "",
                 saved_s=mine.saved_s,
             )
-        silent_s = silence.silent_s(slot.silent_s, run.sign, self._monotonic())
+        silent_s = silence.silent_s(slot.silent_s, run.sign, now)
         drained = self._drains.of(slot.node) is not None
         lost = loss(slot, silent_s, self._sweep.recovery.silence_s, drained=drained)
         if lost is None:
             return None
         reason, detail = lost
         return Lost(
-            at=now,
+            at=at,
             attempt=claimed.attempt,
             reason=reason,
             detail=detail,
@@ -396,38 +405,6 @@ class Controller:
             step_s=mine.step_s if mine else 0.0,
             silent_s=silent_s,
         )
-
-    def _steer(self, run: TrackedRun, slot: Slot | None) -> None:
-        """Make the slot do what the log says: repeat a lost order, or ask a cancelled run to stop."""
-        running = run.state.running
-        if running is None or slot is None or slot.health is not Health.ALIVE:
-            return
-        claimed = running.claimed
-        if slot.work is None or (slot.work.run_id, slot.work.attempt) != (run.plan.run_id, claimed.attempt):
-            if run.log.refresh().running != running:
-                return  # another controller has ended the attempt: the slot may hold what came after it
-            self._cluster.start(
-                slot.slot,
-                Order(run_id=run.plan.run_id, attempt=claimed.attempt, incarnation=claimed.incarnation),
-            )
-        elif run.state.cancel_requested:
-            self._cluster.stop(slot.slot, run.plan.run_id, claimed.attempt, self._sweep.recovery.stop_grace_s)
-        elif drain := self._drains.of(slot.node):
-            self._cluster.stop(slot.slot, run.plan.run_id, claimed.attempt, drain.grace_s)
-
-    def _dismiss_ghosts(self, slots: dict[str, Slot]) -> None:
-        """End attempts that are over by their logs: their next commit would end them, but is far away."""
-        for slot in slots.values():
-            work = slot.work
-            run = self._runs.get(work.run_id) if work else None
-            if work is None or run is None or work.exit_code is not None or slot.health is not Health.ALIVE:
-                continue
-            state = run.state
-            current = state.running and state.running.number == work.attempt
-            if run.damage:  # what it trains could never be committed
-                self._cluster.stop(slot.slot, work.run_id, work.attempt, self._sweep.recovery.stop_grace_s)
-            elif work.attempt <= state.attempt and not current:
-                self._cluster.stop(slot.slot, work.run_id, work.attempt, grace_s=0.0)
 
     def _launch(self, slots: dict[str, Slot]) -> None:
         notes = self._notes(slots)
@@ -525,10 +502,7 @@ class Controller:
         logger.info(
             "%s: attempt %d on %s: %s", run.plan.run_id, claimed.attempt, placement.node, placement.because
         )
-        self._cluster.start(
-            placement.slot,
-            Order(run_id=run.plan.run_id, attempt=claimed.attempt, incarnation=claimed.incarnation),
-        )
+        self._steering.order(run.plan.run_id, claimed, self._monotonic())
 
     def _sweep_orphans(self, now: float) -> None:
         """Delete what runs that are over have left behind; nothing is appended, so all at once."""

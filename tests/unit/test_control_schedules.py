@@ -8,9 +8,9 @@ from proof.control import play
 from support.runs import claimed, committed
 
 from orchestrator.control.cluster import Slot
-from orchestrator.control.controller import Controller
 from orchestrator.control.lifecycle import CancelAsked, Policy, advance
 from orchestrator.control.loss import loss
+from orchestrator.control.steering import Steering
 from orchestrator.on_ray.appending import append_decided
 from storage.log import run_log
 from storage.memory import MemoryStore
@@ -43,7 +43,7 @@ def test_a_log_that_fences_nobody_is_found_out(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_controller_that_does_not_repeat_lost_orders_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Controller, "_steer", lambda *_: None)
+    monkeypatch.setattr(Steering, "steer", lambda *_: None)
 
     assert any("does not end" in line for seed in range(ENOUGH) for line in play(seed).violations)
 

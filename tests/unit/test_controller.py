@@ -17,6 +17,7 @@ from support.fake_cluster import FILE, FakeCluster, run_to_end, small_sweep, wei
 from orchestrator.commands.cancelling import ask_to_cancel
 from orchestrator.control.cluster import Health, Listening, Order, Slot
 from orchestrator.control.controller import REFRESH_S, Controller
+from orchestrator.control.steering import AGAIN_S
 from orchestrator.control.sweep_snapshot import EVERY_S
 from orchestrator.grid.schema import Checkpoint, Metric, Recovery
 from orchestrator.grid.sweep import Sweep
@@ -239,6 +240,50 @@ def test_a_lost_order_is_repeated_and_starts_one_attempt() -> None:
 
     assert [order.attempt for order in cluster.begun] == [1]
     assert_well_ended(store, sweep, cluster)
+
+
+class Overheard(FakeCluster):
+    """Keeps what it is told to do."""
+
+    told: list[str]
+
+    def start(self, slot: str, order: Order) -> None:
+        self.told.append(f"start {slot}")
+        super().start(slot, order)
+
+    def stop(self, slot: str, run_id: str, attempt: int, grace_s: float) -> None:
+        self.told.append(f"stop {slot}")  # and does nothing, as one that takes its time
+
+
+def test_nobody_is_told_the_same_again_before_it_had_time_to_do_it() -> None:
+    store, sweep = Counting(), small_sweep(runs=20, max_steps=600)
+    cluster = Overheard(store, sweep, nodes=20, commit_every=500)
+    cluster.told = []
+    controller = Controller(sweep, store, cluster, cluster.clock)
+    cluster.lose_orders = 20
+    controller.tick()
+    assert len(cluster.told) == 20
+    store.take()
+
+    for _ in range(10):
+        controller.tick()
+    assert len(cluster.told) == 20, "the orders are on their way"
+    assert store.take() == []
+    cluster.now += AGAIN_S
+    for _ in range(10):
+        controller.tick()
+    assert len(cluster.told) == 40, "or were lost"
+    assert store.take() == sorted(f"list {layout.run_log_prefix(run.run_id)}" for run in sweep.runs)
+
+    ticks(controller, cluster, 3)
+    cluster.told.clear()
+    controller.cancel(run.run_id for run in sweep.runs)
+    for _ in range(10):
+        controller.tick()
+    assert sorted(cluster.told) == sorted(f"stop {slot}" for slot in cluster.busy())
+    cluster.now += AGAIN_S
+    controller.tick()
+    assert len(cluster.told) == 40
 
 
 def test_a_trainer_that_stalls_is_tried_again_elsewhere_after_a_wait_and_fails_in_the_end() -> None:
