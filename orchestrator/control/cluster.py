@@ -46,6 +46,8 @@ class Work:
     """What was seen of its end."""
     superseded: bool = False
     """The agent stopped it because the log has moved on to a newer attempt."""
+    asked: bool = False
+    """The agent asked it to stop while it ran: for a notice, or because it was told to."""
     notice: Notice | None = None
     """The agent stopped it because of this notice."""
     saved_s: float | None = None

@@ -87,8 +87,10 @@ class Exited:
     evidence: Evidence = NO_EVIDENCE
     step: int = 0
     step_s: float = 0.0
+    asked: bool = False
+    """Its agent had asked it to stop: whoever wanted that, nobody may know any more."""
     drained: bool = False
-    """It ran on a node that is drained, and was asked to stop for that."""
+    """Its node is drained, as far as is known."""
     notice: str = ""
     """It was asked to stop because of this notice of its node's end."""
     saved_s: float | None = None
@@ -232,13 +234,8 @@ def _after_exit(
 def _reason(event: Exited) -> EndReason:
     if _was_stopped(event) and event.notice:
         return EndReason.SPOT_NOTICE
-    drained = _was_drained(event)
-    return EndReason.DRAINED if drained else attributed(event.code, event.evidence, event.error)
-
-
-def _was_drained(event: Exited) -> bool:
-    """Whether it ended because its node is drained."""
-    return event.drained and _was_stopped(event)
+    asked = event.asked and _was_stopped(event)
+    return EndReason.DRAINED if asked else attributed(event.code, event.evidence, event.error)
 
 
 def _was_stopped(event: Exited) -> bool:
@@ -294,7 +291,8 @@ def _too_often(state: RunState, after: RunState, policy: Policy) -> str | None:
 def _detail(event: Exited) -> str:
     if _was_stopped(event) and event.notice:
         return event.notice
-    if _was_drained(event):
+    if event.asked and _was_stopped(event):
         saved = "saved its state" if event.code == EXIT_PREEMPTED else "did not save itself in time"
-        return f"the trainer was asked to stop, because its node is drained, and {saved}"
+        because = ", because its node is drained," if event.drained else ""
+        return f"the trainer was asked to stop{because} and {saved}"
     return told(event.code, event.evidence, event.error)

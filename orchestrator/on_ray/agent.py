@@ -155,7 +155,8 @@ class Agent:
         held = supervisor.assignment if supervisor else None
         if supervisor and held and (held.run_id, held.attempt) == (run_id, attempt):
             with self._changed:
-                self._asked = self._asked or _Asked(at=time.time())
+                if self._final is None:
+                    self._asked = self._asked or _Asked(at=time.time())
             supervisor.stop(grace_s)
 
     def report(self, known_version: int, wait_s: float) -> Report:
@@ -335,6 +336,7 @@ class Agent:
             error=progress.error,
             evidence=progress.evidence,
             superseded=progress.superseded,
+            asked=asked is not None,
             notice=asked.notice if asked else None,
             saved_s=saved_at - asked.at if asked and saved_at >= asked.at else None,
         )

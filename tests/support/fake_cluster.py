@@ -112,6 +112,8 @@ class _Trainer:
     error: str = ""
     superseded: bool = False
     stopping: bool = False
+    asked: bool = False
+    """Its agent asked it to stop while it ran."""
     notice: Notice | None = None
     """It was asked to stop because of this."""
     asked_at: float = 0.0
@@ -215,6 +217,7 @@ class _Trainer:
             exit_code=self.exit_code,
             error=self.error,
             superseded=self.superseded,
+            asked=self.asked,
             notice=self.notice,
             saved_s=self.saved_s if self.notice else None,
         )
@@ -222,7 +225,8 @@ class _Trainer:
     def heed(self, notice: Notice, now: float) -> None:
         """Begin to save what there is, unless it is all over."""
         if self.exit_code is None and self.notice is None:
-            self.stopping, self.notice, self.asked_at = True, notice, now
+            self.stopping = self.asked = True
+            self.notice, self.asked_at = notice, now
 
 
 @dataclass(slots=True)
@@ -306,6 +310,7 @@ class FakeCluster:
         if trainer is None or held != (run_id, attempt) or agent.silent_since is not None:
             return
         trainer.stopping = True
+        trainer.asked = trainer.asked or trainer.exit_code is None
         if grace_s <= 0 and trainer.exit_code is None:
             trainer.exit_code = KILLED
 

@@ -97,6 +97,16 @@ def ended(agent: Agent) -> int | None:
     return work.exit_code if work else None
 
 
+def trains(agent: Agent) -> bool:
+    work = agent.report(-1, 0.0).work
+    return work is not None and (work.first_step_at is not None or work.exit_code is not None)
+
+
+def asked(agent: Agent) -> bool:
+    work = agent.report(-1, 0.0).work
+    return work is not None and work.asked
+
+
 def test_an_agent_says_why_its_node_is_unfit_and_trains_once_it_is_not(
     start: Start, store: MemoryStore
 ) -> None:
@@ -140,11 +150,7 @@ def test_an_attempt_trains_on_under_a_notice_for_later_until_it_is_brought_forwa
     wait_until(lambda: unfit(agent) == "", "the node is fit")
     agent.start(ORDER)
 
-    def trains() -> bool:
-        work = agent.report(-1, 0.0).work
-        return work is not None and (work.first_step_at is not None or work.exit_code is not None)
-
-    wait_until(trains, "it trains")
+    wait_until(lambda: trains(agent), "it trains")
     assert ended(agent) is None, "it was stopped an hour before the end of its node"
 
     nearer = tmp_path / "nearer"
@@ -157,6 +163,33 @@ def test_an_attempt_trains_on_under_a_notice_for_later_until_it_is_brought_forwa
     assert work.notice is not None
     assert work.notice.warning_s is not None
     assert work.notice.warning_s > 3000
+
+
+def test_an_agent_says_that_it_asked_an_attempt_to_stop(start: Start, store: MemoryStore) -> None:
+    store.put(layout.sweep_spec("cat"), b"{}")
+    agent = start(light_trainer.__file__, "forever")
+    wait_until(lambda: unfit(agent) == "", "the node is fit")
+    agent.start(ORDER)
+    wait_until(lambda: trains(agent), "it trains")
+    assert not asked(agent)
+
+    agent.stop(ORDER.run_id, ORDER.attempt + 1, 60.0)
+    assert not asked(agent), "that was another attempt"
+    agent.stop(ORDER.run_id, ORDER.attempt, 60.0)
+    wait_until(lambda: ended(agent) == EXIT_PREEMPTED, "it has saved itself")
+    assert asked(agent)
+
+
+def test_what_ends_before_it_is_asked_to_was_not_asked(start: Start, store: MemoryStore) -> None:
+    store.put(layout.sweep_spec("cat"), b"{}")
+    agent = start(light_trainer.__file__, "steps")
+    wait_until(lambda: unfit(agent) == "", "the node is fit")
+    agent.start(ORDER)
+    wait_until(lambda: ended(agent) == EXIT_COMPLETE, "it has trained")
+
+    agent.stop(ORDER.run_id, ORDER.attempt, 0.0)
+
+    assert not asked(agent)
 
 
 def test_an_agent_reports_that_it_hears_no_notices(

@@ -7,6 +7,7 @@ from orchestrator.control.controller import Controller
 from orchestrator.control.draining import READ_EVERY_S, ask_to_drain, drain_log
 from orchestrator.control.lifecycle import Exited, Policy, advance
 from orchestrator.errors import OrchestrateError
+from orchestrator.grid.schema import Recovery
 from orchestrator.grid.sweep import Sweep
 from storage import layout
 from storage.drains import DrainAsked
@@ -159,8 +160,40 @@ def test_a_damaged_log_of_drains_stops_no_sweep() -> None:
 def test_a_drain_is_why_an_attempt_was_stopped_not_why_it_failed(code: int, reason: EndReason) -> None:
     state = apply(RunState(), Claimed(attempt=1, incarnation="0" * 8, node="n1", slot="n1/0", at=0.0))
 
-    records = advance(state, Exited(at=1.0, attempt=1, code=code, drained=True), Policy())
+    event = Exited(at=1.0, attempt=1, code=code, asked=True)
+    records = advance(state, event, Policy())
 
     ended = records[0]
     assert isinstance(ended, Ended)
     assert ended.reason is reason
+
+
+def test_a_drain_excuses_nobody_who_was_not_asked_to_stop() -> None:
+    state = apply(RunState(), Claimed(attempt=1, incarnation="0" * 8, node="n1", slot="n1/0", at=0.0))
+
+    (ended,) = advance(state, Exited(at=1.0, attempt=1, code=-9, drained=True), Policy())
+
+    assert isinstance(ended, Ended)
+    assert ended.reason is EndReason.KILLED
+
+
+@pytest.mark.parametrize("then", ["lifted", "restarted"])
+def test_whom_a_drain_ended_has_not_failed_though_the_drain_is_not_known_any_more(then: str) -> None:
+    store = MemoryStore()
+    sweep = small_sweep(runs=1, max_steps=40, recovery=Recovery(backoff_s=2.0, max_failures=1))
+    cluster = FakeCluster(store, sweep, nodes=1, commit_every=50)
+    controller = controller_of(sweep, store, cluster)
+    ticks(controller, cluster, 4)
+
+    controller.drain("n1", 0.0)
+    controller.tick()
+    if then == "lifted":
+        controller.drain("n1", None)
+    else:
+        controller = controller_of(sweep, store, cluster)
+    controller.tick()
+
+    (end,) = ends(store, R0)
+    assert (end.reason, end.exit_code) == (EndReason.DRAINED, -9)
+    assert end.detail == "the trainer was asked to stop and did not save itself in time"
+    assert controller.states[R0].finished is None
