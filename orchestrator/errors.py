@@ -5,7 +5,8 @@
     ├── PreflightFailed         3    the file is fine, the world is not (5 or 6 where only the store objects)
     ├── Unknown, Ambiguous      4    no such sweep or run, or several
     ├── AccessRefused           5    credentials or permissions
-    └── StoreUnreachable        6    the object store does not answer
+    ├── StoreUnreachable        6    the object store does not answer
+    └── NoAnswer                7    the cluster, or the controller on it, is there and does not answer
 
 A ``Problem`` is one line for a person: where, a code to search for, what is wrong, what to do.
 """
@@ -105,6 +106,12 @@ class StoreUnreachable(OrchestrateError):
     """The object store does not answer."""
 
     exit_code = 6
+
+
+class NoAnswer(OrchestrateError):
+    """The cluster, or the controller on it, is there and does not answer."""
+
+    exit_code = 7
 
 
 def translated(error: StorageError, store_url: str) -> OrchestrateError:

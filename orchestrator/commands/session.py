@@ -13,7 +13,7 @@ from storage.probe import ProbeResult
 
 from ..control.cluster import NoCluster, RemoteController
 from ..control.controller import Controller
-from ..errors import PreflightFailed
+from ..errors import NoAnswer, PreflightFailed
 from ..grid.sweep import Sweep
 from ..launching import launch
 from ..on_ray import local_ray
@@ -129,8 +129,9 @@ def controllers(address: str | None) -> "Callable[[str], ControllerClient | None
         return lambda name: None
     try:
         launch.connect(target, insecure=True)
-    except PreflightFailed as error:
-        click.echo(f"{error.problems[0]}; showing what the store knows", err=True)
+    except (PreflightFailed, NoAnswer) as error:
+        said = error.problems[0] if isinstance(error, PreflightFailed) else str(error)
+        click.echo(f"{said}; showing what the store knows", err=True)
         return lambda name: None
     return launch.find_controller
 

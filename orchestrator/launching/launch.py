@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from storage.object_store import ObjectStore
 
-from ..errors import PreflightFailed, Problem
+from ..errors import NoAnswer, PreflightFailed, Problem
 from ..grid.sweep import Sweep
 from ..on_ray import local_ray
 
@@ -21,6 +21,7 @@ def connect(address: str | None, *, insecure: bool = False) -> str:
 
     Raises:
         PreflightFailed: There is no cluster at that address, or anybody could use it.
+        NoAnswer: There is something, which does nothing.
     """
     address = local_ray.meant(address) if address else None
     if address is None:
@@ -31,6 +32,10 @@ def connect(address: str | None, *, insecure: bool = False) -> str:
         raise PreflightFailed([Problem(code="E2603", message=message, hint=hint)])
     try:
         local_ray.connect(address)
+    except local_ray.Deaf as error:
+        raise NoAnswer(
+            f"the Ray cluster at {address} does not answer: {error} — start its head anew"
+        ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         hint = "check the address and the token (RAY_AUTH_MODE=token), or leave --address out"
         problem = Problem(code="E2601", message=f"no Ray cluster answers at {address}: {error}", hint=hint)

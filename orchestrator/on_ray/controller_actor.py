@@ -75,6 +75,7 @@ class ControllerActor:
         self._ready = threading.Event()
         context = ray.get_runtime_context()
         self._handle = context.current_actor
+        self._address = str(context.gcs_address)
         self._restarted = context.was_current_actor_reconstructed
         threading.Thread(target=self._run, name="controller", daemon=True).start()
 
@@ -165,7 +166,7 @@ class ControllerActor:
                 sweep = load_submitted(store, setup.sweep)
                 if setup.scoped:
                     check_store(store)
-                term = Term(store, setup.sweep, ray.get_runtime_context().gcs_address)
+                term = Term(store, setup.sweep, self._address)
                 break
             except Unavailable as error:
                 logger.warning("%s; trying again", error)

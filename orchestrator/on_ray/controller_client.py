@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from ..control.cluster import Work
 from ..control.placing import Outlook, SlotNote
-from ..errors import OrchestrateError
+from ..errors import NoAnswer, OrchestrateError
 from .agent import NAMESPACE
 from .controller_actor import ControllerActor, ControllerSetup, controller_name
 
@@ -61,15 +61,22 @@ class ControllerClient:
         return cast(ControllerSetup, self._call("setup"))
 
     def failure(self) -> str | None:
-        """Wait until the controller works; returns why it never will, or None."""
-        return cast("str | None", self._call("failure"))
+        """Wait until the controller works; returns why it never will, or None.
 
-    def _call(self, method: str, *arguments: object) -> Any:
+        Raises:
+            OrchestrateError: It lives and does not work yet, for example because its store is away.
+        """
+        return cast("str | None", self._call("failure", waits=True))
+
+    def _call(self, method: str, *arguments: object, waits: bool = False) -> Any:
+        """``waits``: the method returns once it has something to say, so its silence means nothing."""
         try:
             return ray.get(getattr(self._handle, method).remote(*arguments), timeout=60.0)
         except RayError as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise OrchestrateError(
+            # Any other error is Ray's own word, or the controller's: a new head would mend nothing.
+            kind = NoAnswer if isinstance(error, GetTimeoutError) and not waits else OrchestrateError
+            raise kind(
                 f"the controller of {self._sweep} does not answer ({reason}) — try again in a minute"
             ) from error
 

@@ -35,14 +35,21 @@ START_TIMEOUT_S = 120.0
 KNOCK_S = 3.0
 """So long a cluster's port has to answer at all."""
 
+HEAR_S = 20.0
+"""So long something that takes connections has to say a first word."""
+
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+"""How every gRPC client begins, with empty settings; a server answers with its own, before any token."""
+
 LOOPBACK = "127.0.0.1"
 """Ray binds every port to loopback only if this is its node's address."""
 
-FAST_DETECTION = dict(detection.PROFILES["fast"])
-
-
 _started: dict[int, subprocess.Popen[bytes]] = {}
 """Hosts that this process started, by pid: kept so that it can reap them."""
+
+
+class Deaf(ConnectionError):
+    """Something takes connections there, and does nothing, as a stopped process: Ray would wait for ever."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +67,7 @@ class LocalRay:
     def alive(self) -> bool:
         try:
             os.kill(self.host_pid, 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, PermissionError):  # after a reboot the pid is somebody else's
             return False
         return "orchestrator.on_ray.local_ray" in _command_line(self.host_pid)
 
@@ -188,9 +195,11 @@ def kill_node(cluster: LocalRay, name: str) -> int:
 def answers(address: str) -> bool:
     """Whether anything listens at the address; True for one that only Ray can look up."""
     try:
-        _knock(address)
+        line = _knock(address)
     except ConnectionError:
         return False
+    if line:
+        line.close()
     return True
 
 
@@ -198,9 +207,10 @@ def connect(address: str) -> None:
     """Connect this process to the cluster at ``address``, with its token if it is the local one.
 
     Raises:
-        ConnectionError: Nothing listens there. Ray would try for minutes before it said so.
+        ConnectionError: Nothing listens there, or what does says nothing (``Deaf``). Ray would try for
+            minutes before it said so.
     """
-    _knock(address)
+    _hear(address)
     if is_local(address):
         authenticate(home())  # to no other: the token would go to a stranger
     import ray
@@ -214,14 +224,29 @@ def connect(address: str) -> None:
     ray._private.worker.print_to_stdstream = lambda *arguments, **options: None
 
 
-def _knock(address: str) -> None:
+def _knock(address: str) -> socket.socket | None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdecimal()):
-        return  # "auto", for example: Ray knows where that is
+        return None  # "auto", for example: Ray knows where that is
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
+        return socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S)
     except (OSError, OverflowError) as error:
         raise ConnectionError(f"nothing answers there: {error}") from error
+
+
+def _hear(address: str) -> None:
+    """Make sure that what listens there reacts at all; whether it is Ray's, Ray says better."""
+    if (line := _knock(address)) is None:
+        return
+    with line:
+        line.settimeout(HEAR_S)
+        try:
+            line.sendall(HELLO)
+            line.recv(1)
+        except TimeoutError as error:
+            raise Deaf(f"something takes connections and says nothing for {HEAR_S:.0f} s") from error
+        except OSError:
+            pass  # a refusal is an answer
 
 
 def disconnect() -> None:

@@ -54,12 +54,14 @@ class Supervisor:
         self._command = command
         self._hostname = hostname or socket.gethostname()
         self._tries = Tries()
+        self._starts = Tries()
+        """Those of the head: a child that then works is not to wait for what they cost."""
         self._term: str | None = None
         """The newest term before the child was started, empty if none was; None: the store did not say."""
 
     def run(self) -> int | None:
         """Return the exit code; None if it was asked to stop. The head is left as it is."""
-        while not self._stop.wait(self._tries.pause_s):
+        while not self._stop.wait(self._starts.pause_s or self._tries.pause_s):
             code = self._try()
             if code is not None:
                 return code
@@ -71,8 +73,10 @@ class Supervisor:
             was_owned = self._head.owned
             address = self._head.ensure()
         except HeadFailed as error:
-            self._again(None, 0.0, str(error))
+            self._starts = failed(self._starts, None, 0.0)
+            self._say(f"{error}; again in {self._starts.pause_s:g} s")
             return None
+        self._starts = Tries()
         if self._head.owned and not was_owned:
             self._say(f"started a head at {address}")
         self._remember_term()
@@ -116,7 +120,9 @@ class Supervisor:
         finally:
             if child.poll() is None:
                 child.kill()  # it only watches: the controller lives in the cluster
-            child.wait(KILL_S)
+            # One that the kernel holds is left to itself: it is no reason to end, and the head with us.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(KILL_S)
 
     def _again(self, code: int | None, lasted_s: float, why: str) -> None:
         self._tries = failed(self._tries, code, lasted_s)

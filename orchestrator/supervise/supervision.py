@@ -19,12 +19,15 @@ LONGEST_PAUSE_S = 30.0
 STEADY_S = 120.0
 """A child that worked for so long begins a new count of failures when it ends."""
 
+EXIT_NO_ANSWER = 7
+"""The cluster, or the controller on it, is there and does not answer: what a new head may mend."""
+
 EXIT_PREFLIGHT = 3
 PREFLIGHT_FAILURES = 4
 """Workers that have yet to join a new head are waited for in short pauses: runs could be training."""
 
 HEAD_SUSPECT = 3
-"""After so many failures in a row the head is started anew, if it is ours: it may answer and do nothing."""
+"""After so many of these among failures in a row the head is started anew, if it is ours."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +36,7 @@ class Tries:
 
     failures: int = 0
     suspicious: int = 0
-    """Those of them that may be the head's doing."""
+    """Those of them that were no answer."""
 
     @property
     def pause_s(self) -> float:
@@ -54,10 +57,10 @@ def final(code: int) -> int | None:
 
 def failed(tries: Tries, code: int | None, lasted_s: float) -> Tries:
     """Return the count after a child that exited with ``code``, or after a head that did not start (None)."""
-    if lasted_s >= STEADY_S:
+    silent = code == EXIT_NO_ANSWER
+    if lasted_s >= STEADY_S and not silent:  # which takes its time to find that out
         tries = Tries()
-    # No controller answers, or Ray ended the child. Not the store, and not workers that have yet to join: a
-    # new head would end what trains, and help with neither.
-    suspicious = code is not None and (code == 1 or code < 0)
+    # Nothing else: a new head ends all that trains, and helps neither with the store, nor with workers that
+    # have yet to join, nor with a mistake of this program's. If Ray ended the child, the next one tells.
     more = code != EXIT_PREFLIGHT or tries.failures < PREFLIGHT_FAILURES
-    return Tries(failures=tries.failures + more, suspicious=tries.suspicious + suspicious)
+    return Tries(failures=tries.failures + more, suspicious=tries.suspicious + silent)

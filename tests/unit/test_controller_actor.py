@@ -3,14 +3,17 @@
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+from ray.exceptions import ActorDiedError, GetTimeoutError
 from support.fake_cluster import small_sweep
 
 from orchestrator.errors import OrchestrateError
 from orchestrator.launching.submission import submit
 from orchestrator.on_ray import controller_actor
 from orchestrator.on_ray.controller_actor import ControllerActor, ControllerSetup
+from orchestrator.on_ray.controller_client import ControllerClient
 from orchestrator.on_ray.granting import Unenforced
 from storage import layout
 from storage.directory import DirectoryStore
@@ -24,6 +27,7 @@ def actor_of(url: str, *, restarted: bool) -> ControllerActor:
     actor._cluster = actor._controller = actor._desk = actor._failure = None
     actor._ready = threading.Event()
     actor._handle = "this actor"
+    actor._address = "10.0.0.1:6379"
     actor._restarted = restarted
     return actor
 
@@ -80,3 +84,25 @@ def test_only_the_first_start_of_a_scoped_sweep_ends_on_what_its_store_answers(
         actor_of(url, restarted=True)._prepare()
     assert answers == []
     assert len(list(store.list(layout.terms_prefix("cat")))) == 1, "office is taken once"
+
+
+@pytest.mark.parametrize(
+    ("error", "asked", "code"),
+    [
+        (GetTimeoutError("no answer for 60 s"), "setup", 7),
+        (GetTimeoutError("no answer for 60 s"), "failure", 1),  # it lives: it has said its setup
+        (ActorDiedError(), "setup", 1),
+    ],
+)
+def test_only_a_controller_that_keeps_silent_is_said_not_to_answer(
+    error: Exception, asked: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With code 7 a supervisor may end the head, and with it all that trains."""
+
+    def get(reference: object, timeout: float) -> None:
+        raise error
+
+    monkeypatch.setattr("ray.get", get)
+    with pytest.raises(OrchestrateError) as raised:
+        getattr(ControllerClient(MagicMock(), "cat"), asked)()
+    assert raised.value.exit_code == code

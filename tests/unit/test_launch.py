@@ -11,10 +11,11 @@ from support.fake_cluster import FakeCluster, run_to_end, small_sweep
 from orchestrator.commands.cancelling import ask_to_cancel
 from orchestrator.control.cluster import NoCluster
 from orchestrator.control.controller import Controller
-from orchestrator.errors import OrchestrateError, PreflightFailed
+from orchestrator.errors import NoAnswer, OrchestrateError, PreflightFailed
 from orchestrator.launching import launch
 from orchestrator.on_ray import local_ray
 from orchestrator.reports.watch import watch
+from orchestrator.supervise import supervision
 from storage import layout
 from storage.memory import MemoryStore
 
@@ -37,6 +38,30 @@ def test_an_address_at_which_nothing_listens_is_known_without_ray(
         there = address.format(port=bound.getsockname()[1])
         with pytest.raises(PreflightFailed, match=r"E2601 no Ray cluster answers at .*: nothing answers"):
             launch.connect(there, insecure=True)
+
+
+def test_what_takes_connections_and_says_nothing_is_told_from_a_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a head does whose process is stopped: the kernel takes the connection for it."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr(local_ray, "HEAR_S", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as stopped:
+        address = f"127.0.0.1:{stopped.getsockname()[1]}"
+        with pytest.raises(NoAnswer, match=f"{address} does not answer.* says nothing") as raised:
+            launch.connect(address, insecure=True)
+        assert raised.value.exit_code == supervision.EXIT_NO_ANSWER
+        assert local_ray.answers(address)
+
+
+def test_a_pid_that_is_somebody_elses_by_now_is_no_cluster_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(pid: int, number: int) -> None:
+        raise PermissionError
+
+    cluster = local_ray.LocalRay(address="127.0.0.1:1", host_pid=1, raylet_pids={}, dashboard="")
+    assert not cluster.alive
+    monkeypatch.setattr(os, "kill", refused)
+    assert not cluster.alive
 
 
 @pytest.mark.parametrize(

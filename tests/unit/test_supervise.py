@@ -78,6 +78,7 @@ class World:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(supervision, "FIRST_PAUSE_S", 0.01)
+        monkeypatch.setattr(supervision, "LONGEST_PAUSE_S", 0.02)
         monkeypatch.setattr(supervise, "POLL_S", 0.02)
         monkeypatch.setattr(heads, "DEAF_S", 0.2)
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -170,9 +171,9 @@ def test_a_head_that_dies_is_started_again_and_nothing_of_the_old_one_is_left(
 def test_a_head_that_serves_nobody_is_started_anew_but_not_because_the_store_or_workers_are_missing(
     world: World,
 ) -> None:
-    assert world.supervise("3", "6", "5", "1", "1", "0") == 0
+    assert world.supervise("3", "6", "5", "1", "1", "1", "-9", "-6", "7", "7", "0") == 0
     assert len(world.heads) == 1
-    assert world.supervise("1", "1", "1", "6", "1", "0") == 0
+    assert world.supervise("7", "3", "7", "7", "6", "1", "0") == 0
     assert len(world.heads) == 2
 
 
@@ -183,7 +184,7 @@ def test_a_head_that_somebody_else_started_is_used_and_never_ended(world: World,
     )
     try:
         wait_until(lambda: (tmp_path / "theirs").exists(), "it listens")
-        assert world.supervise("1", "1", "1", "1", "0") == 0
+        assert world.supervise("7", "7", "7", "7", "0") == 0
         assert world.supervise("1", "0", head=RemoteHead(world.address)) == 0
         world.head.close()
         assert theirs.poll() is None
@@ -228,6 +229,45 @@ def test_a_sweep_that_another_cluster_takes_over_is_left_to_it(
     assert world.supervise("1", "0") == code
     if code:
         assert world.said[-1].startswith(f"cat was taken over by the controller on {host} (pid 7)")
+
+
+def test_a_head_that_came_up_at_last_is_not_waited_for_any_more(world: World) -> None:
+    class Late(RemoteHead):
+        failures = 12
+
+        def ensure(self) -> str:
+            self.failures -= 1
+            if self.failures >= 0:
+                raise HeadFailed("not yet")
+            return world.address
+
+    assert world.supervise("1", "0", head=Late(world.address)) == 0
+    assert world.said[11] == "not yet; again in 0.02 s"
+    assert world.said[13].endswith("ended with code 1; again in 0.01 s")
+
+
+def test_a_watcher_that_does_not_die_is_no_reason_to_end(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the kernel holds does not die of a kill: here nobody kills it at first."""
+    held: list[subprocess.Popen[bytes]] = []
+
+    class Held(subprocess.Popen[bytes]):
+        def kill(self) -> None:
+            held.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Held)
+    monkeypatch.setattr(supervise, "KILL_S", 0.05)
+    result: list[int | None] = []
+    thread = world.begin(lambda: result.append(world.supervise("waits", "0")))
+    wait_until(lambda: world.plan.exists() and world.plan.read_text() == "0", "it resumes")
+    os.kill(world.heads[0][0], signal.SIGKILL)
+    thread.join(DEADLINE_S)
+    for process in held:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+    assert (result, len(world.heads)) == ([0], 2)
 
 
 def test_a_sweep_whose_last_controller_was_on_a_machine_that_is_gone_is_worked_on(world: World) -> None:
