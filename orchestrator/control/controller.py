@@ -72,6 +72,9 @@ RETRY_S = 5.0
 DAMAGED = 2
 """A log that was found damaged so often in a row is: the run has failed, and nothing is appended."""
 
+_TERM = "/term"
+"""Among the readers' names, which are otherwise those of runs."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -82,6 +85,11 @@ def policy_of(recovery: Recovery) -> Policy:
         backoff_s=recovery.backoff_s,
         max_backoff_s=recovery.max_backoff_s,
     )
+
+
+def _look_at(term: Term) -> None:
+    with contextlib.suppress(StorageError):
+        term.check()
 
 
 class Controller:
@@ -252,9 +260,7 @@ class Controller:
         Raises:
             SteppedDown: Another controller has taken over.
         """
-        if self._monotonic() - self._term_checked_at >= REFRESH_S:
-            with contextlib.suppress(StorageError):
-                self._check_term()
+        self._tend_term()
         if not self._begun and not self._begin():
             return
         slots = {slot.slot: slot for slot in self._cluster.observe()}
@@ -338,6 +344,13 @@ class Controller:
             run.sign = silence.look(run.sign, run.state, now)
             run.read_at, run.problem, run.corrupt, run.damage = now, None, 0, None
             run.quiet = False
+
+    def _tend_term(self) -> None:
+        """Look now and then whether we are still in office, in the background: the store may hang."""
+        due = self._monotonic() - self._term_checked_at >= REFRESH_S
+        if self._term and due and not self._readers.busy(_TERM):
+            self._term_checked_at = self._monotonic()
+            self._readers.do({_TERM: partial(_look_at, self._term)})
 
     def _check_term(self) -> None:
         if self._term:
@@ -433,8 +446,13 @@ class Controller:
         """What is thought of each slot, and why."""
         taken = claims({run.plan.run_id: run.state for run in self._awake() if not run.damage})
         self._judge(slots)
-        there = [(slot.slot, slot.node) for slot in slots.values() if slot.health is not Health.GONE]
-        ill = barred(there, taken, self._ill, self._monotonic())
+        may_try = [
+            (slot.slot, slot.node)
+            for slot in slots.values()
+            if slot.health is not Health.GONE
+            and (slot.slot in taken or (slot.free and not bar(slot, self._drains.state)))
+        ]
+        ill = barred(may_try, taken, self._ill, self._monotonic())
         return tuple(
             note(slot, bar(slot, self._drains.state, ill), taken.get(slot.slot)) for slot in slots.values()
         )

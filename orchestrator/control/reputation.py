@@ -28,6 +28,10 @@ ENOUGH = 1.75
 """Two runs that failed there not long ago; or four that were killed, which anybody may have done."""
 PAUSE_S = 300.0
 LONGEST_PAUSE_S = 7200.0
+JUDGE_EVERY_S = 30.0
+"""Without news, nodes are judged so often: time alone clears one only after hours."""
+SAME_S = 1.0
+"""A pardon that is told again, as old by one clock as by another, is the same within so much."""
 
 RUNS_OWN = frozenset({EndReason.NAN_LOSS, EndReason.BAD_CONFIG, EndReason.USER_CANCEL})
 """No node is to blame for these."""
@@ -92,8 +96,10 @@ def judged(
         pardons: When an operator last cleared a node.
     """
     failed_on: dict[str, set[str]] = {}
+    by_node: dict[str, list[Stall]] = {}
     for stall in stalls:
         failed_on.setdefault(stall.run_id, set()).add(stall.node)
+        by_node.setdefault(stall.node, []).append(stall)
 
     def points_at_node(stall: Stall) -> bool:
         """The run did not fail elsewhere too, or it did well elsewhere."""
@@ -101,9 +107,9 @@ def judged(
         return bool(others) or failed_on[stall.run_id] == {stall.node}
 
     found = {}
-    for node in {stall.node for stall in stalls}:
+    for node, there_failed in by_node.items():
         since = max((times[node] for times in (good, pardons or {}) if node in times), default=float("-inf"))
-        here = [s for s in stalls if s.node == node and s.at > since]
+        here = [stall for stall in there_failed if stall.at > since]
         repute = _of(node, sorted(filter(points_at_node, here), key=lambda s: s.at), now)
         if repute:
             found[node] = repute
@@ -131,7 +137,7 @@ def _of(node: str, stalls: Iterable[Stall], now: float) -> Repute | None:
         node=node,
         until=since + pause_s(strikes),
         strikes=strikes,
-        because=f"{len(counted)} runs failed there and nowhere else ({reasons})",
+        because=f"{len(counted)} runs failed there ({reasons})",
     )
 
 
@@ -141,7 +147,8 @@ def barred(
     """Return the slots that may not be given a run, and why.
 
     Args:
-        slots: Each with its node, in the order in which they are tried.
+        slots: Each with its node, in the order in which they are tried. One that could be given no run anyway
+            must not be among them: it would keep the others of its node waiting for its try.
         taken: Slots that have a run.
     """
     if not ill:
@@ -170,6 +177,10 @@ class NodeBook:
         self._good: dict[str, float] = {}
         self._pardons: dict[str, float] = {}
         self._noted: dict[str, int] = {}
+        self._judged: dict[str, Repute] = {}
+        self._judged_of: frozenset[str] = frozenset()
+        self._judge_at = float("-inf")
+        """When it is to be judged anew, though nothing was noted: ill repute passes with time."""
 
     def note(self, run_id: str, state: RunState, wall: float, now: float) -> None:
         """Read what is new in a run.
@@ -182,8 +193,7 @@ class NodeBook:
             node = attempt.claimed.node
             if attempt.committed_step is not None:
                 age_s = wall - (attempt.committed_at or wall)
-                self._progress.setdefault(run_id, set()).add(node)
-                self._good[node] = max(now - max(0.0, age_s), self._good.get(node, float("-inf")))
+                self._read_commit(run_id, node, now - max(0.0, age_s))
             if attempt.ended is None:
                 return
             self._noted[run_id] = attempt.number
@@ -197,15 +207,30 @@ class NodeBook:
                     weight=weight,
                 )
                 self._stalls.append(stall)
+                self._judge_at = float("-inf")
+
+    def _read_commit(self, run_id: str, node: str, at: float) -> None:
+        progress = self._progress.setdefault(run_id, set())
+        if node in self._judged or node not in self._good or node not in progress:
+            self._judge_at = float("-inf")  # another commit where all is well changes no judgement
+        progress.add(node)
+        self._good[node] = max(at, self._good.get(node, at))
 
     def pardon(self, node: str, at: float) -> None:
         """Hold nothing against a node that happened before: an operator says that it is repaired."""
-        self._pardons[node] = max(at, self._pardons.get(node, at))
+        if at - self._pardons.get(node, float("-inf")) > SAME_S:
+            self._pardons[node] = at
+            self._judge_at = float("-inf")
 
     def judged(self, nodes: Collection[str], now: float) -> dict[str, Repute]:
         """Return the nodes in ill repute; see ``judged``. Costs nothing while nothing has failed."""
         if not self._stalls:
             return {}
+        there = frozenset(nodes)
+        if now < self._judge_at and there == self._judged_of:
+            return self._judged
         horizon = now - LONGEST_PAUSE_S - 4 * HALF_LIFE_S
         self._stalls = [stall for stall in self._stalls if stall.at > horizon]
-        return judged(self._stalls, self._progress, self._good, nodes, now, self._pardons)
+        self._judged = judged(self._stalls, self._progress, self._good, nodes, now, self._pardons)
+        self._judged_of, self._judge_at = there, now + JUDGE_EVERY_S
+        return self._judged

@@ -1,6 +1,7 @@
 """Nodes that fail their runs: judged by pure rules, and left alone by the controller."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -8,10 +9,12 @@ from hypothesis import strategies as st
 from support.fake_cluster import FakeCluster, small_sweep
 from support.runs import claimed, committed
 
+from orchestrator.control import reputation
 from orchestrator.control.cluster import Order
 from orchestrator.control.controller import Controller
 from orchestrator.control.reputation import (
     HALF_LIFE_S,
+    JUDGE_EVERY_S,
     LONGEST_PAUSE_S,
     PAUSE_S,
     NodeBook,
@@ -25,7 +28,7 @@ from orchestrator.grid.schema import Recovery
 from storage.log import run_log
 from storage.memory import MemoryStore
 from storage.object_store import ObjectStore
-from storage.records import Claimed, Ended, EndReason, Outcome, Record
+from storage.records import Claimed, Committed, Ended, EndReason, Outcome, Record
 from storage.run_state import RunState, apply
 from trainer.errors import BaseUnavailable
 
@@ -66,7 +69,7 @@ def test_two_runs_that_fail_on_one_node_put_it_into_quarantine() -> None:
         node="n1",
         until=20 + PAUSE_S,
         strikes=1,
-        because="2 runs failed there and nowhere else (CUDA_ERROR)",
+        because="2 runs failed there (CUDA_ERROR)",
     )
 
 
@@ -210,7 +213,67 @@ def test_an_attempt_that_made_progress_is_not_held_against_the_node() -> None:
     assert book.judged(NODES, 0.0) == {}
 
 
+def test_a_book_judges_again_only_on_news_or_when_it_has_been_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times = []
+
+    def counted(*arguments: Any) -> dict[str, Repute]:
+        times.append(1)
+        return judged(*arguments)
+
+    monkeypatch.setattr(reputation, "judged", counted)
+    book = NodeBook()
+
+    def judge(now: float, *nodes: str) -> int:
+        times.clear()
+        book.judged(nodes or NODES, now)
+        return len(times)
+
+    noted(book, "a", claimed(1, node="n1"), ended(1, EndReason.STALLED))
+    assert (judge(1.0), judge(2.0)) == (1, 0)
+    noted(book, "b", claimed(1, node="n1"), ended(1, EndReason.STALLED))
+    assert (judge(3.0), judge(4.0)) == (1, 0)
+    noted(book, "c", claimed(1, node="n2"), committed(10))
+    assert (judge(5.0), judge(6.0)) == (1, 0)
+    noted(book, "c", claimed(1, node="n2"), committed(10), committed(20), now=6.0)
+    assert judge(7.0) == 0, "nobody has anything against n2"
+    assert (judge(8.0, "n1", "n2", "n3"), judge(9.0)) == (1, 1)
+    assert judge(9.0 + JUDGE_EVERY_S) == 1
+    book.pardon("n1", 20.0)
+    assert judge(10.0 + JUDGE_EVERY_S) == 1
+    book.pardon("n1", 20.001)
+    assert judge(11.0 + JUDGE_EVERY_S) == 0
+
+
 # The controller, on a cluster in virtual time.
+
+
+def test_a_slot_that_can_try_nothing_keeps_no_other_of_its_node_from_trying() -> None:
+    store = MemoryStore()
+    sweep = small_sweep(runs=3, max_steps=20, recovery=Recovery(backoff_s=2.0, max_failures=5))
+    cluster = FakeCluster(store, sweep, nodes=1, slots_per_node=2, commit_every=5)
+    a, b, c = [run.run_id for run in sweep.runs]
+    for run_id in (a, b):
+        log = run_log(store, run_id)
+        log.append(Claimed(attempt=1, incarnation="0" * 8, node="n1", slot="n1/0", at=cluster.now - 30))
+        log.append(Ended(attempt=1, reason=EndReason.CUDA_ERROR, detail=run_id, step=0, at=cluster.now - 29))
+    log = run_log(store, c)
+    log.append(Claimed(attempt=1, incarnation="0" * 8, node="n9", slot="n9/0", at=cluster.now - 30))
+    log.append(Committed(attempt=1, incarnation="0" * 8, step=5, files=(), at=cluster.now - 29))
+    log.append(Ended(attempt=1, reason=EndReason.NODE_LOST, at=cluster.now - 28))
+    cluster.unfit["n1/0"] = "its GPU cannot be used"
+    controller = Controller(sweep, store, cluster, cluster.clock)
+
+    for _ in range(int(PAUSE_S) + 10):
+        controller.tick()
+        if any(state.running for state in controller.states.values()):
+            break
+        cluster.advance()
+    else:
+        pytest.fail("nothing was ever tried on the only node")
+    assert {note.slot: note.detail for note in controller.notes()}["n1/0"] == "its GPU cannot be used"
+
 
 Fails = Callable[[str, str], bool]
 

@@ -1,14 +1,19 @@
 """Two clusters know nothing of each other: the controller that took office last works on, the other stops."""
 
+import threading
+import time
+from collections.abc import Iterator
+
 import pytest
 from support.fake_cluster import FakeCluster, small_sweep
 from support.flaky_store import Fault, FlakyStore
 
-from orchestrator.control.controller import Controller
+from orchestrator.control.controller import REFRESH_S, Controller
 from orchestrator.control.term import SteppedDown, Term
 from storage import layout
 from storage.errors import Unavailable
 from storage.memory import MemoryStore
+from storage.object_store import ObjectInfo
 from storage.records import Outcome
 
 
@@ -82,6 +87,47 @@ def test_a_sweep_resumed_on_a_second_cluster_ends_there_and_the_first_steps_down
     assert stepped_down
     assert {state.outcome for state in second.states.values()} == {Outcome.SUCCEEDED}
     assert max(len(state.attempts) for state in second.states.values()) <= 3
+
+
+class Hanging(MemoryStore):
+    """Does not say who is in office until it is let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = threading.Event()
+        self.answers.set()
+        self.waiting = threading.Event()
+
+    def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
+        if prefix == layout.terms_prefix("cat") and not self.answers.is_set():
+            assert threading.current_thread() is not threading.main_thread(), "the one that decides waits"
+            self.waiting.set()
+            self.answers.wait()
+        return super().list(prefix, after)
+
+
+def test_a_store_that_hangs_is_asked_in_the_background_and_the_answer_is_heeded_when_it_comes() -> None:
+    store, sweep = Hanging(), small_sweep(runs=1, max_steps=500)
+    cluster = FakeCluster(store, sweep, nodes=1)
+    controller = Controller(sweep, store, cluster, clock=cluster.clock, term=Term(store, "cat"))
+    controller.tick()
+    Term(store, "cat")
+    store.answers.clear()
+
+    for _ in range(2 * int(REFRESH_S)):
+        cluster.advance()
+        controller.tick()
+    assert store.waiting.is_set()
+
+    store.answers.set()
+    with pytest.raises(SteppedDown):
+        tick_for(controller, 30.0)
+
+
+def tick_for(controller: Controller, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        controller.tick()
 
 
 def test_a_term_follows_the_newest_also_when_older_ones_were_deleted() -> None:
