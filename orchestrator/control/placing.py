@@ -75,6 +75,8 @@ class Outlook:
     """With NOT_DUE: so long from now."""
     ahead: int = 0
     """With OUTRANKED: so many runs are to be placed before it."""
+    free: int = 0
+    """With OUTRANKED: on so many slots, no more than may train at the same time."""
     problem: str = ""
     """With LOG_UNREADABLE and LOG_DAMAGED."""
     slots: tuple[SlotNote, ...] = ()
@@ -192,7 +194,7 @@ def outlook(
     if not free:
         return Outlook(hold=Hold.NO_SLOT, slots=notes)
     ahead = next((n for n, other in enumerate(in_turn(queued, now)) if other.run_id == run.run_id), 0)
-    return Outlook(hold=Hold.OUTRANKED if ahead >= free else Hold.NEXT, ahead=ahead, slots=notes)
+    return Outlook(hold=Hold.OUTRANKED if ahead >= free else Hold.NEXT, ahead=ahead, free=free, slots=notes)
 
 
 def claims(states: Mapping[str, RunState]) -> dict[str, str]:

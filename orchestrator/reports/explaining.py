@@ -90,9 +90,8 @@ def _held(outlook: Outlook, because: str = "") -> str:
         case Hold.LIMIT:
             return "as many runs train as resources.max_concurrent allows"
         case Hold.OUTRANKED:
-            free = sum(note.standing is Standing.FREE for note in outlook.slots)
             runs = "1 run is" if outlook.ahead == 1 else f"{outlook.ahead} runs are"
-            slots = "1 free slot" if free == 1 else f"{free} free slots"
+            slots = "1 free slot" if outlook.free == 1 else f"{outlook.free} free slots"
             return (
                 f"{runs} placed before it, on {slots} "
                 "(runs with committed work come first, then the order of the sweep)"

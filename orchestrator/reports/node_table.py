@@ -7,7 +7,6 @@ from rich.table import Table
 from rich.text import Text
 
 from .nodes import DRAINED, DRAINING, GONE, NOT_USED, SILENT, UP, NodeView
-from .why import NO_TIME
 
 STYLES = {UP: "green", DRAINING: "yellow", DRAINED: "yellow", NOT_USED: "yellow", SILENT: "red", GONE: "dim"}
 RUNS_SHOWN = 4
@@ -36,7 +35,7 @@ def table(sweep: str, views: Sequence[NodeView], now: float | None = None) -> Ta
 
 def _since(at: float | None, now: float) -> str:
     if at is None:
-        return NO_TIME if at else ""
+        return ""
     seconds = max(0, round(now - at))
     if seconds < 120:
         return f"{seconds}s"

@@ -11,7 +11,8 @@ from support.fake_cluster import FakeCluster, small_sweep
 from orchestrator.cli import main
 from orchestrator.control.controller import Controller, policy_of
 from orchestrator.control.lifecycle import Policy
-from orchestrator.control.placing import Hold, Outlook, SlotNote, Standing, unused
+from orchestrator.control.placing import Hold, Outlook, SlotNote, Standing, outlook, unused
+from orchestrator.control.scheduler import QueuedRun
 from orchestrator.grid.schema import Recovery, Resources
 from orchestrator.reports.explaining import explain, summary
 from storage import layout
@@ -97,7 +98,7 @@ def test_a_run_behind_others_says_how_many() -> None:
         "It waits: no slot is free; the cluster has none: no node with room for a run has joined."
     )
     # As another controller would see it that has the slots but has not placed anything yet.
-    outlook = Outlook(hold=Hold.OUTRANKED, ahead=2, slots=(slot("n1"), slot("n2")))
+    outlook = Outlook(hold=Hold.OUTRANKED, ahead=2, free=2, slots=(slot("n1"), slot("n2")))
     told = explain(RunState(), Policy(), outlook, 0.0, resume=RESUME).now
     assert "2 runs are placed before it, on 2 free slots" in told
 
@@ -107,6 +108,16 @@ def test_a_run_that_the_sweeps_own_limit_keeps_back_says_so() -> None:
     world.ticks(3)
 
     assert world.told(R1)[0] == "It waits: as many runs train as resources.max_concurrent allows."
+
+
+def test_a_run_behind_others_counts_no_slots_that_the_limit_leaves_unused() -> None:
+    notes = tuple(slot(f"n{n}") for n in range(10))
+    queued = [QueuedRun(run_id=f"r{n}", index=n) for n in range(6)]
+
+    said = outlook(queued[4], queued, notes, drains_known=True, room=3, now=0.0)
+
+    told = explain(RunState(), Policy(), said, 0.0, resume=RESUME).now
+    assert "4 runs are placed before it, on 3 free slots" in told
 
 
 def test_nothing_counts_against_the_limit_that_trains_nothing_and_gets_nothing() -> None:
