@@ -43,5 +43,9 @@ def look(before: Sign | None, state: RunState, now: float) -> Sign | None:
 
 
 def silent_s(slot_silent_s: float, sign: Sign | None, now: float) -> float:
-    """Return for how long neither the slot nor its attempt's commits were heard of."""
-    return slot_silent_s if sign is None else min(slot_silent_s, now - sign.seen_at)
+    """Return for how long neither the slot nor its attempt's commits were heard of.
+
+    Args:
+        now: When the slot was looked at; a commit may have been seen since.
+    """
+    return slot_silent_s if sign is None else max(0.0, min(slot_silent_s, now - sign.seen_at))

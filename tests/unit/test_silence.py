@@ -1,5 +1,8 @@
 """Silence is not death: who commits is alive, and only a death report or the limit starts a replacement."""
 
+from collections.abc import Iterable
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fake_cluster import FakeCluster, run_to_end, small_sweep
@@ -10,6 +13,7 @@ from orchestrator.grid.schema import Recovery
 from orchestrator.grid.sweep import Sweep
 from storage.log import run_log
 from storage.memory import MemoryStore
+from storage.object_store import ObjectInfo
 from storage.records import Claimed, Committed, Ended, EndReason, Outcome, Record, Started
 from storage.run_state import RunState, apply
 
@@ -65,6 +69,40 @@ def test_a_run_whose_commits_stop_is_replaced_once_the_limit_has_passed_since_th
     assert LIMIT_S < ended.at - last_commit_at <= LIMIT_S + REFRESH_S + 2
     assert LIMIT_S < ended.silent_s <= LIMIT_S + 2
     assert ended.step == run_log(store, RUN).refresh().attempts[1].resumed_from
+
+
+class SlowToRead(MemoryStore):
+    """Time passes, for everybody, while the controller reads the log of ``slow``."""
+
+    slow = ""
+    cluster: FakeCluster | None = None
+
+    def list(self, prefix: str, after: str = "") -> Iterable[ObjectInfo]:
+        if self.slow and self.slow in prefix and self.cluster:
+            self.slow, slow = "", self.slow
+            self.cluster.advance(4)
+            self.slow = slow
+        return super().list(prefix, after)
+
+
+@pytest.mark.parametrize("seconds", range(12, 20))
+def test_a_run_is_not_found_silent_for_how_long_another_ones_log_took_to_read(seconds: int) -> None:
+    store = SlowToRead()
+    recovery = Recovery(backoff_s=2.0, silence_s=LIMIT_S)
+    sweep = small_sweep(runs=2, max_steps=120, recovery=recovery)
+    cluster = FakeCluster(store, sweep, commit_every=8)
+    controller = Controller(sweep, store, cluster, cluster.clock)
+    store.cluster, other = cluster, sweep.runs[1].run_id
+    ticks(controller, cluster, 3)
+    cluster.silence("n1/0")
+    ticks(controller, cluster, seconds)
+
+    cluster.exit("n2/0", 1, "boom")  # so that this log is read now, whether or not the other one is
+    store.slow = other
+    controller.tick()
+
+    assert controller.states[other].attempts[0].ended is not None, "its end was seen"
+    assert controller.states[RUN].attempts[0].ended is None
 
 
 def test_a_controller_that_starts_while_a_slot_is_silent_waits_the_limit_out_itself() -> None:
