@@ -2,8 +2,9 @@
 
     step ─► validation and samples, where due ─► checkpoint, where due ─► … ─► final checkpoint, with metrics
 
-A stop is obeyed after the step in flight: state saved, exit 75. The clock decides when a checkpoint is taken,
-never what is in it. The loop knows neither the family nor the method that it trains.
+A stop is obeyed after the step in flight, or in it if there is too little time: state saved, exit 75. The
+clock decides when a checkpoint is taken, never what is in it. The loop knows neither the family nor the
+method that it trains.
 """
 
 import math
@@ -37,6 +38,9 @@ from .stop import Stop, Stopped
 from .validate import METRIC, validation_loss
 
 LOWER_RATE = ADVICE[EndReason.NAN_LOSS]
+
+REST_SHARE = 0.5
+"""A stopped step is finished if it takes no more than this share of the time left: saving takes some."""
 
 LOSS_WINDOW = 100
 """Steps that the reported training loss averages over."""
@@ -143,11 +147,18 @@ class Loop:
         )
 
     def _accumulate(self, step: int) -> float:
-        """Add up the gradients of one step's samples and return their mean loss."""
+        """Add up the gradients of one step's samples and return their mean loss.
+
+        Raises:
+            Stopped: There is no time for the rest of the step. Nothing that is saved has changed.
+        """
+        began = time.monotonic()
         passes, size = self._base.gradient_accumulation_steps, self._base.train_batch_size
         total = torch.zeros((), device=self.parts.family.device)
         for micro in range(passes):
             self.parts.stop.alive()
+            if micro and self._is_too_long((time.monotonic() - began) / micro * (passes - micro)):
+                raise Stopped
             n = step * passes + micro
             batch = self.parts.training.batch(n * size, size)
             seed_layers(self._base.seed, "dropout", n)
@@ -155,6 +166,12 @@ class Loop:
             self._scaler.scale(mean_loss).backward()  # type: ignore[no-untyped-call]
             total += mean_loss.detach()
         return float(total)
+
+    def _is_too_long(self, rest_s: float) -> bool:
+        """Whether a stop was asked for that leaves too little time for the rest of a step."""
+        stop = self.parts.stop
+        left_s = stop.left_s() if stop.requested else None
+        return left_s is not None and rest_s > REST_SHARE * left_s
 
     def _loss(self, batch: Batch) -> Tensor:
         family = self.parts.family

@@ -6,6 +6,7 @@
       start.json       appears by rename once the checkpoint to resume from is there: StartOrder
       resume/          that checkpoint
       interval.json    seconds between checkpoints, replaced by rename when they change: see ``pacing``
+      stop.json        appears by rename before SIGTERM: until when, by the monotonic clock of this machine
       checkpoints/     step-000000100/ appears by rename, complete, with a manifest.json
       samples/         step-000000100/ appears by rename: images and index.json
       events.jsonl     one JSON object a line, see Event
@@ -14,7 +15,8 @@
 
 The training process is started as ``python -m trainer.process``, reads one line from stdin, the run
 directory, and kills its own process group when stdin reaches its end: it cannot outlive its supervisor.
-SIGTERM means: finish the step, checkpoint, exit 75; SIGUSR1: write the stacks of all threads into the log.
+SIGTERM means: finish the step if there is time, checkpoint, exit 75; SIGUSR1: write the stacks of all threads
+into the log.
 Imports no torch.
 """
 
@@ -22,6 +24,7 @@ import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,6 +133,7 @@ class RunDir:
         self.spec = root / "spec.json"
         self.options = root / "options.json"
         self.start = root / "start.json"
+        self.stop = root / "stop.json"
         self.resume = root / "resume"
         self.checkpoints = root / "checkpoints"
         self.samples = root / "samples"
@@ -154,6 +158,20 @@ class RunDir:
         temporary = self.start.with_suffix(".tmp")
         temporary.write_text(order.model_dump_json())
         os.replace(temporary, self.start)
+
+    def order_stop(self, by: float) -> None:
+        """Tell how long a stopped process may live. On a full disk it does not learn of it."""
+        with contextlib.suppress(OSError):
+            temporary = self.stop.with_suffix(".tmp")
+            temporary.write_text(json.dumps(by))
+            os.replace(temporary, self.stop)
+
+    def left_s(self) -> float | None:
+        """Return the seconds until a process that was asked to stop is killed; None: nobody said."""
+        try:
+            return float(self.stop.read_text()) - time.monotonic()
+        except (OSError, ValueError):
+            return None
 
 
 def append_event(path: Path, event: str, **fields: Any) -> None:

@@ -22,6 +22,8 @@ class Stop:
         """While true, a signal ends the process without another instruction of ours."""
         self.alive: Callable[[], None] = lambda: None
         """Called where long work gets on."""
+        self.left_s: Callable[[], float | None] = lambda: None
+        """Seconds until a process that was asked to stop is killed; None: as long as it takes."""
         self._requested = False
 
     @property

@@ -264,7 +264,6 @@ class Supervisor:
         return None if self._stop_by is None else self._stop_by - time.monotonic()
 
     def _prepare(self) -> None:
-        root = self._run_dir.root
         self._run_dir.remove()
         self._run_dir.checkpoints.mkdir(parents=True)
         self._run_dir.spec.write_text(self._spec.model_dump_json())
@@ -290,7 +289,7 @@ class Supervisor:
         return self._checkpoints.fetch_newest(state, self._run_dir.resume, attempt=self.assignment.attempt)
 
     def _watch(self, process: TrainingProcess, vigil: Vigil) -> int:
-        asked = False
+        asked, told_by = False, None
         while (code := process.exit_code) is None:
             if process.stuck:
                 return EXIT_UNFIT
@@ -299,6 +298,9 @@ class Supervisor:
             if self._fenced.is_set():
                 process.kill()
             elif self._stop_by is not None:
+                if told_by != self._stop_by:
+                    told_by = self._stop_by
+                    self._run_dir.order_stop(told_by)
                 if not asked:
                     process.terminate()
                     asked = True

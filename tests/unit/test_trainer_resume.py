@@ -1,5 +1,6 @@
 """An interrupted run ends in the same bytes as one that was never interrupted."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,13 @@ import pytest
 from support.open_files import no_files_to_open
 from support.tiny_world import tiny_spec
 from support.training import Lay, StopAtStep, contents, events, newest
+from torch import Tensor
 
 from trainer.attempt import run_attempt
 from trainer.config import RunSpec
+from trainer.data import Batch
 from trainer.errors import BadCheckpoint
+from trainer.loop import Loop
 from trainer.process import serve
 from trainer.rundir import EXIT_BAD_CHECKPOINT, EXIT_COMPLETE, EXIT_PREEMPTED
 from trainer.snapshot import read_adapter, read_progress
@@ -43,6 +47,33 @@ def test_stopped_twice_equals_never_stopped(world: Path, lay: Lay, base: dict[st
     assert contents(newest(third)) == contents(newest(straight))
     seen = [event for run_dir in (first, second, third) for event in events(run_dir, "step")]
     assert without_times(seen) == without_times(events(straight, "step"))
+
+
+@pytest.mark.parametrize(("left_s", "saved"), [(0.0, 2), (1e9, 3)])
+def test_a_stop_within_a_step_saves_the_step_before_if_there_is_no_time_for_the_rest(
+    world: Path,
+    lay: Lay,
+    monkeypatch: pytest.MonkeyPatch,
+    left_s: float,
+    saved: int,
+) -> None:
+    spec = spec_of(world, gradient_accumulation_steps=4, max_train_steps=4)
+    calm, run_dir, stop = lay("calm", spec), lay("run", spec), Stop()
+    assert run_attempt(calm, StopAtStep(calm, saved)) == EXIT_PREEMPTED
+    passes = iter(range(1, 100))
+    ordinary = Loop._loss
+
+    def loss(loop: Loop, batch: Batch) -> Tensor:
+        if next(passes) == 4 * 2 + 2:  # the second of the third step
+            run_dir.order_stop(time.monotonic() + left_s)
+            stop._on_signal(15, None)
+        return ordinary(loop, batch)
+
+    monkeypatch.setattr(Loop, "_loss", loss)
+    assert run_attempt(run_dir, stop) == EXIT_PREEMPTED
+
+    assert newest(run_dir).name == f"step-{saved:09}"
+    assert contents(newest(run_dir)) == contents(newest(calm))
 
 
 def without_times(seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
