@@ -27,7 +27,6 @@ from storage.errors import (
 from storage.object_store import ObjectStore
 from storage.records import (
     Claimed,
-    EndReason,
     Record,
 )
 from storage.run_state import RunState
@@ -36,15 +35,15 @@ from ..grid.schema import Recovery
 from ..grid.sweep import Sweep
 from ..on_ray.appending import append_decided
 from . import silence
+from .allocation import Allocation
 from .cluster import Cluster, Health, Slot
 from .draining import DrainBook, drain_record
-from .lifecycle import CancelAsked, Event, Exited, Lost, Phase, Policy, advance, phase, settle, wait_s
-from .loss import loss
-from .placing import Hold, Outlook, SlotNote, bar, claims, free_slots, note, outlook, queued_run, unused
+from .lifecycle import CancelAsked, Event, Phase, Policy, advance, phase, settle
+from .news import news
+from .placing import Outlook, SlotNote, unused
 from .pruning import delete_orphans, prune
 from .readers import PATIENCE_S, Readers
-from .reputation import NodeBook, Repute, barred
-from .scheduler import Placement, QueuedRun, assign
+from .scheduler import Placement
 from .steering import Steering
 from .sweep_snapshot import SweepSnapshot
 from .term import SteppedDown, Term
@@ -137,9 +136,15 @@ class Controller:
         self._snapshot = SweepSnapshot(store, sweep.name, runs, self._readers, self._monotonic)
         self._drains = DrainBook(store, sweep.name, self._readers, self._monotonic)
         self._steering = Steering(cluster, self._drains, sweep.recovery.stop_grace_s)
-        self._last_notes: tuple[SlotNote, ...] = ()
-        self._book = NodeBook()
-        self._ill: dict[str, Repute] = {}
+        self._allocation = Allocation(
+            sweep,
+            self._runs,
+            self._drains,
+            self._readers,
+            self._policy,
+            clock=self._clock,
+            monotonic=self._monotonic,
+        )
         self._begun = False
 
     @property
@@ -214,11 +219,11 @@ class Controller:
 
     def notes(self) -> tuple[SlotNote, ...]:
         """What was thought of each slot when runs were last placed, or might have been."""
-        return self._last_notes
+        return self._allocation.notes
 
     def unused(self) -> frozenset[str]:
         """The slots in whose place the cluster may open others."""
-        return unused(self._last_notes)
+        return unused(self._allocation.notes)
 
     def outlook(self, run_id: str) -> Outlook:
         """Why a run waits, by what was last decided.
@@ -226,23 +231,7 @@ class Controller:
         Raises:
             Fenced: It is not a run of this sweep.
         """
-        run, notes = self._runs.get(run_id), self._last_notes
-        if run is None:
-            raise Fenced(f"{run_id} is not a run of sweep {self._sweep.name}")
-        if run.damage:
-            return Outlook(hold=Hold.LOG_DAMAGED, problem=run.damage, slots=notes)
-        if run.problem:
-            return Outlook(hold=Hold.LOG_UNREADABLE, problem=run.problem, slots=notes)
-        if phase(run.state) is not Phase.QUEUED or run.state.cancel_requested or run.state.result:
-            return Outlook(slots=notes)
-        return outlook(
-            queued_run(run_id, run.plan.index, run.state, self._not_before(run)),
-            self._queued(),
-            notes,
-            drains_known=self._drains.known,
-            room=self._room(),
-            now=self._monotonic(),
-        )
+        return self._allocation.outlook(run_id)
 
     def _cancel(self, run: TrackedRun) -> StorageError | None:
         try:
@@ -264,7 +253,7 @@ class Controller:
         if not self._begun and not self._begin():
             return
         slots = {slot.slot: slot for slot in self._cluster.observe()}
-        self._judge(slots)  # before any end is: what happens on a bad node proves nothing
+        self._allocation.judge(slots)  # before any end is: what happens on a bad node proves nothing
         now = self._monotonic()
         due = self._due(slots, now)
         read = self._read(due)
@@ -285,9 +274,9 @@ class Controller:
         if not self._snapshot.restore():
             return False
         self._read([run_id for run_id, run in self._runs.items() if not run.tidy], START_PATIENCE_S)
-        for run_id, run in self._runs.items():
+        for run in self._runs.values():
             run.was_over = run.state.finished is not None
-            self._book.note(run_id, run.state, self._clock(), self._monotonic())
+            self._allocation.read(run)
         self._begun = True
         return True
 
@@ -324,7 +313,7 @@ class Controller:
     def _awake(self) -> list[TrackedRun]:
         """The runs about which there may be something to do. All others cost a tick no more than this loop:
         there may be very many."""
-        return [run for run in self._runs.values() if not run.quiet and not run.tidy]
+        return [run for run in self._runs.values() if run.awake]
 
     def _free(self, run: TrackedRun, now: float) -> bool:
         """Whether there may be something to do about the run, and nobody is at it."""
@@ -364,7 +353,7 @@ class Controller:
                 self._check_term()  # a slot that we never knew may be the newer controller's
             self._advance(run, event)
         self._append_all(run, settle(run.state, self._clock()))
-        self._book.note(run.plan.run_id, run.state, self._clock(), now)
+        self._allocation.read(run)
         if running := run.state.running:
             self._steering.steer(run, slots.get(running.claimed.slot), now)
         if now >= run.clean_at:
@@ -373,135 +362,23 @@ class Controller:
         run.quiet = not (run.state.running or run.state.retired or run.state.finished)
 
     def _event(self, run: TrackedRun, slots: dict[str, Slot], now: float) -> Event | None:
-        """Return what the slot's report means for the running attempt.
-
-        Args:
-            now: The tick's: who was heard of when it was decided whose logs to read is not found silent by
-                how long the reading took.
-        """
-        state = run.state
-        if state.running is None:
-            return None
-        claimed, at = state.running.claimed, self._clock()
-        slot = slots.get(claimed.slot)
-        if slot is None:
-            detail = f"{claimed.node} is not part of the cluster any more"
-            return Lost(at=at, attempt=claimed.attempt, reason=EndReason.NODE_LOST, detail=detail)
-        work = slot.work
-        mine = work if work and (work.run_id, work.attempt) == (run.plan.run_id, claimed.attempt) else None
-        if mine and mine.exit_code is not None:
-            return Exited(
-                at=at,
-                attempt=claimed.attempt,
-                code=mine.exit_code,
-                error=mine.error,
-                evidence=mine.evidence,
-                step=mine.step,
-                step_s=mine.step_s,
-                asked=mine.asked,
-                drained=self._drains.of(slot.node) is not None,
-                notice=str(mine.notice) if mine.notice else "",
-                saved_s=mine.saved_s,
-            )
-        silent_s = silence.silent_s(slot.silent_s, run.sign, now)
-        drained = self._drains.of(slot.node) is not None
-        lost = loss(slot, silent_s, self._sweep.recovery.silence_s, drained=drained)
-        if lost is None:
-            return None
-        reason, detail = lost
-        return Lost(
-            at=at,
-            attempt=claimed.attempt,
-            reason=reason,
-            detail=detail,
-            step=max(mine.step if mine else 0, state.committed_step),
-            step_s=mine.step_s if mine else 0.0,
-            silent_s=silent_s,
+        return news(
+            run.plan.run_id,
+            run.state,
+            slots,
+            run.sign,
+            self._drains.state,
+            self._sweep.recovery.silence_s,
+            at=self._clock(),
+            now=now,
         )
 
     def _launch(self, slots: dict[str, Slot]) -> None:
-        notes = self._notes(slots)
-        free = free_slots(notes)
-        self._last_notes = notes
-        if not free or not self._drains.known:
-            return
-        queued = self._queued(untried=len(free))
-        placed = assign(queued, free, self._monotonic(), room=self._room())
-        placements = {placement.run_id: placement for placement in placed}
+        placements = self._allocation.place(slots)
         read = self._read(placements)
         for run_id, placement in placements.items():
             if run_id in read:
                 self._try(self._runs[run_id], partial(self._claim, self._runs[run_id], placement))
-
-    def _room(self) -> int | None:
-        """How many runs may be started. There may be more slots than that: one whose node was told of its end
-        is made up for at once, and may be used again."""
-        limit = self._sweep.resources.max_concurrent
-        if limit is None:
-            return None
-        running = sum(run.state.running is not None and not run.damage for run in self._awake())
-        return max(0, limit - running)
-
-    def _notes(self, slots: dict[str, Slot]) -> tuple[SlotNote, ...]:
-        """What is thought of each slot, and why."""
-        taken = claims({run.plan.run_id: run.state for run in self._awake() if not run.damage})
-        self._judge(slots)
-        may_try = [
-            (slot.slot, slot.node)
-            for slot in slots.values()
-            if slot.health is not Health.GONE
-            and (slot.slot in taken or (slot.free and not bar(slot, self._drains.state)))
-        ]
-        ill = barred(may_try, taken, self._ill, self._monotonic())
-        return tuple(
-            note(slot, bar(slot, self._drains.state, ill), taken.get(slot.slot)) for slot in slots.values()
-        )
-
-    def _judge(self, slots: dict[str, Slot]) -> None:
-        """Find out which nodes fail their runs."""
-        now = self._monotonic()
-        for lifted in self._drains.state.lifted:
-            self._book.pardon(lifted.node, now - max(0.0, self._clock() - lifted.at))
-        ill = self._book.judged({s.node for s in slots.values() if s.health is not Health.GONE}, now)
-        for node, repute in ill.items():
-            if node not in self._ill or self._ill[node].strikes < repute.strikes:
-                logger.warning("%s is quarantined for %.0f s: %s", node, repute.until - now, repute.because)
-        self._ill = ill
-
-    def _queued(self, *, untried: int | None = None) -> list[QueuedRun]:
-        """The runs that may be placed, once they are due.
-
-        Args:
-            untried: Of those that never had an attempt the first so many will do: one is as good as another.
-        """
-        queued = []
-        for run in self._runs.values():
-            if run.tidy or (untried == 0 and not run.state.attempts) or not self._may_be_placed(run):
-                continue
-            if untried is not None and not run.state.attempts:
-                untried -= 1
-            queued.append(queued_run(run.plan.run_id, run.plan.index, run.state, self._not_before(run)))
-        return queued
-
-    def _may_be_placed(self, run: TrackedRun) -> bool:
-        return (
-            phase(run.state) is Phase.QUEUED
-            and not run.state.cancel_requested
-            and run.state.result is None
-            and run.problem is None  # its state may be anything, and another run can use the slot
-            and not self._readers.busy(run.plan.run_id)
-        )
-
-    def _not_before(self, run: TrackedRun) -> float:
-        """When the run may be launched again. Of its last attempt's end only the age is believed, and only
-        when that is first seen: whoever wrote it, and this machine later, may have a clock that is wrong."""
-        last = run.state.attempts[-1] if run.state.attempts else None
-        if last is None or last.ended is None:
-            return float("-inf")
-        if run.end_seen != last.number:
-            run.end_seen = last.number
-            run.ended_at = self._monotonic() - max(0.0, self._clock() - last.ended.at)
-        return run.ended_at + wait_s(run.state, self._policy)
 
     def _claim(self, run: TrackedRun, placement: Placement) -> None:
         state = run.state
@@ -537,7 +414,7 @@ class Controller:
             delete_orphans(run, now)
 
     def _advance(self, run: TrackedRun, event: Event) -> None:
-        self._append_all(run, advance(run.state, event, self._policy, self._ill))
+        self._append_all(run, advance(run.state, event, self._policy, self._allocation.ill))
 
     def _append_all(self, run: TrackedRun, records: tuple[Record, ...]) -> None:
         for record in append_decided(run.log, records):

@@ -52,6 +52,11 @@ class TrackedRun:
     """How long its log was when its own snapshot was last written."""
 
     @property
+    def awake(self) -> bool:
+        """There may be something to do about it."""
+        return not self.quiet and not self.tidy
+
+    @property
     def state(self) -> RunState:
         return self.log.state
 

@@ -52,7 +52,7 @@ def test_a_controller_that_takes_silence_for_death_is_found_out(monkeypatch: pyt
     def at_once(slot: Slot, silent_s: float, limit_s: float, **how: bool) -> tuple[EndReason, str] | None:
         return loss(slot, 1e9, 0.0, **how)
 
-    monkeypatch.setattr("orchestrator.control.controller.loss", at_once)
+    monkeypatch.setattr("orchestrator.control.news.loss", at_once)
 
     assert any("instead of 1" in line for seed in range(ENOUGH) for line in play(seed).violations)
 
