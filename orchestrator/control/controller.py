@@ -16,11 +16,10 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from storage.errors import (
-    Corrupt,
     Fenced,
     StorageError,
 )
@@ -46,8 +45,9 @@ from .readers import PATIENCE_S, Readers
 from .scheduler import Placement
 from .steering import Steering
 from .sweep_snapshot import SweepSnapshot
-from .term import SteppedDown, Term
+from .term import Term
 from .tracked_run import TrackedRun
+from .trouble import guarded
 
 REFRESH_S = 5.0
 """How often the log of a running run is read without a hint."""
@@ -64,12 +64,6 @@ LOOKS_AT_ONCE = 64
 
 START_PATIENCE_S = 10.0
 """At the start nothing is decided until every log is read, or none has been for so long."""
-
-RETRY_S = 5.0
-"""How long a run is left alone after the store failed it."""
-
-DAMAGED = 2
-"""A log that was found damaged so often in a row is: the run has failed, and nothing is appended."""
 
 _TERM = "/term"
 """Among the readers' names, which are otherwise those of runs."""
@@ -327,7 +321,7 @@ class Controller:
         return {run_id for run_id in done if self._runs[run_id].problem is None}
 
     def _read_one(self, run: TrackedRun) -> None:
-        with run.lock, self._guarded(run):
+        with run.lock, guarded(run, self._monotonic):
             now = self._monotonic()
             run.log.refresh()
             run.sign = silence.look(run.sign, run.state, now)
@@ -410,7 +404,7 @@ class Controller:
         )
 
     def _sweep_one(self, run: TrackedRun, now: float) -> None:
-        with run.lock, self._guarded(run):
+        with run.lock, guarded(run, self._monotonic):
             delete_orphans(run, now)
 
     def _advance(self, run: TrackedRun, event: Event) -> None:
@@ -424,34 +418,7 @@ class Controller:
         """Do this under the run's lock; nothing while somebody else is at the run."""
         if run.lock.acquire(blocking=False):
             try:
-                with self._guarded(run):
+                with guarded(run, self._monotonic):
                     do()
             finally:
                 run.lock.release()
-
-    @contextlib.contextmanager
-    def _guarded(self, run: TrackedRun) -> Iterator[None]:
-        """A store that fails, a lost race, a damaged log or a bug costs this run alone."""
-        try:
-            yield
-        except Fenced as error:
-            logger.warning("%s: %s; reading its log again", run.plan.run_id, error)
-            run.read_at = float("-inf")
-        except Corrupt as error:
-            run.corrupt += 1
-            if run.corrupt == DAMAGED:
-                logger.error("%s has failed, its log is damaged: %s", run.plan.run_id, error)
-            run.damage = str(error) if run.corrupt >= DAMAGED else None
-            self._leave_alone(run, error)
-        except SteppedDown:
-            raise
-        except Exception as error:  # a bug, or a report that no record can hold: the others must go on
-            self._leave_alone(run, error)
-
-    def _leave_alone(self, run: TrackedRun, error: Exception) -> None:
-        problem = f"{type(error).__name__}: {error}"
-        if problem != run.problem:  # told once: the store may be away for hours
-            foreign = None if isinstance(error, StorageError) else error
-            logger.warning("%s: %s; trying again", run.plan.run_id, problem, exc_info=foreign)
-        run.problem, run.quiet = problem, False
-        run.retry_at = self._monotonic() + (IDLE_REFRESH_S if run.damage else RETRY_S)
