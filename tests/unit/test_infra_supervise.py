@@ -20,6 +20,7 @@ from orchestrator.supervise.supervision import EXIT_TAKEN_OVER, HOPELESS
 INFRA = Path(__file__).resolve().parents[2] / "infra"
 UNIT = INFRA / "systemd" / "orchestrate-supervise@.service"
 ENVIRONMENT = INFRA / "systemd" / "sweep.env.example"
+WORKER = INFRA / "orchestrate-worker"
 MANIFEST = INFRA / "kubernetes" / "sweep.yaml"
 NEVER_AGAIN = {*HOPELESS, EXIT_TAKEN_OVER, 100}
 
@@ -63,8 +64,9 @@ def container(manifest: dict[str, Any], kind: str) -> dict[str, Any]:
 def ray_starts(manifest: dict[str, Any]) -> list[list[str]]:
     """Every ``ray start`` of the two forms, with placeholders filled in, from its third word on."""
     (head,) = [a for a in container(manifest, "Job")["args"] if a.startswith("--head=")]
-    worker = container(manifest, "Deployment")["args"][-1].partition("exec ")[2]
-    texts = [head.removeprefix("--head="), worker, environment()["ORCHESTRATE_HEAD"]]
+    name, *worker = container(manifest, "Deployment")["args"]
+    assert name == WORKER.name
+    texts = [head.removeprefix("--head="), shlex.join(worker), environment()["ORCHESTRATE_HEAD"]]
     commands = [shlex.split(text.replace("$(POD_IP)", "10.0.0.7")) for text in texts]
     assert [(Path(words[0]).name, words[1]) for words in commands] == [("ray", "start")] * 3
     assert all("--block" in words for words in commands)
@@ -120,16 +122,14 @@ def test_neither_form_tries_again_what_no_retry_can_help(manifest: dict[str, Any
 
 
 def test_a_worker_has_time_to_save_itself_before_ray_is_stopped(manifest: dict[str, Any]) -> None:
-    stop = container(manifest, "Deployment")["lifecycle"]["preStop"]["exec"]["command"][-1]
-    found = re.fullmatch(r"echo (\d+) > (\S+); sleep (\d+)", stop)
-    assert found is not None
-    notice_s, file, sleep_s = int(found[1]), found[2], int(found[3])
-    assert notice_s < sleep_s < pod(manifest, "Deployment")["terminationGracePeriodSeconds"]
+    assert "lifecycle" not in container(manifest, "Deployment"), "SIGTERM would come after it"
+    variables = {v["name"]: v.get("value") for v in container(manifest, "Deployment")["env"]}
+    file = variables["ORCHESTRATE_NOTICE_FILE"]
+    assert int(variables["ORCHESTRATE_STOP_S"]) < pod(manifest, "Deployment")["terminationGracePeriodSeconds"]
     assert str(Path(file).parent) in [
         m["mountPath"] for m in container(manifest, "Deployment")["volumeMounts"]
     ]
     assert f"notices: {{file: {file}}}" in MANIFEST.read_text()
-    assert f"rm -f {file};" in container(manifest, "Deployment")["args"][-1]
 
 
 def test_everything_in_a_pod_is_mounted_from_a_volume_that_it_has(manifest: dict[str, Any]) -> None:
@@ -142,7 +142,7 @@ def test_everything_in_a_pod_is_mounted_from_a_volume_that_it_has(manifest: dict
     labels = manifest["Job"]["spec"]["template"]["metadata"]["labels"]
     assert manifest["Service"]["spec"]["selector"] == labels
     head = f"--address={manifest['Service']['metadata']['name']}:6379"
-    assert head in container(manifest, "Deployment")["args"][-1]
+    assert head in container(manifest, "Deployment")["args"]
     selected = manifest["Deployment"]["spec"]["selector"]["matchLabels"]
     assert selected == manifest["Deployment"]["spec"]["template"]["metadata"]["labels"]
 
