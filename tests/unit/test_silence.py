@@ -1,6 +1,6 @@
 """Silence is not death: who commits is alive, and only a death report or the limit starts a replacement."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -77,7 +77,7 @@ class SlowToRead(MemoryStore):
     slow = ""
     cluster: FakeCluster | None = None
 
-    def list(self, prefix: str, after: str = "") -> Iterable[ObjectInfo]:
+    def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
         if self.slow and self.slow in prefix and self.cluster:
             self.slow, slow = "", self.slow
             self.cluster.advance(4)
