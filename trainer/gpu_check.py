@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from .patience import one_line
 from .rundir import EXIT_UNFIT, GPU_CHECK, GPU_WORKS
 
 LEAST_FREE = 0.5
@@ -21,7 +22,9 @@ def check_gpu() -> None:
     try:
         problem = gpu_problem()
     except Exception as error:  # whatever a driver can do wrong
-        problem = f"its GPU does not work: {type(error).__name__}: {str(error).splitlines()[0]}"
+        problem = one_line(
+            f"its GPU does not work: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        )
     target = Path(wanted)
     temporary = target.with_suffix(".tmp")
     temporary.write_text(problem or GPU_WORKS)

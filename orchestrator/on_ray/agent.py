@@ -38,7 +38,7 @@ from ..notices.notice import Notice
 from ..notices.sources import source_of
 from ..notices.watcher import NoticeWatcher
 from .appending import ArbitratedLedger
-from .canary import Canary, look, unfit
+from .canary import LOOKING, Canary, look, unfit
 from .lineage import end_with_parent
 from .metrics import AgentMetrics
 from .scratch import own_scratch
@@ -46,6 +46,8 @@ from .spare import WarmSpare
 
 NAMESPACE = "orchestrate"
 TEND_S = 1.0
+LOOK_S = 200.0
+"""How long a first report waits until it is known whether the node is fit."""
 _HARMLESS = frozenset({"AWS_CA_BUNDLE", "AWS_EC2_METADATA_DISABLED"})
 
 
@@ -126,6 +128,10 @@ class Agent:
         self._orders: list[Order] = []
         self._closed = False
         self._asked: _Asked | None = None
+        self._stop_by: dict[tuple[str, int], float] = {}
+        """Attempts that were asked to stop before there was a supervisor to tell."""
+        self._stopping = threading.Event()
+        """The attempt that is held is to end."""
         self._notices = NoticeWatcher(source_of(setup.notices), self._on_notice)
         self._canary = Canary(self._ask_canary, self._on_fitness)
         # One thread starts every process: a training process dies with the pipe we hold, not with a thread,
@@ -150,18 +156,27 @@ class Agent:
 
     def stop(self, run_id: str, attempt: int, grace_s: float) -> None:
         """Ask the attempt to save itself and end. One that is not held any more is left alone."""
+        asked = (run_id, attempt)
         with self._changed:
-            supervisor = self._supervisor
-        held = supervisor.assignment if supervisor else None
-        if supervisor and held and (held.run_id, held.attempt) == (run_id, attempt):
-            with self._changed:
-                if self._final is None:
-                    self._asked = self._asked or _Asked(at=time.time())
-            supervisor.stop(grace_s)
+            order = self._order
+            if order and self._final is None and (order.run_id, order.attempt) == asked:
+                self._asked = self._asked or _Asked(at=time.time())
+                self._stopping.set()
+                if self._supervisor:
+                    self._supervisor.stop(grace_s)
+                    return
+            elif not any((order.run_id, order.attempt) == asked for order in self._orders):
+                return
+            by = time.monotonic() + grace_s
+            self._stop_by[asked] = min(by, self._stop_by.get(asked, by))
 
     def report(self, known_version: int, wait_s: float) -> Report:
-        """Return the work held, waiting up to ``wait_s`` for something newer than ``known_version``."""
+        """Return the work held, waiting up to ``wait_s`` for something newer than ``known_version``.
+
+        The first waits until this node was looked at: who has not reported gets no run.
+        """
         with self._changed:
+            self._changed.wait_for(lambda: self._unfit != LOOKING, timeout=LOOK_S)
             self._changed.wait_for(lambda: self._version != known_version, timeout=wait_s)
             return Report(
                 version=self._version,
@@ -194,6 +209,10 @@ class Agent:
                 with self._changed:
                     order = self._orders.pop(0)
                     self._order, self._final, self._supervisor, self._asked = order, None, None, None
+                    self._stopping = threading.Event()
+                    if (order.run_id, order.attempt) in self._stop_by:
+                        self._asked = _Asked(at=time.time())
+                        self._stopping.set()
                     self._bump()
                 self._say("begins")
                 self._train(order)
@@ -206,20 +225,24 @@ class Agent:
         try:
             if self._unfit:
                 raise _Unfit(self._unfit)
+            self._obey_notice()
             store, ledger = self._access(order)
-            spec = patiently(lambda: read_spec(store, order.run_id), threading.Event())
+            spec = patiently(lambda: read_spec(store, order.run_id), self._stopping)
             supervisor = self._supervise(order, spec, store, ledger)
             with self._changed:
                 self._supervisor = supervisor
+                by = self._stop_by.pop((order.run_id, order.attempt), None)
+                if by is not None:
+                    supervisor.stop(max(0.0, by - time.monotonic()))
             self._obey_notice()  # which may have come while the order was on its way
-            final = supervisor.run()
-            if final.exit_code == EXIT_UNFIT:
-                final = replace(final, error=one_line(self._spare.read()))
+            final = self._judged(supervisor.run())
         except _Unfit as error:  # the order was on its way when that was found
             final = Progress(exit_code=EXIT_UNFIT, error=one_line(str(error)))
         except (Unavailable, AccessDenied) as error:
             said = one_line(f"{type(error).__name__}: {error}")
             final = Progress(exit_code=EXIT_STORE_UNREACHABLE, error=said)
+            if self._stopping.is_set():  # that is why it was given up
+                final = Progress(exit_code=EXIT_PREEMPTED)
         except Fenced as error:  # a late order: what a scoped agent asks for is refused at once
             final = Progress(exit_code=EXIT_PREEMPTED, error=one_line(str(error)), superseded=True)
         except Exception as error:  # the slot must survive whatever one run does to it
@@ -233,13 +256,27 @@ class Agent:
             self._spare.renew()  # imports while the controller decides what comes next
         with self._changed:
             self._final = final
+            self._stop_by.pop((order.run_id, order.attempt), None)
             self._bump()
+
+    def _judged(self, final: Progress) -> Progress:
+        """The node is at fault if the process never came to say that its GPU works, or cannot be killed."""
+        assert final.exit_code is not None
+        if final.exit_code != EXIT_UNFIT and (final.superseded or self._stopping.is_set()):
+            return final
+        if not (problem := self._spare.ended(final.exit_code)):
+            return final
+        said = final.error if final.exit_code == EXIT_UNFIT and final.error else problem
+        return replace(final, exit_code=EXIT_UNFIT, error=one_line(said))
 
     def _say(self, what: str) -> None:
         """Write a line to this actor's log, whose lines Ray labels by the last ``:actor_name:`` in it."""
         print(f":actor_name:{self!r}\n{self!r} {what}", flush=True)
 
     def _supervise(self, order: Order, spec: RunSpec, store: ObjectStore, ledger: Ledger) -> Supervisor:
+        process = self._spare.take()
+        if process is None:
+            raise _Unfit("the process that tried its GPU has ended")
         return Supervisor(
             store,
             Assignment(run_id=order.run_id, attempt=order.attempt, incarnation=order.incarnation),
@@ -247,7 +284,7 @@ class Agent:
             self._setup.options,
             scratch=self._scratch,
             ledger=ledger,
-            process=self._spare.take(),
+            process=process,
             on_change=self._on_progress,
             find=store.find if isinstance(store, ScopedStore) else None,
         )
@@ -267,7 +304,8 @@ class Agent:
 
     @property
     def _unfit(self) -> str:
-        return self._spare.problem or self._canary.problem
+        problems = [problem for problem in (self._spare.problem, self._canary.problem) if problem]
+        return min(problems, key=lambda problem: problem == LOOKING, default="")  # rather what is known
 
     def _on_fitness(self) -> None:
         with self._changed:
@@ -303,7 +341,10 @@ class Agent:
             return
         with self._changed:
             supervisor = self._supervisor
-            if supervisor is None or self._final:
+            if self._order is None or self._final:
+                return
+            self._stopping.set()
+            if supervisor is None:
                 return
             self._asked = self._asked or _Asked(at=time.time(), notice=notice)
         supervisor.stop(notice.grace_s)

@@ -18,6 +18,8 @@ from storage.errors import StorageError
 from storage.object_store import ObjectStore
 from trainer.patience import one_line
 
+LOOKING = "it is being looked at"
+"""Not known to be fit yet, so not fit."""
 LEAST_FREE_BYTES = 100_000_000
 """For logs, samples and a small adapter."""
 CHECKPOINTS = 2
@@ -102,7 +104,7 @@ class Canary:
     def __init__(
         self, ask: Callable[[], str], on_change: Callable[[], None], *, pause_s: float = FIRST_PAUSE_S
     ) -> None:
-        self.problem = ""
+        self.problem = LOOKING
         self._ask = ask
         self._on_change = on_change
         self._first_pause_s = pause_s

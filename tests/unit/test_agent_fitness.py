@@ -1,6 +1,7 @@
 """An agent that finds its node unfit: what it reports, and what becomes of an order. Ray takes no part."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,6 +19,7 @@ from orchestrator.on_ray.agent import Agent, AgentSetup
 from orchestrator.on_ray.canary import Canary
 from orchestrator.on_ray.spare import WarmSpare
 from storage import layout
+from storage.errors import Unavailable
 from storage.log import run_log
 from storage.memory import MemoryStore
 from storage.url import open_store
@@ -123,11 +125,61 @@ def test_an_agent_says_why_its_node_is_unfit_and_trains_once_it_is_not(
     assert run_log(store, RUN).refresh().result is not None
 
 
+def test_a_stop_reaches_an_attempt_that_waits_for_its_spec(
+    start: Start, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put(layout.sweep_spec("cat"), b"{}")
+    tries: list[str] = []
+
+    def away(store: MemoryStore, run_id: str) -> RunSpec:
+        tries.append(run_id)
+        raise Unavailable("no route to host")
+
+    monkeypatch.setattr(agents, "read_spec", away)
+    agent = start(light_trainer.__file__, "forever")
+    assert unfit(agent) == ""
+    agent.start(ORDER)
+    wait_until(lambda: bool(tries), "it asks for the spec")
+    agent.stop(RUN, 2, 600.0)
+    assert not agent._stopping.is_set(), "another attempt is meant"
+
+    agent.stop(RUN, 1, 600.0)
+
+    wait_until(lambda: ended(agent) is not None, "it ends")
+    assert ended(agent) == EXIT_PREEMPTED
+
+
+def test_a_stop_that_comes_before_the_supervisor_is_there_is_kept_for_it(
+    start: Start, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put(layout.sweep_spec("cat"), b"{}")
+    entered, go_on = threading.Event(), threading.Event()
+    ordinary = agents.read_spec
+
+    def slow(store: MemoryStore, run_id: str) -> RunSpec:
+        entered.set()
+        assert go_on.wait(DEADLINE_S)
+        return ordinary(store, run_id)
+
+    monkeypatch.setattr(agents, "read_spec", slow)
+    agent = start(light_trainer.__file__, "forever")
+    assert unfit(agent) == ""
+    agent.start(ORDER)
+    assert entered.wait(DEADLINE_S)
+
+    agent.stop(RUN, 1, 600.0)
+    go_on.set()
+
+    wait_until(lambda: ended(agent) is not None, "it ends")
+    assert ended(agent) == EXIT_PREEMPTED
+
+
 def test_an_order_for_a_node_without_a_gpu_ends_at_once_and_says_why(
     start: Start, store: MemoryStore
 ) -> None:
     store.put(layout.sweep_spec("cat"), b"{}")
     agent = start("-c", NO_GPU, check_gpu=True)
+    assert unfit(agent) == "no GPU", "the first answer waits for the verdict"
     agent.start(ORDER)
 
     wait_until(lambda: ended(agent) == EXIT_UNFIT, "the order is given back")

@@ -13,8 +13,8 @@ from support.fake_cluster import FakeCluster, run_to_end, small_sweep
 
 from orchestrator.control.controller import Controller
 from orchestrator.control.placing import Standing
-from orchestrator.on_ray.canary import LEAST_FREE_BYTES, Canary, Sight, look, unfit
-from orchestrator.on_ray.spare import WarmSpare
+from orchestrator.on_ray.canary import LEAST_FREE_BYTES, LOOKING, Canary, Sight, look, unfit
+from orchestrator.on_ray.spare import VERDICT_S, WarmSpare
 from storage import layout
 from storage.errors import Unavailable
 from storage.log import run_log
@@ -25,7 +25,7 @@ from storage.run_state import FREE_ENDS
 from trainer.evidence import Evidence, attributed
 from trainer.gpu_check import gpu_problem
 from trainer.rundir import EXIT_UNFIT, GPU_CHECK, GPU_WORKS
-from trainer.training_process import TrainingProcess
+from trainer.training_process import STUCK, TrainingProcess
 
 DEADLINE_S = 60.0
 
@@ -98,10 +98,11 @@ def test_a_check_that_breaks_says_nothing_about_the_node() -> None:
         raise RuntimeError("a bug")
 
     canary = Canary(ask, lambda: None, pause_s=0.01)
+    assert canary.problem == LOOKING
     canary.start()
-    wait_until(lambda: bool(asked), "it was asked")
+    wait_until(lambda: canary.problem == "", "it was asked")
 
-    assert canary.problem == ""
+    assert asked
 
 
 # The warm spare.
@@ -148,10 +149,66 @@ def test_a_gpu_that_does_not_work_is_tried_again_later(spare: Spare) -> None:
     assert warm.take() is not None
 
 
-def test_a_process_that_dies_without_a_verdict_is_unfit_by_its_exit_code(spare: Spare) -> None:
-    warm = spare(f"import os; os._exit({EXIT_UNFIT})")
+@pytest.mark.parametrize("end", [f"os._exit({EXIT_UNFIT})", "os._exit(1)", "os.kill(os.getpid(), 11)", "0"])
+def test_a_process_that_dies_without_a_verdict_leaves_its_gpu_unfit_until_one_gives_it(
+    spare: Spare, end: str
+) -> None:
+    warm = spare(f"import os; {end}", VERDICT.format(GPU_WORKS) + LISTENS)
+    assert warm.problem == LOOKING
 
-    wait_until(lambda: tended(warm, 0.0) == "its GPU could not be tried", "its end is seen")
+    wait_until(lambda: "its GPU could not be tried" in tended(warm, 0.0), "its end is seen")
+    assert warm.take() is None
+    warm.tend(5.0)
+    warm.tend(100.0)
+    wait_until(lambda: tended(warm, 100.0) == "", "it is tried again")
+    assert warm.take() is not None
+
+
+def test_a_process_that_hangs_in_the_check_is_ended_and_its_gpu_is_unfit(spare: Spare) -> None:
+    warm = spare("import time; time.sleep(600)")
+    assert tended(warm, 0.0) == tended(warm, VERDICT_S) == LOOKING
+
+    assert "no answer in" in tended(warm, VERDICT_S + 1)
+    assert warm.take() is None
+
+
+def test_a_process_given_away_before_its_verdict_blames_the_node_if_it_dies_without_one(spare: Spare) -> None:
+    warm = spare("import sys; sys.stdin.readline(); sys.exit(1)")
+    process = warm.take()
+    assert process is not None
+    process.kill()
+
+    assert process.exit_code is not None
+    assert "its GPU could not be tried" in warm.ended(process.exit_code)
+
+
+def test_a_slot_whose_process_cannot_be_killed_gets_nothing_until_that_is_gone(
+    spare: Spare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm = spare(LISTENS, LISTENS, check_gpu=False)
+    process = warm.take()
+    assert process is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingProcess, "stuck", True)
+        assert warm.ended(EXIT_UNFIT) == STUCK
+        assert tended(warm, 0.0) == STUCK
+        assert warm.take() is None
+
+    process.kill()
+
+    assert tended(warm, 1.0) == ""
+    assert warm.take() is not None
+
+
+def test_a_spare_that_has_died_is_replaced_when_it_is_taken(spare: Spare) -> None:
+    warm = spare("", LISTENS, check_gpu=False)
+    assert warm._process is not None
+    wait_until(lambda: warm._process.exit_code == 0, "it has died")  # type: ignore[union-attr]
+
+    process = warm.take()
+
+    assert process is not None
+    assert process.exit_code is None
 
 
 def test_a_process_is_given_once_and_only_replaced_then(spare: Spare) -> None:
