@@ -17,6 +17,8 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnschedulableError, OutOfMemoryError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from trainer.patience import one_line
+
 from ..control.cluster import Health, Listening, Order, Slot, Work
 from ..grid.schema import Resources
 from .agent import NAMESPACE, Agent, AgentSetup, Report, attempt_name
@@ -244,7 +246,7 @@ class RayCluster:
                 self._misfires[member.node_id] = self._misfires.get(member.node_id, 0) + 1
                 pause_s = min(2.0 ** self._misfires[member.node_id], LONGEST_PAUSE_S)
                 self._no_agent_before[member.node_id] = self._clock() + pause_s
-            logger.warning("%s is gone: %s", member.name, str(error).splitlines()[0])
+            logger.warning("%s is gone: %s", member.name, _reason(error))
         except RayError as error:
             if member.health is Health.ALIVE:
                 logger.warning("%s cannot be reached: %s", member.name, type(error).__name__)
@@ -338,6 +340,13 @@ def slots_on(have: dict[str, float], want: Resources) -> int:
 
 def _described(have: dict[str, float]) -> str:
     return f"{have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs"
+
+
+def _reason(error: RayError) -> str:
+    """Return the line that says why: the last one, below a traceback or what Ray says of the actor."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = [line for line in lines if line and not line.startswith("The actor never ran")]
+    return one_line(said[-1]) if said else type(error).__name__
 
 
 def node_name(node: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, OutOfMemoryError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 
 from orchestrator.control.cluster import Health, Slot
 from orchestrator.grid.schema import Resources
@@ -185,6 +185,21 @@ def test_where_ray_says_why_an_agent_died_nobody_waits(ray: FakeRay) -> None:
     assert {(slot.health, slot.out_of_memory) for slot in look(cluster, ray).values()} == {
         (Health.GONE, True)
     }
+
+
+def test_the_log_says_why_an_agent_could_not_start(ray: FakeRay, caplog: pytest.LogCaptureFixture) -> None:
+    cluster = cluster_on(ray)
+    cluster.observe()
+    cause = RayTaskError(
+        "Agent.__init__",
+        "Traceback:\n  File x\nAccessDenied: no right to list",
+        ValueError("x"),
+        actor_id="a",
+    )
+    ray.answers = {name: ActorDiedError(cause) for name in ray.actors}
+    look(cluster, ray)
+    look(cluster, ray, VERDICT_S)
+    assert "is gone: AccessDenied: no right to list" in caplog.text
 
 
 def test_an_adopted_agent_has_a_node_before_it_was_heard_of(ray: FakeRay) -> None:
