@@ -19,13 +19,14 @@ from storage.records import EndReason
 
 from .evidence import ADVICE, by_exception
 from .gpu_check import check_gpu
-from .orphan import die_with_stdin
+from .orphan import die_when_abandoned, die_with_stdin
 from .rundir import EXIT_DISK_FULL, RunDir, append_event
 from .stop import Stop
 
 
 def main() -> int:
     """Serve one run and return the exit code."""
+    die_when_abandoned()  # first: what follows may hang, in an import or a driver
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     stop = Stop()
     stop.exit_at_once = True

@@ -168,6 +168,37 @@ def test_an_agents_folder_stays_while_it_lives_whatever_its_pid_and_is_removed_b
     assert len(left) == 2, "the dead one's is removed, too"
 
 
+SPARE = """
+import sys, time
+from trainer import process
+def hang(): time.sleep(600)
+process.{hangs} = hang
+print("hangs", flush=True)
+process.main()
+"""
+
+
+@pytest.mark.parametrize("hangs", ["_import_everything", "check_gpu"])
+def test_a_spare_that_hangs_before_it_has_work_ends_with_whoever_holds_it(hangs: str) -> None:
+    command = [sys.executable, "-c", SPARE.format(hangs=hangs)]
+    if hangs == "check_gpu":
+        command[-1] = command[-1].replace(
+            "process.main()", "process._import_everything = lambda: 0; process.main()"
+        )
+    spare = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    assert spare.stdin is not None
+    assert spare.stdout is not None
+    with spare:
+        assert spare.stdout.readline() == b"hangs\n"
+        spare.stdin.write(b"a part of a line")
+        spare.stdin.flush()
+        spare.stdin.close()
+        try:
+            assert spare.wait(DEADLINE_S) == -signal.SIGKILL
+        finally:
+            spare.kill()
+
+
 class Heard:
     """A ledger that counts how often it is read, and may not answer; and what the watch said."""
 
