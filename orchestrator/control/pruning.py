@@ -35,6 +35,8 @@ def delete_orphans(run: TrackedRun, now: float) -> None:
     """Delete what a run that is over has left behind without a record."""
     try:
         state = run.log.proven()
+        if state.retired:
+            return  # another controller was first with a part of them: the next tick reaps the rest
         run.checkpoints.sweep_orphans(state)
         run.tidy = state.finished is not None
     except AccessDenied as error:

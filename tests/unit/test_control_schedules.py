@@ -5,16 +5,19 @@
 
 import pytest
 from proof.control import play
+from support.fake_cluster import small_sweep
 from support.runs import claimed, committed
 
 from orchestrator.control.cluster import Slot
 from orchestrator.control.lifecycle import CancelAsked, Policy, advance
 from orchestrator.control.loss import loss
+from orchestrator.control.pruning import delete_orphans, prune
 from orchestrator.control.steering import Steering
+from orchestrator.control.tracked_run import TrackedRun
 from orchestrator.on_ray.appending import append_decided
 from storage.log import run_log
 from storage.memory import MemoryStore
-from storage.records import CancelRequested, EndReason
+from storage.records import CancelRequested, EndReason, Finished, Outcome, Retired
 
 SCHEDULES = 300
 ENOUGH = 3000
@@ -34,6 +37,24 @@ def test_a_seed_is_one_history() -> None:
 
     for seed in range(20, 30):
         assert told(seed) == told(seed)
+
+
+def test_who_loses_a_race_for_a_part_of_what_is_retired_leaves_the_rest_to_its_next_tick() -> None:
+    """Seed 600473: of three checkpoints a controller had reaped two when its successor wanted to reap all."""
+    store, sweep = MemoryStore(), small_sweep(runs=1)
+    run = TrackedRun.of(sweep.runs[0], store, many=False)
+    last = committed(20, final=True)
+    for record in (claimed(), committed(10), last, Finished(outcome=Outcome.SUCCEEDED, step=20, at=2.0)):
+        run.log.append(record)
+    run.log.append(Retired(checkpoints=(committed(10).ref,), at=3.0))
+
+    delete_orphans(run, 0.0)
+    assert not run.tidy
+
+    prune(run, sweep, 0.0)
+    delete_orphans(run, 0.0)
+    assert run.tidy
+    assert run.state.retired == ()
 
 
 def test_a_log_that_fences_nobody_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
