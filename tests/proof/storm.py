@@ -189,7 +189,10 @@ class Weather:
         if not sound:
             return
         node = sound[int(place * len(sound))]
-        lasting = KINDS[kind][1](self, node, seconds)
+        try:
+            lasting = KINDS[kind][1](self, node, seconds)
+        except NothingThere:  # to kill: no fault
+            return
         self.struck[kind] += 1
         say(f"{kind} on {node.machine.name}" if kind not in ON_HEAD else kind)
         if lasting:
@@ -281,10 +284,15 @@ KINDS: dict[str, tuple[int, Strike]] = {
 ON_HEAD = ("controller killed", "GCS killed", "head power cut")
 
 
+class NothingThere(Exception):
+    """What was to be killed does not run."""
+
+
 def _kill(pids: list[int], share: float) -> None:
-    if pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(sorted(pids)[int(share * len(pids))], signal.SIGKILL)
+    try:
+        os.kill(sorted(pids)[int(share * len(pids))], signal.SIGKILL)
+    except (IndexError, ProcessLookupError):
+        raise NothingThere from None
 
 
 def _shown(trial: Trial) -> str:
