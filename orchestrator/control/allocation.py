@@ -115,7 +115,8 @@ class Allocation:
         may_try = [
             (slot.slot, slot.node)
             for slot in slots.values()
-            if slot.health is not Health.GONE
+            if self.ill
+            and slot.health is not Health.GONE
             and (slot.slot in taken or (slot.free and not bar(slot, self._drains.state)))
         ]
         ill = barred(may_try, taken, self.ill, self._monotonic())
