@@ -39,7 +39,7 @@ def run_attempt(run_dir: RunDir, stop: Stop) -> int:
     Raises:
         TrainerError: Whatever ended the attempt; its ``exit_code`` says what that means.
     """
-    stop.alive, stop.left_s = Pulse(run_dir.alive), run_dir.left_s
+    stop.alive, stop.left_s = Pulse(run_dir.alive), lambda: run_dir.left_s(time.monotonic())
     with _in_words_of(read_spec(run_dir), read_options(run_dir)):
         parts = prepare(run_dir, stop)
     order = wait_for_order(run_dir)

@@ -24,7 +24,6 @@ import contextlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -166,10 +165,10 @@ class RunDir:
             temporary.write_text(json.dumps(by))
             os.replace(temporary, self.stop)
 
-    def left_s(self) -> float | None:
+    def left_s(self, now: float) -> float | None:
         """Return the seconds until a process that was asked to stop is killed; None: nobody said."""
         try:
-            return float(self.stop.read_text()) - time.monotonic()
+            return float(self.stop.read_text()) - now
         except (OSError, ValueError):
             return None
 
