@@ -35,9 +35,9 @@ from support import (
     wait_until_warm,
 )
 
+from orchestrator.grid.submission import submit
 from orchestrator.grid.sweep import Sweep, load
 from orchestrator.launching import launch
-from orchestrator.launching.submission import submit
 from orchestrator.on_ray import local_ray
 from storage.log import Log, run_log
 from storage.object_store import ObjectStore

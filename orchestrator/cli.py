@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 import click
 
 from .commands import operating_commands, storage_commands, supervise_command
-from .commands.options import DEFAULT_STORE, output_option, store_option
+from .commands.options import output_option, store_option
+from .usual_store import DEFAULT_STORE
 
 address_option = click.option(
     "--address",
@@ -95,10 +96,10 @@ def sweep(
     from storage.url import open_store
 
     from .commands.session import refuse_unrunnable, show_plan, work_on
+    from .grid.inputs import shown_upload
+    from .grid.submission import is_new, submit
     from .grid.sweep import load
     from .launching import preflight
-    from .launching.inputs import shown_upload
-    from .launching.submission import is_new, submit
 
     named = (*overrides, f"name={name}") if name else overrides
     planned = load(file, overrides=named)
@@ -134,7 +135,7 @@ def resume(name: str, detach: bool, store_url: str, address: str | None, insecur
     from storage.url import open_store
 
     from .commands.session import work_on
-    from .launching.submission import load_submitted
+    from .grid.submission import load_submitted
 
     found = load_submitted(open_store(store_url), name)  # first: probing writes
     store, probed = open_probed(store_url)
@@ -152,7 +153,7 @@ def status(name: str, watching: bool, output: str, store_url: str, address: str 
     from storage.url import open_store
 
     from .commands.session import controller_finder, watched
-    from .launching.submission import load_submitted
+    from .grid.submission import load_submitted
     from .reports.view import as_json
     from .reports.watch import Watcher, console, table
 
@@ -177,7 +178,7 @@ def why(run: str, with_timeline: bool, store_url: str) -> None:
     from storage.log import run_log
     from storage.url import open_store
 
-    from .launching.submission import find_run
+    from .grid.submission import find_run
     from .reports.why import timeline
     from .reports.why import why as explained
 
@@ -199,7 +200,7 @@ def describe(run: str, output: str, store_url: str) -> None:
     """Print all that is settled about RUN: spec, inputs, attempts, and how often it saves itself and why."""
     from storage.url import open_store
 
-    from .launching.submission import find_run
+    from .grid.submission import find_run
     from .reports.describing import describe as described
     from .reports.describing import text
 
@@ -221,7 +222,7 @@ def cancel(name: str, yes: bool, store_url: str, address: str | None) -> None:
 
     from .commands.cancelling import ask_to_cancel
     from .commands.session import controller_finder
-    from .launching.submission import find_run, load_submitted, sweep_names
+    from .grid.submission import find_run, load_submitted, sweep_names
 
     store = open_store(store_url)
     if name in sweep_names(store):
@@ -259,9 +260,9 @@ def logs(run: str, attempt: int | None, previous: bool, tail: int, events: bool,
     from storage.log import run_log
     from storage.url import open_store
 
-    from .commands.trainer_logs import read_lines
     from .errors import Unknown
-    from .launching.submission import find_run
+    from .grid.submission import find_run
+    from .reports.trainer_logs import read_lines
 
     if previous and attempt:
         raise click.UsageError("--previous and --attempt both say which attempt: give one of them")
@@ -292,7 +293,7 @@ def export(
     from .commands.exporting import export_run
     from .commands.session import best_line
     from .errors import Unknown
-    from .launching.submission import find_run, load_submitted
+    from .grid.submission import find_run, load_submitted
     from .reports.view import best as best_of
     from .reports.view import read_rows
 

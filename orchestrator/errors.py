@@ -22,7 +22,7 @@ from storage.errors import (
     Unavailable,
 )
 
-from .grid.credentials import redacted
+from .credentials import redacted
 
 STORE_DENIED = "E2402"
 STORE_UNREACHABLE = "E2403"

@@ -7,11 +7,11 @@ from storage.errors import StorageError
 from storage.log import RunLog, run_log
 from storage.object_store import ObjectStore
 
+from ..control.appending import append_decided
 from ..control.cluster import RemoteController
 from ..control.lifecycle import CancelAsked, Policy, advance
 from ..errors import OrchestrateError
-from ..on_ray.appending import append_decided
-from .options import store_flag
+from ..usual_store import store_flag
 
 
 def ask_to_cancel(

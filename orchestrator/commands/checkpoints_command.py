@@ -25,11 +25,11 @@ from storage.records import Committed, Pinned, Unpinned
 from storage.run_state import RunState
 
 from ..errors import InvalidFile, OrchestrateError, Problem, Unknown, shown
+from ..grid.submission import find_run
 from ..grid.sweep import Sweep
-from ..launching.submission import find_run
 from ..reports.view import read_states
+from ..usual_store import store_flag
 from .cleaning import keep_of
-from .options import store_flag
 
 _NAMED = re.compile(r"(?P<run>[^@]+)(?:@(?P<step>\d{1,9}))?")
 

@@ -39,8 +39,8 @@ from storage.records import Finished
 from storage.snapshots import read_sweep
 
 from ..errors import OrchestrateError, Unknown
+from ..grid.submission import load_submitted
 from ..grid.sweep import Sweep
-from ..launching.submission import load_submitted
 
 LedgerOf = Callable[[str, str], Ledger | None]
 """For a sweep ("": none) and a run: where to append, or None."""

@@ -24,9 +24,9 @@ from storage.object_store import ObjectStore
 from storage.probe import open_probed
 
 from ..errors import OrchestrateError
+from ..grid.submission import submit
 from ..grid.sweep import PlannedRun, Sweep, load
 from ..launching import launch
-from ..launching.submission import submit
 from ..on_ray import local_ray
 from ..reports.view import RunView, Status, best, read_states, rows
 from ..reports.watch import watch

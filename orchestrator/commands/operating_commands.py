@@ -36,7 +36,7 @@ def events(name: str, follow: bool, since: float | None, output: str, store_url:
     """Print what the logs of a sweep, or of one run, say, oldest first. -o json: one JSON object a line."""
     from storage.url import open_store
 
-    from ..launching.submission import find_run, load_submitted, sweep_names
+    from ..grid.submission import find_run, load_submitted, sweep_names
     from ..reports.events import EventReader, as_json, line
 
     store = open_store(store_url)
@@ -74,10 +74,10 @@ def explain(run: str, output: str, store_url: str, address: str | None) -> None:
     from storage.url import open_store
 
     from ..control.controller import policy_of
-    from ..launching.submission import find_run
+    from ..grid.submission import find_run
     from ..reports.explaining import explain as explained
     from ..reports.view import status
-    from .options import store_flag
+    from ..usual_store import store_flag
     from .session import controller_finder
 
     store = open_store(store_url)
@@ -185,7 +185,7 @@ def _rows(
 ) -> "Iterator[tuple[str, list[NodeView], bool]]":
     """Yield (sweep, its nodes, whether a controller said so), for one sweep or for all that are worked on."""
     from ..control.draining import drain_log
-    from ..launching.submission import load_submitted, sweep_names
+    from ..grid.submission import load_submitted, sweep_names
     from ..reports.nodes import nodes as nodes_of
     from ..reports.nodes import of_logs
     from ..reports.view import read_states

@@ -19,7 +19,7 @@ from ..launching import launch
 from ..on_ray import local_ray
 from ..reports.view import OVER, RunView, Status, best, described, read_rows
 from ..reports.watch import console, table, watch
-from .options import store_flag
+from ..usual_store import store_flag
 
 if TYPE_CHECKING:
     from ..on_ray.controller_client import ControllerClient

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import output_option, store_flag, store_option
+from ..usual_store import store_flag
+from .options import output_option, store_option
 
 if TYPE_CHECKING:
     from storage.garbage.collecting import Collected
@@ -108,8 +109,9 @@ def du(sweep: str | None, store_url: str, output: str) -> None:
     """Say what takes how much room in the store, biggest first; of one SWEEP, if given."""
     from storage.garbage.usage import usage
 
+    from ..amounts import size_text
     from .cleaning import look
-    from .storage_tables import print_usage, size_text, usage_json
+    from .storage_tables import print_usage, usage_json
 
     store = _open(store_url, sweep)
     with _progress("reading logs") as advance:
@@ -214,7 +216,7 @@ COMMANDS = (gc, du, checkpoints)
 def _pin(name: str, store_url: str, address: str | None, *, unpin: bool) -> None:
     from storage.probe import open_probed
 
-    from ..on_ray.appending import ledger_of
+    from ..control.appending import ledger_of
     from . import checkpoints_command as command
 
     run, step = command.parse(name)
@@ -249,7 +251,7 @@ def _apply(store: "ObjectStore", probed: "ProbeResult", plan: "Survey", address:
     """Carry a plan out, where this process may write, and say what is left to a controller."""
     from storage.garbage.collecting import Collected
 
-    from ..on_ray.appending import ledger_of
+    from ..control.appending import ledger_of
     from .cleaning import carry_out
 
     controllers: dict[str, RemoteController | None] = {}
@@ -281,8 +283,8 @@ def _apply(store: "ObjectStore", probed: "ProbeResult", plan: "Survey", address:
 
 def _conclude(done: "Collected", url: str) -> None:
     """Say what was done; exit as the store's answer deserves."""
+    from ..amounts import size_text
     from ..errors import AccessRefused, StoreUnreachable
-    from .storage_tables import size_text
 
     click.echo(
         f"deleted {done.objects} object{'s' * (done.objects != 1)}, {size_text(done.size_bytes)}; "
@@ -317,7 +319,7 @@ def _open(store_url: str, sweep: str | None) -> "ObjectStore":
     """
     from storage.url import open_store
 
-    from ..launching.submission import load_submitted
+    from ..grid.submission import load_submitted
 
     store = open_store(store_url)
     if sweep is not None:

@@ -13,10 +13,9 @@ from storage.garbage.inventory import size_of
 from storage.garbage.rules import Doomed, RunPlan
 from storage.garbage.usage import Usage
 
+from ..amounts import age_text, size_text
 from ..reports.watch import console
 from .cleaning import Survey
-
-_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,22 +29,6 @@ class Row:
     size_bytes: int
     when: str = "now"
     """``now``, or ``later``: by a later gc, when its grace period is over."""
-
-
-def size_text(size_bytes: float) -> str:
-    """Return a size as providers write it: 1 GB is 10^9 bytes."""
-    size, unit = float(size_bytes), 0
-    while size >= 999.95 and unit < len(_UNITS) - 1:
-        size, unit = size / 1000, unit + 1
-    return f"{size:.1f} {_UNITS[unit]}" if unit else f"{size:.0f} B"
-
-
-def age_text(age_s: float) -> str:
-    seconds = max(0.0, age_s)
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def rows(plan: Survey) -> list[Row]:

@@ -65,8 +65,8 @@ def supervise(
     from storage.errors import Unavailable
     from storage.url import open_store
 
+    from ..grid.submission import load_submitted
     from ..grid.sweep import load
-    from ..launching.submission import load_submitted
     from ..on_ray.detection import ENVIRONMENT
     from ..supervise.loop import Supervisor, resuming, said, stopped_by_signals, sweeping
 

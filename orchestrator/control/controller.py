@@ -32,9 +32,9 @@ from storage.run_state import RunState
 
 from ..grid.schema import Recovery
 from ..grid.sweep import Sweep
-from ..on_ray.appending import append_decided
 from . import silence
 from .allocation import Allocation
+from .appending import append_decided
 from .cluster import Cluster, Health, Slot
 from .draining import DrainBook, drain_record
 from .lifecycle import CancelAsked, Event, Phase, Policy, advance, phase, settle

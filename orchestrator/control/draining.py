@@ -22,8 +22,8 @@ from storage.errors import Corrupt, StorageError
 from storage.log import Log
 from storage.object_store import ObjectStore
 
-from ..commands.options import store_flag
 from ..errors import OrchestrateError
+from ..usual_store import store_flag
 from .cluster import RemoteController
 from .readers import Readers
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from ..credentials import looks_secret, names_secret
 from ..errors import InvalidFile, Problem, shown
-from .credentials import looks_secret, names_secret
 from .text import MAX_DEPTH, compose, place_of, refused, text_of
 
 MAX_VALUES = 50_000

@@ -20,8 +20,8 @@ from pydantic import Field, ValidationError
 
 from trainer.config import Frozen, RunSpec
 
-from ..commands.options import DEFAULT_STORE
 from ..errors import InvalidFile, Problem, Unknown, closest, shown
+from ..usual_store import DEFAULT_STORE
 from .checks import grid_problems
 from .errors import explain
 from .expansion import Cell, Expansion, comparable, expand

@@ -1,1 +1,1 @@
-"""From a planned sweep to one that runs: checks, uploads, records, a controller."""
+"""From a planned sweep to one that runs: what is checked before, and a controller."""

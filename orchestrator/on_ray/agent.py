@@ -31,13 +31,13 @@ from trainer.patience import one_line, patiently
 from trainer.rundir import EXIT_COMPLETE, EXIT_PREEMPTED, EXIT_STORE_UNREACHABLE, EXIT_UNFIT, Options
 from trainer.supervisor import Assignment, Progress, Supervisor
 
+from ..control.appending import ArbitratedLedger
 from ..control.cluster import Order, Work
 from ..grid.schema import Notices
-from ..launching.submission import read_spec
+from ..grid.submission import read_spec
 from ..notices.notice import Notice
 from ..notices.sources import source_of
 from ..notices.watcher import NoticeWatcher
-from .appending import ArbitratedLedger
 from .canary import LOOKING, Canary, look, unfit
 from .lineage import end_with_parent
 from .metrics import AgentMetrics

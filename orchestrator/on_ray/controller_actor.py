@@ -26,7 +26,7 @@ from ..control.controller import Controller
 from ..control.placing import Outlook, SlotNote
 from ..control.term import SteppedDown, Term
 from ..errors import OrchestrateError
-from ..launching.submission import load_submitted
+from ..grid.submission import load_submitted
 from .agent import AgentSetup
 from .granting import Unenforced, check_store, desk_for
 from .metrics import ControllerMetrics

@@ -10,7 +10,7 @@ from storage.run_state import RunState
 from trainer.supervisor import Storing
 
 from ..control.placing import SlotNote, Standing
-from ..control.tally import Tally, added, goodput, tally
+from ..reports.tally import Tally, added, goodput, tally
 from ..reports.view import Status, status
 
 SECONDS = [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000]

@@ -15,11 +15,11 @@ from storage.redaction import printable, redacted
 from storage.run_state import Attempt, RunState
 from trainer.interval import MIN_S, UNMEASURED
 
-from ..commands.storage_tables import size_text
-from ..commands.trainer_logs import read_lines
+from ..amounts import size_text
 from ..errors import Unknown
 from ..grid.schema import AUTO, Checkpoint
 from ..grid.sweep import Sweep
+from .trainer_logs import read_lines
 from .view import described, status
 from .why import NO_TIME, moment_of
 

@@ -13,10 +13,10 @@ from rich.text import Text
 
 from storage.object_store import ObjectStore
 
-from ..commands.options import store_flag
 from ..control.cluster import RemoteController
 from ..errors import OrchestrateError
 from ..grid.sweep import Sweep
+from ..usual_store import store_flag
 from .sweep_logs import SweepLogs
 from .view import OVER, RunView, Status, best, described, rows
 

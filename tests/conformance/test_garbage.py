@@ -19,7 +19,7 @@ from support.s3_servers import S3Server
 
 from orchestrator.cli import main
 from orchestrator.commands.cleaning import carry_out, look, survey
-from orchestrator.launching.submission import submit
+from orchestrator.grid.submission import submit
 from storage import layout
 from storage.checkpoints import CheckpointStore
 from storage.garbage.collecting import Collected, store_time

@@ -19,9 +19,9 @@ from support.gate import Gate
 from support.s3_servers import S3Server
 
 from orchestrator.errors import OrchestrateError
+from orchestrator.grid.submission import submit
 from orchestrator.grid.sweep import Sweep, load
 from orchestrator.launching import launch
-from orchestrator.launching.submission import submit
 from orchestrator.on_ray import local_ray
 from orchestrator.on_ray.local_ray import LocalRay
 from orchestrator.reports.why import interruptions

@@ -10,9 +10,9 @@ from support.cluster import running_cluster, wait_for
 from support.evidence import adapter, litter, trained_alone
 from support.gate import Gate
 
+from orchestrator.grid.submission import submit
 from orchestrator.grid.sweep import Sweep, load
 from orchestrator.launching import launch
-from orchestrator.launching.submission import submit
 from orchestrator.on_ray import local_ray
 from orchestrator.reports.why import interruptions, why
 from storage.log import run_log

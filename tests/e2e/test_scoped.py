@@ -14,9 +14,9 @@ from support.gate import Gate
 from support.s3_servers import SECRET, S3Server
 
 from orchestrator.errors import OrchestrateError, PreflightFailed
+from orchestrator.grid.submission import submit
 from orchestrator.grid.sweep import load
 from orchestrator.launching import launch
-from orchestrator.launching.submission import submit
 from orchestrator.on_ray.local_ray import LocalRay
 from storage.log import run_log
 from storage.object_store import ObjectStore

@@ -14,8 +14,8 @@ from support.cluster import descendants, kill_cluster, wait_for
 from support.evidence import adapter, litter, trained_alone
 from support.gate import Gate
 
+from orchestrator.grid.submission import submit
 from orchestrator.grid.sweep import load
-from orchestrator.launching.submission import submit
 from orchestrator.on_ray import local_ray
 from storage.log import run_log
 from storage.records import EndReason, Outcome

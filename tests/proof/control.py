@@ -24,12 +24,12 @@ from support.fake_cluster import FakeCluster, small_sweep
 from support.unreliable_store import Interleaving, Seat
 
 from orchestrator.control import sweep_snapshot
+from orchestrator.control.appending import append_decided
 from orchestrator.control.controller import Controller
 from orchestrator.control.lifecycle import CancelAsked, Policy, advance
 from orchestrator.control.term import SteppedDown, Term
 from orchestrator.grid.schema import Checkpoint, Recovery
 from orchestrator.grid.sweep import Sweep
-from orchestrator.on_ray.appending import append_decided
 from storage import snapshots
 from storage.errors import Fenced, StorageError, Unavailable
 from storage.log import run_log

@@ -18,11 +18,11 @@ from support.light_trainer import save
 from support.runs import claimed, committed, ended, incarnation
 
 from orchestrator.cli import main
-from orchestrator.commands.options import store_flag
 from orchestrator.commands.session import EXIT_DETACHED, EXIT_RUNS_FAILED
 from orchestrator.grid.schema import Metric
+from orchestrator.grid.submission import load_submitted, submit
 from orchestrator.grid.sweep import Sweep
-from orchestrator.launching.submission import load_submitted, submit
+from orchestrator.usual_store import store_flag
 from storage import layout
 from storage.checkpoints import CheckpointStore
 from storage.directory import DirectoryStore

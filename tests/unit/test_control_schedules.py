@@ -8,13 +8,13 @@ from proof.control import play
 from support.fake_cluster import small_sweep
 from support.runs import claimed, committed
 
+from orchestrator.control.appending import append_decided
 from orchestrator.control.cluster import Slot
 from orchestrator.control.lifecycle import CancelAsked, Policy, advance
 from orchestrator.control.loss import loss
 from orchestrator.control.pruning import delete_orphans, prune
 from orchestrator.control.steering import Steering
 from orchestrator.control.tracked_run import TrackedRun
-from orchestrator.on_ray.appending import append_decided
 from storage.log import run_log
 from storage.memory import MemoryStore
 from storage.records import CancelRequested, EndReason, Finished, Outcome, Retired

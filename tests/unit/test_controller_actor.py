@@ -10,7 +10,7 @@ from ray.exceptions import ActorDiedError, GetTimeoutError
 from support.fake_cluster import small_sweep
 
 from orchestrator.errors import OrchestrateError
-from orchestrator.launching.submission import submit
+from orchestrator.grid.submission import submit
 from orchestrator.on_ray import controller_actor
 from orchestrator.on_ray.controller_actor import ControllerActor, ControllerSetup
 from orchestrator.on_ray.controller_client import ControllerClient

@@ -9,11 +9,11 @@ from support.fake_cluster import small_sweep
 from support.runs import claimed, committed, ended
 from support.tiny_world import build_images
 
+from orchestrator.amounts import size_text
 from orchestrator.cli import main
-from orchestrator.commands.storage_tables import size_text
 from orchestrator.grid.schema import Checkpoint
+from orchestrator.grid.submission import submit
 from orchestrator.grid.sweep import Sweep
-from orchestrator.launching.submission import submit
 from orchestrator.reports.describing import describe, text
 from storage import layout
 from storage.content.store import store_for

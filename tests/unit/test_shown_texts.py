@@ -10,7 +10,7 @@ from support.fake_cluster import small_sweep
 from support.runs import claimed
 
 from orchestrator.cli import main
-from orchestrator.commands.trainer_logs import read_lines
+from orchestrator.reports.trainer_logs import read_lines
 from orchestrator.reports.why import timeline, why
 from storage import layout
 from storage.directory import DirectoryStore

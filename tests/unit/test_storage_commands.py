@@ -17,10 +17,10 @@ from support.invariants import violations
 from support.runs import claimed, ended, incarnation, read_files, ref, write_checkpoint
 
 from orchestrator.cli import main
+from orchestrator.control.appending import ArbitratedLedger, ledger_of
 from orchestrator.control.cluster import Work
 from orchestrator.grid.schema import Checkpoint, Metric
-from orchestrator.launching.submission import submit
-from orchestrator.on_ray.appending import ArbitratedLedger, ledger_of
+from orchestrator.grid.submission import submit
 from storage import layout
 from storage.checkpoints import CheckpointStore
 from storage.directory import DirectoryStore

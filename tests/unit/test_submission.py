@@ -8,7 +8,7 @@ from support.flaky_store import Died, Fault, FlakyStore
 
 from orchestrator.errors import Ambiguous, InvalidFile, OrchestrateError, Unknown
 from orchestrator.grid.schema import Recovery
-from orchestrator.launching.submission import find_run, load_submitted, read_spec, submit, sweep_names
+from orchestrator.grid.submission import find_run, load_submitted, read_spec, submit, sweep_names
 from storage import layout
 from storage.errors import NotFound
 from storage.memory import MemoryStore

@@ -2,7 +2,7 @@
 
 from support.runs import claimed, committed
 
-from orchestrator.control.tally import Tally, added, goodput, tally
+from orchestrator.reports.tally import Tally, added, goodput, tally
 from storage.records import Claimed, Committed, Ended, EndReason, Finished, Outcome, Record, Started
 from storage.run_state import RunState, apply
 

@@ -11,11 +11,11 @@ from support.flaky_store import Died, Fault, FlakyStore
 from support.interrupted_store import InterruptedStore
 from support.tiny_world import build_images
 
-from orchestrator.commands.storage_tables import size_text
+from orchestrator.amounts import size_text
 from orchestrator.errors import PreflightFailed
+from orchestrator.grid.inputs import are_uploaded, local_inputs, shown_upload
+from orchestrator.grid.submission import submit, sweep_names
 from orchestrator.grid.sweep import Sweep, load
-from orchestrator.launching.inputs import are_uploaded, local_inputs, shown_upload
-from orchestrator.launching.submission import submit, sweep_names
 from storage.content import store as content
 from storage.content.state import unreferenced
 from storage.content.store import content_log

@@ -17,9 +17,10 @@ from storage.errors import Corrupt
 from storage.object_store import ObjectStore
 from trainer.rundir import Options, cache_folder
 
+from ..amounts import size_text
 from ..errors import PreflightFailed, Problem
-from ..grid.schema import Storage
-from ..grid.sweep import Sweep
+from .schema import Storage
+from .sweep import Sweep
 
 Sent = Callable[[int], None]
 """Told the size of each file that is in the store from now on."""
@@ -92,8 +93,6 @@ def shown_upload(sweep: Sweep, store: ObjectStore) -> Iterator[Sent]:
                 task = bar.add_task("", total=total)
                 advance.append(lambda done: bar.advance(task, done))
             else:
-                from ..commands.storage_tables import size_text  # imports submission, which imports this
-
                 click.echo(f"uploading inputs, {size_text(total)}, to {store.url}", err=True)
                 advance.append(lambda done: None)
 

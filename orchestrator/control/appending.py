@@ -13,7 +13,7 @@ from storage.object_store import ObjectStore
 from storage.records import RECORD, Record
 from storage.run_state import RunState
 
-from ..control.cluster import RemoteController
+from .cluster import RemoteController
 
 
 class ArbitratedLedger:

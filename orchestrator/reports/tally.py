@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from storage.records import EndReason
 from storage.run_state import RunState
 
-from ..reports.why import interruptions
+from .why import interruptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

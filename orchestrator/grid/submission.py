@@ -12,8 +12,8 @@ from storage.object_store import ObjectStore
 from trainer.config import RunSpec
 
 from ..errors import Ambiguous, InvalidFile, OrchestrateError, Problem, Unknown, shown, suggest
-from ..grid.sweep import Sweep, differences
 from .inputs import Sent, are_uploaded, store_inputs
+from .sweep import Sweep, differences
 
 
 def submit(sweep: Sweep, store: ObjectStore, on_sent: Sent = lambda size_bytes: None) -> bool:
