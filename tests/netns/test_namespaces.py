@@ -54,6 +54,14 @@ def test_a_frozen_machine_stands_still_and_a_power_cut_leaves_nothing(net: Netwo
     assert machine.pids == []
 
 
+def test_a_network_leaves_another_one_of_the_same_test_alone(net: Network) -> None:
+    one = net.add("one")
+    with network() as other:
+        other.add("one")
+    with listening(net.hub):
+        wait_for("the server", lambda: reaches(one, net.hub), 20)
+
+
 def test_what_a_killed_test_left_is_removed_by_the_next_one() -> None:
     if reason := why_no_namespaces():
         pytest.skip(reason)

@@ -12,6 +12,7 @@ that was killed left behind is removed by the next one.
 
 import contextlib
 import ctypes
+import itertools
 import os
 import shutil
 import signal
@@ -31,6 +32,8 @@ _NAMESPACES = Path("/run/netns")
 _CLONE_NEWNET = 0x40000000
 _INIT = "sleep infinity & wait"
 START_S = 20.0
+_NUMBERS = itertools.count()
+"""Of this process's networks: a test may make one while another is up."""
 _STILL = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE, None)
 
 
@@ -178,8 +181,8 @@ class Network:
     """The hub, and the machines on it."""
 
     def __init__(self) -> None:
-        self._prefix = f"{PREFIX}-{os.getpid()}-"
-        self.hub = Machine("hub", HUB_ADDRESS, f"{self._prefix}hub", None)
+        self.prefix = f"{PREFIX}-{os.getpid()}-{next(_NUMBERS)}-"
+        self.hub = Machine("hub", HUB_ADDRESS, f"{self.prefix}hub", None)
         self.machines: dict[str, Machine] = {}
 
     def build(self) -> None:
@@ -192,7 +195,7 @@ class Network:
 
     def add(self, name: str) -> Machine:
         """Make a machine and plug it in."""
-        hub, namespace = self.hub.namespace, f"{self._prefix}{name}"
+        hub, namespace = self.hub.namespace, f"{self.prefix}{name}"
         machine = Machine(name, f"{NETWORK}.{len(self.machines) + 2}", namespace, hub)
         _ip("netns", "add", namespace)
         _ip("-n", hub, "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", namespace)
@@ -215,7 +218,7 @@ def network() -> Iterator[Network]:
     finally:
         for machine in (net.hub, *net.machines.values()):
             machine.power_off()
-        _remove(f"{PREFIX}-{os.getpid()}-")
+        _remove(net.prefix)
 
 
 def _remove_leftovers() -> None:
