@@ -112,7 +112,11 @@ class CheckpointStore:
         prefix = layout.checkpoint_prefix(self._run_id, attempt, incarnation, manifest.step)
         stored = self._uploader.upload(local, files, prefix)
         committed = committed.model_copy(update={"files": stored})
-        self._ledger.append(committed)
+        try:
+            self._ledger.append(committed)
+        except Fenced:
+            withdraw(self._store, self._run_id, self._ledger, prefix)
+            raise
         if only is None:
             self._uploader.forget(prefix)
         return committed
@@ -284,6 +288,24 @@ class CheckpointStore:
             raise error
         logger.warning("%s: %s is not used: %s", self._run_id, unusable.ref, error)
         return present
+
+
+def withdraw(store: ObjectStore, run_id: str, ledger: Ledger, prefix: str) -> None:
+    """Delete what was uploaded under ``prefix`` and can never be committed any more, if that is possible.
+
+    The controllers that tidied the run may all have looked before it arrived. What nobody can delete here, or
+    whoever uploaded it did not live to, is left for ``gc``.
+    """
+    for _ in range(FETCH_TRIES):
+        try:
+            state = ledger.refresh()
+            store.delete(info.key for info in garbage.orphans(run_id, state, store.list(prefix)))
+        except Unavailable:
+            continue
+        except StorageError:
+            return
+        else:
+            return
 
 
 def _check(directory: Path, committed: Committed) -> None:

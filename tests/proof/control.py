@@ -61,7 +61,13 @@ def play(seed: int, *, record: bool = False) -> Verdict:
             interleaving.spawn("person", lambda seat: cancel(world, seat))
         interleaving.run()
         found = list(interleaving.problems) or settle(world)
-    found = found or judge(world.sweep, interleaving.inner, world.clusters, most_attempts=drawn.most_attempts)
+    found = found or judge(
+        world.sweep,
+        interleaving.inner,
+        world.clusters,
+        most_attempts=drawn.most_attempts,
+        arrived_late=interleaving.arrived_late,
+    )
     return Verdict(seed, found, interleaving.history)
 
 

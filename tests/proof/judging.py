@@ -6,7 +6,7 @@ needed) and I9 (no litter) are judged here; that a sweep ends at all (I8) is see
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from support.fake_cluster import FILE, FakeCluster, weights_at
 from support.invariants import leftovers, violations
@@ -14,6 +14,7 @@ from support.invariants import leftovers, violations
 from orchestrator.grid.sweep import PlannedRun, Sweep
 from storage import layout
 from storage.errors import NotFound
+from storage.garbage.rules import orphans
 from storage.log import run_log
 from storage.object_store import ObjectStore
 from storage.records import (
@@ -34,11 +35,14 @@ def judge(
     clusters: Sequence[FakeCluster],
     *,
     most_attempts: int | None = None,
+    arrived_late: Collection[str] = (),
 ) -> list[str]:
     """Return a sentence for each thing that must hold and does not.
 
     Args:
         most_attempts: What a run may have needed; None: any number.
+        arrived_late: Calls that the store carried out when nobody waited for them any more. What they left is
+            for ``gc``, which must know it for what it is.
     """
     blamed = {attempt for cluster in clusters for attempt in cluster.blamed}
     lost_agents = {slot for cluster in clusters for slot in cluster.lost_agents}
@@ -68,7 +72,9 @@ def judge(
         found += violations(store, run.run_id)
         found += _result(run, state, records, store, may_fail=own_faults >= sweep.recovery.max_failures)
         found += _kept(run, records, acknowledged)
-        found += [f"left behind: {key}" for key in leftovers(store, run.run_id, state)]
+        data = store.list(layout.data_prefix(run.run_id))
+        for_gc = {o.key for o in orphans(run.run_id, state, data) if f"put {o.key}" in arrived_late}
+        found += [f"left behind: {k}" for k in leftovers(store, run.run_id, state) if k not in for_gc]
         found += [f"{run.run_id}: retired, and still there: {c.ref}" for c in state.retired]
     return found
 

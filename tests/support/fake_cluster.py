@@ -21,6 +21,7 @@ from orchestrator.grid.schema import Checkpoint, Metric, Recovery, Storage
 from orchestrator.grid.sweep import PlannedRun, Sweep
 from orchestrator.notices.notice import Kind, Notice, Standing, after, told
 from storage import layout
+from storage.checkpoints import withdraw
 from storage.errors import Corrupt, Fenced, Unavailable
 from storage.log import RunLog, run_log
 from storage.object_store import ObjectStore
@@ -202,7 +203,11 @@ class _Trainer:
             final=final,
             at=now,
         )
-        self.log.append(committed)
+        try:
+            self.log.append(committed)
+        except Fenced:
+            withdraw(self.store, order.run_id, self.log, key.removesuffix(FILE))
+            raise
         self.acknowledged.append(committed)
 
     def work(self) -> Work:

@@ -76,6 +76,8 @@ class Interleaving:
         self.problems: list[str] = []
         self._actors: list[Actor] = []
         self._late: list[tuple[str, Callable[[], object]]] = []
+        self.arrived_late = set[str]()
+        """The calls that took effect when their caller had long been told that they failed."""
         self._hub = greenlet.getcurrent()
         self._thread = threading.get_ident()
 
@@ -147,6 +149,7 @@ class Interleaving:
     def _arrive(self) -> None:
         what, effect = self._late.pop(int(self.chance.random() * len(self._late)))
         self.note(f"  arrives late: {what}")
+        self.arrived_late.add(what)
         effect()
 
     def call(self, actor: Actor, what: str, effect: Callable[[], T], *, writes: bool = False) -> T:

@@ -140,6 +140,8 @@ def test_a_ghost_uploads_under_its_own_prefix_and_is_refused(world: World) -> No
         ghost.publish(local, 1, incarnation(1))
 
     assert world.log.refresh().checkpoints == (mine,)
+    left = list(world.store.list(layout.checkpoint_prefix(RUN, 1, incarnation(1), 10)))
+    assert left == [], "who was refused takes back what it uploaded: nobody may look there again"
     fetched = world.checkpoints.fetch(mine, world.disk / "in" / "step-000000010")
     assert read_files(fetched) == contents(10)
 
