@@ -24,6 +24,7 @@ from orchestrator.grid.sweep import Sweep, load
 from orchestrator.launching import launch
 from orchestrator.on_ray import local_ray
 from orchestrator.on_ray.local_ray import LocalRay
+from orchestrator.on_ray.scratch import LOCK
 from orchestrator.reports.why import interruptions
 from storage.log import RunLog, run_log
 from storage.object_store import ObjectStore
@@ -214,12 +215,11 @@ def kill(
 
 
 def open_run_folders(agent_pid: int) -> list[Path]:
-    """The scratch folders of an agent: its node's disk, as far as runs are concerned."""
-    import tempfile
-
-    root = Path(tempfile.gettempdir()) / f"orchestrate-{os.getuid()}" / str(agent_pid)
-    assert root.is_dir()
-    return [root]
+    """The scratch folders of an agent, whose locks it holds: its node's disk, as far as runs are concerned."""
+    files = [Path(file.path) for file in psutil.Process(agent_pid).open_files()]
+    found = [file.parent for file in files if file.name == LOCK]
+    assert found
+    return found
 
 
 def over(log: RunLog, attempt: Attempt) -> bool:
