@@ -215,7 +215,7 @@ def kill(
 
 
 def open_run_folders(agent_pid: int) -> list[Path]:
-    """The scratch folders of an agent, whose locks it holds: its node's disk, as far as runs are concerned."""
+    """The scratch folders of an agent, which holds their locks: its node's disk, as far as runs go."""
     files = [Path(file.path) for file in psutil.Process(agent_pid).open_files()]
     found = [file.parent for file in files if file.name == LOCK]
     assert found

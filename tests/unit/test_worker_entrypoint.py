@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.notices.own import File
+from orchestrator.on_ray.scratch import own_scratch
 
 SCRIPT = Path(__file__).resolve().parents[2] / "infra" / "orchestrate-worker"
 DEADLINE_S = 60.0
@@ -37,8 +39,10 @@ class Node:
         self.folder = folder
         self.notice = folder / "notice"
         self.started, self.told = folder / "started", folder / "told"
-        self.attempt = folder / f"orchestrate-{os.getuid()}" / str(os.getpid()) / "cat-0-a1-deadbeef"
         self.process: subprocess.Popen[str] | None = None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tempfile, "tempdir", str(folder))
+            self.attempt = own_scratch() / "cat-0-a1-deadbeef"
 
     def start(self, stop_s: int) -> subprocess.Popen[str]:
         variables = {
