@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -274,6 +275,30 @@ def _free_port(wanted: int) -> int:
     raise OSError("no port is free on the loopback interface")
 
 
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Let one head of this user start at a time: two would both find the dashboard's port free.
+
+    Who hangs while starting, or took the file's name from us, holds nobody up for long.
+    """
+    path = Path(tempfile.gettempdir()) / f"orchestrate-{os.getuid()}.starting"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError:
+        yield
+        return
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S / 2
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.1)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _make_token(path: Path) -> None:
     """Make a token that only we can read, unless there is one; it appears whole or not at all."""
     if path.exists():
@@ -311,18 +336,19 @@ class _Host:
         self._wanted = nodes
         self._raylets: dict[str, int] = {}
         loopback = {"node_ip_address": LOOPBACK}
-        self._cluster: Any = Cluster(
-            initialize_head=True,
-            head_node_args={
-                **loopback,
-                "num_cpus": 0,
-                "num_gpus": 0,
-                "include_dashboard": True,
-                "dashboard_host": LOOPBACK,
-                "dashboard_port": _free_port(8265),
-                "_system_config": detection.system_config(),
-            },
-        )
+        with _one_at_a_time():
+            self._cluster: Any = Cluster(
+                initialize_head=True,
+                head_node_args={
+                    **loopback,
+                    "num_cpus": 0,
+                    "num_gpus": 0,
+                    "include_dashboard": True,
+                    "dashboard_host": LOOPBACK,
+                    "dashboard_port": _free_port(8265),
+                    "_system_config": detection.system_config(),
+                },
+            )
         self._gpus = {} if nodes == 1 else {"num_gpus": 0}  # one worker node sees the machine's GPUs
         while len(self._raylets) < self._wanted:
             self._add_node()

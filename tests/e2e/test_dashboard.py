@@ -1,5 +1,6 @@
 """What who operates the cluster sees: a sweep that is a Ray job, on the real dashboard, with its token."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -153,7 +154,13 @@ def fetch_json(cluster: LocalRay, path: str) -> dict[str, Any]:
 
 
 def fetch(url: str) -> str:
+    """What is at a url, asked again where the connection breaks: the dashboard restarts parts of itself."""
+    return wait_for(f"an answer from {url}", lambda: fetched(url), 60)
+
+
+def fetched(url: str) -> str | None:
     token = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
-    with urllib.request.urlopen(request, timeout=20) as reply:
+    with contextlib.suppress(ConnectionError), urllib.request.urlopen(request, timeout=20) as reply:
         return str(reply.read().decode())
+    return None
