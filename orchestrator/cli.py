@@ -12,14 +12,11 @@ from typing import Any, NoReturn
 import click
 
 from .commands import operating_commands, storage_commands, supervise_command
-from .commands.options import output_option, store_option
+from .commands.options import address_option, output_option, store_option
 from .usual_store import DEFAULT_STORE
 
-address_option = click.option(
-    "--address",
-    envvar="RAY_ADDRESS",
-    default=None,
-    help="The Ray cluster, e.g. auto or 10.0.0.1:6379. By default one on this machine, started when needed.",
+cluster_option = address_option(
+    "The Ray cluster, e.g. auto or 10.0.0.1:6379. By default one on this machine, started when needed."
 )
 insecure_option = click.option(
     "--insecure", is_flag=True, help="Use a cluster elsewhere although RAY_AUTH_MODE=token is not set."
@@ -79,7 +76,7 @@ def validate(file: Path, overrides: tuple[str, ...]) -> None:
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @click.option("-d", "--detach", is_flag=True, help="Return once the sweep runs.")
 @click.option("--dry-run", is_flag=True, help="Check everything and show the runs, launch nothing.")
-@address_option
+@cluster_option
 @insecure_option
 def sweep(
     file: Path,
@@ -127,7 +124,7 @@ def sweep(
 @click.argument("name")
 @click.option("-d", "--detach", is_flag=True, help="Return once the sweep runs.")
 @store_option
-@address_option
+@cluster_option
 @insecure_option
 def resume(name: str, detach: bool, store_url: str, address: str | None, insecure: bool) -> None:
     """Go on with a sweep, with nothing but its store. Safe at any time, also when it is running."""
@@ -147,7 +144,7 @@ def resume(name: str, detach: bool, store_url: str, address: str | None, insecur
 @click.option("-w", "--watch", "watching", is_flag=True, help="Keep showing until every run is over.")
 @output_option
 @store_option
-@address_option
+@cluster_option
 def status(name: str, watching: bool, output: str, store_url: str, address: str | None) -> None:
     """Show where the runs of a sweep are."""
     from storage.url import open_store
@@ -214,7 +211,7 @@ def describe(run: str, output: str, store_url: str) -> None:
 @click.argument("name")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @store_option
-@address_option
+@cluster_option
 def cancel(name: str, yes: bool, store_url: str, address: str | None) -> None:
     """Stop a sweep, or one run of it. Running trainers save themselves first; logs and checkpoints stay."""
     from storage.probe import open_probed

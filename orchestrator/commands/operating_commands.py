@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import output_option, store_option
+from .options import address_option, output_option, store_option
 from .storage_commands import age
 
 if TYPE_CHECKING:
@@ -18,11 +18,8 @@ if TYPE_CHECKING:
     from ..control.cluster import RemoteController
     from ..reports.nodes import NodeView
 
-address_option = click.option(
-    "--address",
-    envvar="RAY_ADDRESS",
-    default=None,
-    help="The sweep's Ray cluster; by default one on this machine, if it is there.",
+sweeps_cluster_option = address_option(
+    "The sweep's Ray cluster; by default one on this machine, if it is there."
 )
 
 
@@ -65,7 +62,7 @@ def events(name: str, follow: bool, since: float | None, output: str, store_url:
 @click.argument("run")
 @output_option
 @store_option
-@address_option
+@sweeps_cluster_option
 def explain(run: str, output: str, store_url: str, address: str | None) -> None:
     """Say why RUN waits, why it is on its node, and what its last end means for it."""
     from dataclasses import asdict
@@ -105,7 +102,7 @@ def explain(run: str, output: str, store_url: str, address: str | None) -> None:
 @click.option("-a", "--all", "with_gone", is_flag=True, help="Also nodes that are gone.")
 @output_option
 @store_option
-@address_option
+@sweeps_cluster_option
 def nodes(sweep: str | None, with_gone: bool, output: str, store_url: str, address: str | None) -> None:
     """Show the nodes that train for SWEEP (by default: for each that a controller works on)."""
     from storage.url import open_store
@@ -144,7 +141,7 @@ def nodes(sweep: str | None, with_gone: bool, output: str, store_url: str, addre
 )
 @click.option("--undo", is_flag=True, help="The node may be used again, also if it was in quarantine.")
 @store_option
-@address_option
+@sweeps_cluster_option
 def drain(
     node: str, sweeps: tuple[str, ...], deadline: float, undo: bool, store_url: str, address: str | None
 ) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..usual_store import store_flag
-from .options import output_option, store_option
+from .options import address_option, output_option, store_option
 
 if TYPE_CHECKING:
     from storage.garbage.collecting import Collected
@@ -24,11 +24,8 @@ if TYPE_CHECKING:
 
 _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
-address_option = click.option(
-    "--address",
-    envvar="RAY_ADDRESS",
-    default=None,
-    help="The sweep's Ray cluster, for stores where only its controller may write to the logs.",
+arbiter_option = address_option(
+    "The sweep's Ray cluster, for stores where only its controller may write to the logs."
 )
 
 
@@ -55,7 +52,7 @@ def age(context: click.Context, parameter: click.Parameter, value: str | None) -
     "and pinned checkpoints.",
 )
 @store_option
-@address_option
+@arbiter_option
 @output_option
 def gc(
     apply: bool,
@@ -195,7 +192,7 @@ def pull(run: str, out: Path, store_url: str) -> None:
 @checkpoints.command()
 @click.argument("run", metavar="R@STEP")
 @store_option
-@address_option
+@arbiter_option
 def pin(run: str, store_url: str, address: str | None) -> None:
     """Keep the checkpoint of a step, whatever the sweep's policy says."""
     _pin(run, store_url, address, unpin=False)
@@ -204,7 +201,7 @@ def pin(run: str, store_url: str, address: str | None) -> None:
 @checkpoints.command()
 @click.argument("run", metavar="R@STEP")
 @store_option
-@address_option
+@arbiter_option
 def unpin(run: str, store_url: str, address: str | None) -> None:
     """Let the policy decide about a checkpoint again."""
     _pin(run, store_url, address, unpin=True)

@@ -71,16 +71,25 @@ def way_lost(seconds: float, to: str) -> Strike:
 
 # The profile of health checks decides which of these faults are over before the node is taken for dead.
 @pytest.mark.parametrize(
-    ("fault", "strike", "restarts"),
+    ("profile", "fault", "strike", "restarts"),
     [
-        ("link down 5 s", link_down(5), 0),
-        ("node killed", node_killed, 1),
-        ("node frozen 20 s", node_frozen(20), 1),
-        ("link down 20 s", link_down(20), 1),
-        ("link down 90 s", link_down(90), 1),
+        ("fast", "link down 5 s", link_down(5), 0),
+        ("fast", "node killed", node_killed, 1),
+        ("fast", "node frozen 20 s", node_frozen(20), 1),
+        ("fast", "link down 20 s", link_down(20), 1),
+        ("fast", "link down 90 s", link_down(90), 1),
+        ("patient", "link down 5 s", link_down(5), 0),
+        ("patient", "node killed", node_killed, 1),
+        ("patient", "node frozen 20 s", node_frozen(20), 0),
+        ("patient", "link down 20 s", link_down(20), 0),
+        ("patient", "link down 90 s", link_down(90), 1),
+        ("patient", "store out of reach 30 s", way_lost(30, "store"), 0),
+        ("patient", "head out of reach 20 s", way_lost(20, "head"), 0),
+        ("patient", "head out of reach 90 s", way_lost(90, "head"), 1),
     ],
 )
-def test_with_fast_detection(
+def test_a_fault(
+    profile: str,
     fault: str,
     strike: Strike,
     restarts: int,
@@ -90,7 +99,7 @@ def test_with_fast_detection(
     rows: list[RowResult],
     tmp_path: Path,
 ) -> None:
-    cluster.mend("fast")
+    cluster.mend(profile)
     trial = Trial.begin(cluster, world, tmp_path, runs=2)
     rows.append(hit(trial, fault, strike, calm, restarts=restarts))
     assert rows[-1].holds, rows[-1]
@@ -182,35 +191,6 @@ def test_a_notice(
     ended = trial.state(run_id).attempts[0].ended
     assert ended is not None
     assert ended.reason is EndReason.SPOT_NOTICE
-
-
-@pytest.mark.parametrize(
-    ("fault", "strike", "restarts"),
-    [
-        ("link down 5 s", link_down(5), 0),
-        ("node killed", node_killed, 1),
-        ("node frozen 20 s", node_frozen(20), 0),
-        ("link down 20 s", link_down(20), 0),
-        ("link down 90 s", link_down(90), 1),
-        ("store out of reach 30 s", way_lost(30, "store"), 0),
-        ("head out of reach 20 s", way_lost(20, "head"), 0),
-        ("head out of reach 90 s", way_lost(90, "head"), 1),
-    ],
-)
-def test_with_patient_detection(
-    fault: str,
-    strike: Strike,
-    restarts: int,
-    cluster: NetnsCluster,
-    world: Path,
-    calm: Callable[[], dict[int, str]],
-    rows: list[RowResult],
-    tmp_path: Path,
-) -> None:
-    cluster.mend("patient")
-    trial = Trial.begin(cluster, world, tmp_path, runs=2)
-    rows.append(hit(trial, fault, strike, calm, restarts=restarts))
-    assert rows[-1].holds, rows[-1]
 
 
 def hit(
