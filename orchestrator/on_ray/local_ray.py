@@ -276,7 +276,7 @@ def _free_port(wanted: int) -> int:
 
 
 @contextlib.contextmanager
-def _one_at_a_time() -> Iterator[None]:
+def one_at_a_time() -> Iterator[None]:
     """Let one head of this user start at a time: two would both find the dashboard's port free.
 
     Who hangs while starting, or took the file's name from us, holds nobody up for long.
@@ -336,7 +336,7 @@ class _Host:
         self._wanted = nodes
         self._raylets: dict[str, int] = {}
         loopback = {"node_ip_address": LOOPBACK}
-        with _one_at_a_time():
+        with one_at_a_time():
             self._cluster: Any = Cluster(
                 initialize_head=True,
                 head_node_args={

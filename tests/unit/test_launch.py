@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,25 @@ def test_what_a_killed_controller_left_of_a_finished_sweep_goes_without_a_cluste
 
     assert again.done
     assert store.head(left) is None
+
+
+def test_heads_start_one_at_a_time_and_one_that_fails_lets_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two would both find the dashboard's port free."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(local_ray, "START_TIMEOUT_S", 600.0)
+    with pytest.raises(OSError, match="it did not start"), local_ray.one_at_a_time():
+        raise OSError("it did not start")
+    began, ended = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with local_ray.one_at_a_time():
+            began.set()
+        ended.set()
+
+    with local_ray.one_at_a_time():
+        other = threading.Thread(target=second, daemon=True)
+        other.start()
+        assert not began.wait(0.3)
+    assert ended.wait(60)
