@@ -207,7 +207,7 @@ def test_6_a_writer_that_lives_on_knows_its_own_commit_again(run: Run) -> None:
 
 
 @everywhere
-def test_8_a_ghost_that_wakes_after_the_next_claim_is_refused_and_overwrites_nothing(run: Run) -> None:
+def test_8_a_ghost_that_wakes_after_the_next_claim_is_refused_and_takes_its_upload_back(run: Run) -> None:
     ghost = run.ledger()
     ghost.refresh()
     attempt = run.claim_next()
@@ -218,7 +218,7 @@ def test_8_a_ghost_that_wakes_after_the_next_claim_is_refused_and_overwrites_not
         CheckpointStore(run.store, RUN, ghost).publish(local, 1, incarnation(1))
 
     run.check(run.told)
-    assert len(leftovers(run.store, RUN, run.state)) == 1
+    assert leftovers(run.store, RUN, run.state) == []
     assert run.go_on() == 30
 
 
