@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..config import Base
 from ..errors import BadInput, BaseUnavailable
+from .transfer import broke_off
 
 WHERE = "base.model is a diffusers folder, a single .safetensors file, or a hub id such as owner/name"
 OFFLINE_CONFIG = (
@@ -72,9 +73,13 @@ def _load_folder(name: str, pipeline_class: Any, base: Base, where: dict[str, An
             requires_safety_checker=False,
             **where,
         )
-    except (ConnectionError, TimeoutError) as error:
-        raise _unavailable(base.model, error) from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except BadInput:
+        raise
+    except Exception as error:
+        if broke_off(error):
+            raise _unavailable(base.model, error) from error
+        if not isinstance(error, (OSError, ValueError, KeyError, RuntimeError)):
+            raise
         # What diffusers and transformers raise for a missing, damaged or pickled component.
         raise BadInput(f"base model {base.model} cannot be loaded: {error}", WHERE) from error
 
