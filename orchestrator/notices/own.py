@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from trainer.training_process import SECRETS
@@ -22,6 +22,8 @@ from .notice import Kind, Notice
 COMMAND_S = 10.0
 """A program that takes longer is stopped, and has said nothing."""
 LOOK_S = 0.02
+_GUARD = ("/bin/sh", "-c", "read -r _; kill -s KILL 0")
+"""Leads a program's process group, and kills it once nobody holds the other end of its stdin."""
 
 MAX_DETAIL = 120
 
@@ -48,7 +50,10 @@ class File:
 
 
 class Command:
-    """A program that exits with 0 while the node is about to end. It gets none of the node's credentials."""
+    """A program that exits with 0 while the node is about to end. It gets none of the node's credentials.
+
+    It ends with this process, with all that it started, also when this process is killed.
+    """
 
     def __init__(self, command: Sequence[str]) -> None:
         self._command = tuple(command)
@@ -56,28 +61,51 @@ class Command:
     def poll(self) -> Notice | None:
         name = self._command[0]
         environment = {k: v for k, v in os.environ.items() if not k.startswith(SECRETS)}
-        try:
-            process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-                env=environment,
-            )
-        except OSError as error:
-            raise Unreachable(f"{name} cannot be started: {error.strerror}") from error
-        try:
+        with _guarded(self._command, environment) as process:
             output = _output(process, time.monotonic() + COMMAND_S)
-        finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)  # it, and what it left behind
-            process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
         if output is None:
             raise Unreachable(f"{name} did not end within {COMMAND_S:.0f} s")
         return said(output.decode(errors="replace"), name) if process.returncode == 0 else None
+
+
+@contextlib.contextmanager
+def _guarded(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a program; in the end it is killed with what it left behind, and reaped.
+
+    It may be anybody's, so it cannot be asked to watch over us as a training process does: a shell beside it
+    does, which the pipe tells of our end, however we end.
+
+    Raises:
+        Unreachable: It cannot be started.
+    """
+    with contextlib.ExitStack() as ends:
+        try:
+            null = subprocess.DEVNULL
+            guard = subprocess.Popen(
+                _GUARD, stdin=subprocess.PIPE, stdout=null, stderr=null, env={}, process_group=0
+            )
+            ends.callback(_end, guard, guard.pid)
+            process = subprocess.Popen(
+                command,
+                stdin=null,
+                stdout=subprocess.PIPE,
+                stderr=null,
+                env=environment,
+                process_group=guard.pid,
+            )
+        except OSError as error:
+            raise Unreachable(f"{command[0]} cannot be started: {error.strerror}") from error
+        ends.callback(_end, process, guard.pid)
+        yield process
+
+
+def _end(process: subprocess.Popen[bytes], group: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe:
+            pipe.close()
 
 
 def _output(process: subprocess.Popen[bytes], deadline: float) -> bytes | None:

@@ -124,6 +124,26 @@ def test_a_trainer_whose_supervisor_is_killed_ends_by_itself_with_its_children(
             wait_until(lambda pid=pid: gone(pid), f"{pid} is gone")  # type: ignore[misc]
 
 
+ASKS = """
+from orchestrator.notices.own import Command
+Command(["sh", "-c", "sleep 600 & echo $$ > command; echo $! > child; wait"]).poll()
+"""
+
+
+def test_a_command_that_hangs_ends_with_the_agent_that_asked_it(tmp_path: Path) -> None:
+    agent = subprocess.Popen([sys.executable, "-c", ASKS], cwd=tmp_path)
+    files = [tmp_path / "command", tmp_path / "child"]
+    wait_until(lambda: all(file.exists() and file.read_text().strip() for file in files), "it hangs")
+    pids = [int(file.read_text()) for file in files]
+    assert not any(map(gone, pids))
+
+    agent.kill()
+    agent.wait()
+
+    for pid in pids:
+        wait_until(lambda pid=pid: gone(pid), f"{pid} is gone")  # type: ignore[misc]
+
+
 SCRATCH = """
 import sys
 from orchestrator.on_ray.scratch import own_scratch

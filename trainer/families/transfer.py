@@ -1,9 +1,8 @@
 """Whether loading a base model failed on the way from the hub, so that trying again may help.
 
 What comes up is not one tree of exceptions: huggingface_hub wraps an HTTP library of its own choice,
-diffusers and transformers wrap that again, mostly as a plain ``OSError``, and a file cut short is one from the
-start.
-So the chain of causes is looked at, and libraries are known by name.
+diffusers and transformers wrap that again, mostly as a plain ``OSError``, and a file cut short is one from
+the start. So the chain of causes is looked at, and libraries are known by name.
 """
 
 import traceback
