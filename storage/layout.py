@@ -23,6 +23,7 @@ disk is refused before it becomes a key: a bucket would take ``../../etc/passwd`
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from uuid import UUID
 
 from .errors import InvalidName
 from .records import CheckpointRef, Committed, StoredFile
@@ -291,6 +292,11 @@ def parse_sample(key: str) -> tuple[str, int, str] | None:
     """Return (run, step, file) if the key is a sample's."""
     found = _SAMPLE_KEY.fullmatch(key)
     return (found[1], int(found[2]), found[3]) if found and _NAME.fullmatch(found[1]) else None
+
+
+def probe_file(probe: UUID, file: str) -> str:
+    """The key of what tries the store out; whoever writes it makes up the name, and deletes it."""
+    return check_path(f"probe/{probe}/{file}")
 
 
 def content_prefix(digest: str) -> str:

@@ -1,4 +1,4 @@
-"""What the kernel says about a process's memory: its limit, and whom it killed for want of it.
+"""What the kernel says about a process's memory: its limit, what is left, and whom it killed for want of it.
 
 Read from the process's control group, version 1 or 2, as far as it can be seen from here; in a container that
 is the container's. Without any, the machine's own count is taken.
@@ -51,6 +51,33 @@ class MemoryWatch:
                 with contextlib.suppress(OSError, ValueError):
                     limits.append(int((group / name).read_text()))
         return int(min(limits))
+
+
+def free_bytes(pid: int) -> int:
+    """Return what a process may still take before the kernel kills for want of memory.
+
+    The least of what the machine has available and what the process's control groups leave, of which files
+    that were read and can be dropped take nothing away.
+    """
+    free = [int(psutil.virtual_memory().available)]
+    for group in _groups_of(pid)[:1]:
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(_CGROUPS):
+                break
+            free += _left_of(folder)
+    return max(0, min(free))
+
+
+def _left_of(group: Path) -> list[int]:
+    """What a control group leaves of its limit; nothing if it has none."""
+    for limit, used, droppable in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            left = int((group / limit).read_text()) - int((group / used).read_text())
+            return [left + (_field(group / "memory.stat", droppable) or 0)]
+    return []
 
 
 def _groups_of(pid: int) -> list[Path]:

@@ -74,6 +74,14 @@ def recordable(work: Work) -> Work:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoreSpeed:
+    """How fast a small object went from a node to the store and back, in bytes a second."""
+
+    up: float
+    down: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
     """A place for one training process, and the last report from it."""
 
@@ -95,6 +103,8 @@ class Slot:
     """Why its node cannot hear such notices."""
     unfit: str = ""
     """Why nothing could be trained there now: its agent has tried."""
+    speed: StoreSpeed | None = None
+    """As its agent has tried it, if it may."""
     work: Work | None = None
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from storage.drains import Drains
 from storage.records import EndReason
 from storage.run_state import FREE_ENDS, RunState
 
-from .cluster import Health, Slot
+from .cluster import Health, Slot, StoreSpeed
 from .scheduler import Avoided, FreeSlot, QueuedRun, in_turn
 
 NODE_AT_FAULT = (EndReason.STORAGE_DOWN, EndReason.HUB_DOWN, EndReason.DISK_FULL, EndReason.NODE_UNFIT)
@@ -48,6 +48,8 @@ class SlotNote:
     """Its node may be taken away sooner than others."""
     unheard: str = ""
     """Why its node could not hear a notice of its end."""
+    speed: StoreSpeed | None = None
+    """Between its node and the store."""
 
 
 class Hold(StrEnum):
@@ -123,6 +125,7 @@ def note(slot: Slot, barred: tuple[Standing, str] | None, claimed_by: str | None
         run_id=run_id,
         last_choice=slot.notice is not None,
         unheard=slot.unheard,
+        speed=slot.speed,
     )
 
 

@@ -32,7 +32,7 @@ from trainer.rundir import EXIT_COMPLETE, EXIT_PREEMPTED, EXIT_STORE_UNREACHABLE
 from trainer.supervisor import Assignment, Progress, Supervisor
 
 from ..control.appending import ArbitratedLedger
-from ..control.cluster import Order, Work
+from ..control.cluster import Order, StoreSpeed, Work
 from ..grid.schema import Notices
 from ..grid.submission import read_spec
 from ..notices.notice import Notice
@@ -86,6 +86,8 @@ class Report:
     """Why it cannot hear what is announced of it."""
     unfit: str = ""
     """Why nothing can be trained here now."""
+    speed: StoreSpeed | None = None
+    """Between this node and the store, as it was last tried."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +135,7 @@ class Agent:
         self._stopping = threading.Event()
         """The attempt that is held is to end."""
         self._notices = NoticeWatcher(source_of(setup.notices), self._on_notice)
+        self._speed: StoreSpeed | None = None
         self._canary = Canary(self._ask_canary, self._on_fitness)
         # One thread starts every process: a training process dies with the pipe we hold, not with a thread,
         # but an orderly hand-over from spare to run needs a single owner.
@@ -186,6 +189,7 @@ class Agent:
                 notice=self._notices.notice,
                 unheard=self._notices.unheard,
                 unfit=self._unfit,
+                speed=self._speed,
             )
 
     def close(self) -> None:
@@ -300,7 +304,9 @@ class Agent:
             self._on_fitness()
 
     def _ask_canary(self) -> str:
-        return unfit(look(self._store, self._setup.sweep, self._scratch), self._setup.checkpoint_bytes)
+        sight = look(self._store, self._setup.sweep, self._scratch)
+        self._speed = sight.speed
+        return unfit(sight, self._setup.checkpoint_bytes)
 
     @property
     def _unfit(self) -> str:

@@ -290,6 +290,7 @@ class RayCluster:
             notice=notice,
             unheard=member.report.unheard if member.report else "",
             unfit=member.report.unfit if member.report else "",
+            speed=member.report.speed if member.report else None,
             work=work,
         )
 

@@ -15,8 +15,8 @@ RUNS_SHOWN = 4
 def table(sweep: str, views: Sequence[NodeView], now: float | None = None) -> Table:
     """Return a row per node."""
     shown = Table(box=None, pad_edge=False, header_style="bold", title=None)
-    for name in ("SWEEP", "NODE", "STATE", "BUSY/SLOTS", "UP", "SILENT", "RUNS", "WHY"):
-        right = name in ("BUSY/SLOTS", "UP", "SILENT")
+    for name in ("SWEEP", "NODE", "STATE", "BUSY/SLOTS", "UP", "SILENT", "STORE", "RUNS", "WHY"):
+        right = name in ("BUSY/SLOTS", "UP", "SILENT", "STORE")
         shown.add_column(name, justify="right" if right else "left", no_wrap=name not in ("RUNS", "WHY"))
     for view in views:
         more = f" and {len(view.runs) - RUNS_SHOWN} more" if len(view.runs) > RUNS_SHOWN else ""
@@ -27,10 +27,16 @@ def table(sweep: str, views: Sequence[NodeView], now: float | None = None) -> Ta
             f"{view.busy}/{view.slots}",
             _since(view.up_since, time.time() if now is None else now),
             f"{view.silent_s:.0f}s" if view.state == SILENT else "",
+            _speed(view),
             Text(", ".join(view.runs[:RUNS_SHOWN]) + more),
             Text(view.why),
         )
     return shown
+
+
+def _speed(view: NodeView) -> str:
+    """To the store, as a small object went there."""
+    return "" if view.up_mb_s is None else f"{view.up_mb_s:.2g} MB/s"
 
 
 def _since(at: float | None, now: float) -> str:

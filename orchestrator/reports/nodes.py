@@ -38,6 +38,9 @@ class NodeView:
     """Unix seconds, when its oldest agent came up."""
     silent_s: float
     """Since any of its slots was heard of."""
+    up_mb_s: float | None = None
+    """From it to the store, in MB/s, as it was last tried with a small object; None: it was not."""
+    down_mb_s: float | None = None
 
 
 def nodes(notes: Iterable[SlotNote], drains: Drains = Drains()) -> list[NodeView]:  # noqa: B008
@@ -73,6 +76,7 @@ def _view(node: str, notes: list[SlotNote], drains: Drains) -> NodeView:
     there = [note for note in notes if note.standing is not Standing.GONE]
     runs = tuple(note.run_id for note in there if note.run_id)
     state, why = _state(node, notes, there, drains, bool(runs))
+    speeds = [note.speed for note in there if note.speed]
     return NodeView(
         node=printable(node),
         state=state,
@@ -82,6 +86,8 @@ def _view(node: str, notes: list[SlotNote], drains: Drains) -> NodeView:
         runs=runs,
         up_since=min((note.up_since for note in there if note.up_since), default=None),
         silent_s=min((note.silent_s for note in there), default=0.0),
+        up_mb_s=max((round(speed.up / 1e6, 3) for speed in speeds), default=None),
+        down_mb_s=max((round(speed.down / 1e6, 3) for speed in speeds), default=None),
     )
 
 

@@ -7,16 +7,29 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from support.fake_cluster import FakeCluster, run_to_end, small_sweep
 
+from orchestrator.control.cluster import StoreSpeed
 from orchestrator.control.controller import Controller
 from orchestrator.control.placing import Standing
-from orchestrator.on_ray.canary import LEAST_FREE_BYTES, LOOKING, Canary, Sight, look, unfit
+from orchestrator.on_ray.canary import (
+    LEAST_FREE_BYTES,
+    LEAST_FREE_MEMORY_BYTES,
+    LONGEST_UPLOAD_S,
+    LOOKING,
+    PROBE_BYTES,
+    Canary,
+    Sight,
+    look,
+    unfit,
+)
 from orchestrator.on_ray.spare import VERDICT_S, WarmSpare
 from storage import layout
-from storage.errors import Unavailable
+from storage.errors import AccessDenied, Unavailable
+from storage.garbage.inventory import sort_out
 from storage.log import run_log
 from storage.memory import MemoryStore
 from storage.object_store import ObjectInfo
@@ -24,6 +37,7 @@ from storage.records import EndReason
 from storage.run_state import FREE_ENDS
 from trainer.evidence import Evidence, attributed
 from trainer.gpu_check import gpu_problem
+from trainer.memory import free_bytes
 from trainer.rundir import EXIT_UNFIT, GPU_CHECK, GPU_WORKS
 from trainer.training_process import STUCK, TrainingProcess
 
@@ -46,6 +60,11 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
         (Sight(disk_free_bytes=10**9), 6 * 10**8, "2 checkpoints take 1.20"),
         (Sight(problem="it cannot use the store"), 0, "it cannot use the store"),
         (Sight(clock_ahead_s=3.0), 0, ""),
+        (Sight(memory_free_bytes=LEAST_FREE_MEMORY_BYTES), 0, ""),
+        (Sight(memory_free_bytes=LEAST_FREE_MEMORY_BYTES - 1), 0, "its memory has room for 0.50 GB"),
+        (Sight(speed=StoreSpeed(up=1.0, down=1.0)), 0, ""),
+        (Sight(speed=StoreSpeed(up=1e6, down=1.0)), int(1e6 * LONGEST_UPLOAD_S), ""),
+        (Sight(speed=StoreSpeed(up=1e6, down=1e9)), 6 * 10**9, "6000 MB would take 100 min to the store"),
         (Sight(clock_ahead_s=-7200.0, problem="AccessDenied"), 0, "clock is 7200 s behind"),
     ],
 )
@@ -73,6 +92,94 @@ def test_a_node_is_looked_at_as_it_is(tmp_path: Path) -> None:
         "it cannot use the store: Unavailable: no route to host"
     )
     assert "disk cannot be used" in look(store, "cat", tmp_path / "gone").problem
+    assert 0 < (look(store, "cat", tmp_path).memory_free_bytes or 0) < psutil.virtual_memory().total
+
+
+class _Probed(MemoryStore):
+    """Remembers what was put under keys of no run; ``broken`` says what becomes of that."""
+
+    def __init__(self, broken: str = "") -> None:
+        super().__init__()
+        self.broken = broken
+        self.probes: dict[str, int] = {}
+        self.put(layout.sweep_spec("cat"), b"{}")
+
+    def put(self, key: str, body: bytes | Path) -> None:
+        if key.startswith("probe/"):
+            assert isinstance(body, bytes)
+            self.probes[key] = len(body)
+            if self.broken == "denied":
+                raise AccessDenied("s3:PutObject is not allowed here")
+            if self.broken == "damaged":
+                body = body[:-1]
+        super().put(key, body)
+
+    def get(self, key: str) -> bytes:
+        if self.broken == "lost" and key.startswith("probe/"):
+            raise Unavailable("the connection was reset")
+        return super().get(key)
+
+
+def test_the_way_to_the_store_is_tried_and_nothing_stays_there(tmp_path: Path) -> None:
+    store = _Probed()
+    speed = look(store, "cat", tmp_path).speed
+
+    assert speed is not None
+    assert speed.up > 0
+    assert speed.down > 0
+    assert list(store.probes.values()) == [PROBE_BYTES]
+    assert [info.key for info in store.list("")] == [layout.sweep_spec("cat")]
+    assert look(None, "cat", tmp_path).speed is None
+
+    left = [ObjectInfo(key, size) for key, size in store.probes.items()]
+    assert sort_out(left).probes == left, "what a process leaves that dies meanwhile is known to gc"
+
+
+@pytest.mark.parametrize(
+    ("broken", "problem"),
+    [
+        ("denied", ""),
+        ("damaged", "read back other bytes than were written"),
+        ("lost", "it cannot use the store: Unavailable: the connection was reset"),
+    ],
+)
+def test_a_store_that_cannot_be_tried_out_is_bad_only_if_it_fails(
+    broken: str, problem: str, tmp_path: Path
+) -> None:
+    store = _Probed(broken)
+    sight = look(store, "cat", tmp_path)
+
+    assert sight.speed is None
+    assert problem in sight.problem
+    assert bool(problem) == bool(sight.problem)
+    assert list(store.list("probe/")) == []
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "droppable"),
+    [
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_memory_is_what_the_tightest_control_group_leaves(
+    limit: str, used: str, droppable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pod = tmp_path / "cgroup" / "pod"
+    container = pod / "container"
+    container.mkdir(parents=True)
+    for group, numbers in ((pod, (900, 500)), (container, (1000, 300))):
+        for name, number in zip((limit, used), numbers, strict=True):
+            (group / name).write_text(f"{number}\n")
+        (group / "memory.stat").write_text(f"anon 7\n{droppable} 50\n")
+    monkeypatch.setattr("trainer.memory._CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr("trainer.memory._groups_of", lambda pid: [container])
+    assert free_bytes(os.getpid()) == 900 - 500 + 50
+
+    (pod / limit).write_text("max\n")
+    assert free_bytes(os.getpid()) == 1000 - 300 + 50
+    (container / limit).write_text("200\n")
+    assert free_bytes(os.getpid()) == 0
 
 
 def test_a_problem_is_told_and_asked_about_until_it_is_gone() -> None:

@@ -1,5 +1,6 @@
 """``orchestrate nodes`` and ``drain``: which nodes there are, what they do, and leaving one alone."""
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from rich.console import Console
 from support.fake_cluster import FakeCluster, small_sweep
 
 from orchestrator.cli import main
+from orchestrator.control.cluster import StoreSpeed
 from orchestrator.control.controller import Controller
 from orchestrator.control.draining import drain_log
 from orchestrator.control.placing import SlotNote, Standing
@@ -35,6 +37,21 @@ def test_a_node_that_cannot_hear_notices_is_up_and_says_so() -> None:
     (view,) = nodes([replace(slot("a", Standing.FREE), unheard="http://169.254.169.254: timed out")])
     assert view.state == "up"
     assert view.why == "notices of its end cannot be heard: http://169.254.169.254: timed out"
+
+
+def test_how_fast_the_store_is_from_a_node_is_what_its_best_slot_has_seen() -> None:
+    slow, fast = StoreSpeed(up=1.25e6, down=9e6), StoreSpeed(up=2.5e6, down=8e6)
+    views = nodes(
+        [
+            replace(slot("a", Standing.FREE), speed=slow),
+            replace(slot("a", Standing.FREE, number=1), speed=fast),
+            slot("b", Standing.FREE),
+        ]
+    )
+    assert [(view.up_mb_s, view.down_mb_s) for view in views] == [(2.5, 9.0), (None, None)]
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table("cat", views))
+    assert "2.5 MB/s" in console.export_text()
 
 
 def states(views: list[NodeView]) -> dict[str, str]:
@@ -95,7 +112,7 @@ def test_the_table_shows_it_all() -> None:
         console.print(table("cat", views, now=100.0))
 
     heading, first, second = (line.split() for line in capture.get().splitlines())
-    assert heading == ["SWEEP", "NODE", "STATE", "BUSY/SLOTS", "UP", "SILENT", "RUNS", "WHY"]
+    assert heading == ["SWEEP", "NODE", "STATE", "BUSY/SLOTS", "UP", "SILENT", "STORE", "RUNS", "WHY"]
     assert first[:7] == ["cat", "n1", "draining", "1/1", "90s", R0, "by"]
     assert second[:6] == ["cat", "n2", "silent", "0/1", "90s", "4s"]
 
