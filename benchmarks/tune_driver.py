@@ -56,7 +56,7 @@ def train(config: dict[str, Any]) -> None:
         with checkpoint.as_directory() as folder:
             target = run_dir.root / f"resume-{Path(folder).name}"
             shutil.copytree(folder, target)
-        progress = load_checkpoint(target, parts.method, parts.optimizer)
+        progress = load_checkpoint(target, parts.methods, parts.optimizer)
     Loop(parts, progress).run()
 
 

@@ -22,6 +22,7 @@ from .loop import Loop, Parts
 from .methods import attach
 from .model_files import model_digest
 from .narration import say
+from .objective import Objective
 from .optim import build_optimizer
 from .pulse import Pulse
 from .randomness import make_deterministic
@@ -29,6 +30,7 @@ from .rundir import Options, RunDir, StartOrder, cache_folder
 from .sample import sample_texts
 from .snapshot import Progress, load_checkpoint
 from .stop import Stop
+from .texts import CachedTexts
 
 _POLL_S = 0.02
 
@@ -45,7 +47,7 @@ def run_attempt(run_dir: RunDir, stop: Stop) -> int:
     order = wait_for_order(run_dir)
     progress = Progress()
     if order.resume is not None:
-        progress = load_checkpoint(run_dir.root / order.resume, parts.method, parts.optimizer)
+        progress = load_checkpoint(run_dir.root / order.resume, parts.methods, parts.optimizer)
         if progress.step > parts.spec.base.max_train_steps:
             raise BadCheckpoint(
                 f"the checkpoint is at step {progress.step}, "
@@ -76,29 +78,29 @@ def prepare(run_dir: RunDir, stop: Stop) -> Parts:
         )
     cache = Cache(cache_dir or default_cache_dir())
     captions = ["", *(example.caption for example in examples), *sample_texts(spec)]
-    text = encode_texts(family, cache, captions, stop.alive)
+    states = encode_texts(family, cache, captions, stop.alive)
     say(f"{len(examples)} images with captions; encoding those that no run here has met yet")
     images = encode_images(family, cache, examples, spec, stop.alive)
-    family.rest_encoders()
+    family.rest_encoders(texts=True)
     train, validation = split(len(images), held_out(len(images), spec.dataset.val_fraction))
-    method = attach(spec.base, family)
+    methods = attach(spec.base, family)
     return Parts(
         spec=spec,
         options=options,
         run_dir=run_dir,
         family=family,
-        method=method,
-        optimizer=build_optimizer(spec.base, method.parameters),
+        methods=methods,
+        objective=Objective(spec.base, family.process),
+        optimizer=build_optimizer(spec.base, methods.groups()),
         training=TrainingSet(
             [images[index] for index in train],
-            text,
+            spec.base,
             spec.dataset,
-            side=spec.base.resolution // family.latent_pixels,
-            timesteps=len(family.alpha_bar_T),
-            seed=spec.base.seed,
+            family.process,
+            latent_pixels=family.latent_pixels,
         ),
         validation=[images[index] for index in validation],
-        text=text,
+        texts=CachedTexts(states, family.device),
         stop=stop,
     )
 

@@ -21,11 +21,11 @@ from . import tensor_file
 from .randomness import own_memory
 from .rundir import Options, cache_folder
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key: raise it when an entry's meaning changes."""
 
 
-def cache_key(**parts: str | int | float | bool | list[int]) -> str:
+def cache_key(**parts: str | int | float | bool | list[int] | list[list[int]]) -> str:
     """Return the name of an entry: everything its content depends on, hashed."""
     return hashlib.sha256(json.dumps({"format": FORMAT, **parts}, sort_keys=True).encode()).hexdigest()
 

@@ -1,20 +1,21 @@
 """What the n-th sample of a run is: which image, crop, caption, posterior sample, noise and timestep.
 
 A pure function of the seed and ``n``, the global index of the sample: step ``s`` sees the samples from
-``s * samples_per_step`` on, whoever computes it and however often it was interrupted before. Images and
-captions were encoded beforehand; no pixel is touched here.
+``s * samples_per_step`` on, whoever computes it, in however many forward passes, and however often it was
+interrupted before. Images were encoded beforehand; no pixel is touched here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from .config import Dataset
+from .config import Base, Dataset
 from .families import Posterior
+from .objective.process import Process
 from .randomness import generator
 
 SPLIT_SEED = 0
@@ -22,19 +23,36 @@ SPLIT_SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
+class View:
+    """One way in which an image is seen: as it is, or mirrored."""
+
+    posterior: Posterior
+    offset: tuple[int, int] = (0, 0)
+    """How many pixels of the scaled (and mirrored) image were cut off above and left of it."""
+    mask_1HW: Tensor | None = None
+    """What each latent counts, in [0, 1]."""
+
+
+@dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """One image, encoded: as it is, and mirrored if the dataset asks for flips."""
+    """One image, encoded."""
 
     name: str
     caption: str
-    views: tuple[Posterior, ...]
+    views: tuple[View, ...]
+    original: tuple[int, int]
+    """Height and width in pixels, as the file has them."""
+    repeats: int = 1
+    """How often it comes in an epoch."""
+    loss_weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
     """The choices made for one sample."""
 
-    image: int
+    slot: int
+    """Of the epoch's ``slots``."""
     view: int
     top: float
     """Where the crop lies in the free room above and below, in [0, 1)."""
@@ -42,20 +60,45 @@ class Draw:
     drop_caption: bool
 
 
-class Batch(NamedTuple):
-    """What one forward pass sees, on the CPU."""
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What one sample brings to a forward pass, on the CPU."""
 
+    n: int
+    x0_CHW: Tensor
+    noise_CHW: Tensor
+    timestep: Tensor
+    caption: str
+    size_6: Tensor
+    """See ``Family.size_conditioning``."""
+    weight: float
+    """Of its loss in the sum over the step, before division by the images of a step."""
+    mask_1HW: Tensor | None = None
+    from_base: bool = False
+    """The base's own prediction is the target, instead of the process's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one forward pass sees: samples of one shape."""
+
+    samples: tuple[int, ...]
+    """Their global indices."""
     x0_BCHW: Tensor
     noise_BCHW: Tensor
     timesteps_B: Tensor
-    text_BLD: Tensor
+    captions: tuple[str, ...]
+    sizes_B6: Tensor
+    weights_B: Tensor
+    mask_B1HW: Tensor | None
+    from_base: bool
 
 
-def draw(n: int, *, images: int, views: int, caption_dropout: float, seed: int) -> Draw:
-    """Return the choices for sample ``n``. Each epoch visits every image once, in an order of its own."""
+def draw(n: int, *, slots: int, views: int, caption_dropout: float, seed: int) -> Draw:
+    """Return the choices for sample ``n``. Each epoch visits every slot once, in an order of its own."""
     top, left = torch.rand(2, generator=generator(seed, "crop", n)).tolist()
     return Draw(
-        image=_order(seed, n // images, images)[n % images],
+        slot=_order(seed, n // slots, slots)[n % slots],
         view=int(torch.randint(views, (), generator=generator(seed, "flip", n))),
         top=top,
         left=left,
@@ -74,48 +117,112 @@ class TrainingSet:
 
     def __init__(
         self,
-        images: list[EncodedImage],
-        text: Mapping[str, Tensor],
+        images: Sequence[EncodedImage],
+        base: Base,
         dataset: Dataset,
+        process: Process,
         *,
-        side: int,
-        timesteps: int,
-        seed: int,
+        latent_pixels: int,
     ) -> None:
-        """``text`` maps every caption, and the empty one, to its states (L, D); ``side`` is in latents."""
         self._images = images
-        self._text = text
-        self._caption_dropout = dataset.caption_dropout
-        self._side = side
-        self._timesteps = timesteps
-        self._seed = seed
+        self._slots = [index for index, image in enumerate(images) for _ in range(image.repeats)]
+        self._base = base
+        self._dataset = dataset
+        self._process = process
+        self._latent_pixels = latent_pixels
 
-    def batch(self, first: int, size: int) -> Batch:
-        """Return the samples ``first`` to ``first + size - 1``."""
-        samples = [self._sample(n) for n in range(first, first + size)]
-        return Batch(*(torch.stack(parts) for parts in zip(*samples, strict=True)))
+    def batches(self, step: int, largest: int) -> list[Batch]:
+        """Return the samples of an optimizer step, in forward passes of at most ``largest`` of one shape."""
+        count = self._base.samples_per_step
+        samples = [self._sample(n) for n in range(step * count, (step + 1) * count)]
+        samples.sort(key=_shape)  # stable: within a shape they stay in order
+        return [
+            _batch(alike[first : first + largest])
+            for _, group in groupby(samples, _shape)
+            for alike in [list(group)]
+            for first in range(0, len(alike), largest)
+        ]
 
-    def _sample(self, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _sample(self, n: int) -> Sample:
+        seed = self._base.seed
         choice = draw(
             n,
-            images=len(self._images),
+            slots=len(self._slots),
             views=len(self._images[0].views),
-            caption_dropout=self._caption_dropout,
-            seed=self._seed,
+            caption_dropout=self._dataset.caption_dropout,
+            seed=seed,
         )
-        image = self._images[choice.image]
-        mean, std = (crop(part, self._side, choice.top, choice.left) for part in image.views[choice.view])
-        x0 = mean + std * torch.randn(mean.shape, generator=generator(self._seed, "posterior", n))
-        noise = torch.randn(x0.shape, generator=generator(self._seed, "noise", n))
-        timestep = torch.randint(self._timesteps, (), generator=generator(self._seed, "timestep", n))
-        return x0, noise, timestep, self._text["" if choice.drop_caption else image.caption]
+        image = self._images[self._slots[choice.slot]]
+        view = image.views[choice.view]
+        shape = self.shape
+        corner = crop_corner(view.posterior.mean_CHW, shape, choice.top, choice.left)
+        mean, std = (crop(part, shape, corner) for part in view.posterior)
+        x0 = mean + std * torch.randn(mean.shape, generator=generator(seed, "posterior", n))
+        return Sample(
+            n=n,
+            x0_CHW=x0,
+            noise_CHW=torch.randn(x0.shape, generator=generator(seed, "noise", n)),
+            timestep=self._timestep(n),
+            caption="" if choice.drop_caption else image.caption,
+            size_6=sizes(image, view, corner, shape, self._latent_pixels),
+            weight=image.loss_weight,
+            mask_1HW=None if view.mask_1HW is None else crop(view.mask_1HW, shape, corner),
+        )
+
+    def _timestep(self, n: int) -> Tensor:
+        base = self._base
+        end = base.max_timestep or self._process.levels
+        drawn = generator(base.seed, "timestep", n)
+        return self._process.draw_timestep(drawn, base.min_timestep, end, base.timestep_sampling)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of a sample, in latents."""
+        side = self._base.resolution // self._latent_pixels
+        return side, side
 
 
-def crop(latents_CHW: Tensor, side: int, top: float, left: float) -> Tensor:
-    """Cut a square out of latents; ``top`` and ``left`` say where in the free room, in [0, 1)."""
+def sizes(
+    image: EncodedImage, view: View, corner: tuple[int, int], shape: tuple[int, int], latent_pixels: int
+) -> Tensor:
+    """Return what ``Family.size_conditioning`` is given of a crop of an image's latents."""
+    top, left = (off + at * latent_pixels for off, at in zip(view.offset, corner, strict=True))
+    height, width = (side * latent_pixels for side in shape)
+    return torch.tensor([*image.original, top, left, height, width], dtype=torch.float32)
+
+
+def crop_corner(latents_CHW: Tensor, shape: tuple[int, int], top: float, left: float) -> tuple[int, int]:
+    """Return the upper left corner of a crop; ``top`` and ``left`` say where in the free room, in [0, 1)."""
     height, width = latents_CHW.shape[-2:]
-    y, x = int(top * (height - side + 1)), int(left * (width - side + 1))
-    return latents_CHW[..., y : y + side, x : x + side]
+    return int(top * (height - shape[0] + 1)), int(left * (width - shape[1] + 1))
+
+
+def crop(latents_CHW: Tensor, shape: tuple[int, int], corner: tuple[int, int]) -> Tensor:
+    """Cut ``shape`` (height, width) out of latents at an upper left corner."""
+    (height, width), (y, x) = shape, corner
+    return latents_CHW[..., y : y + height, x : x + width]
+
+
+def _shape(sample: Sample) -> tuple[int, ...]:
+    return (*sample.x0_CHW.shape, sample.mask_1HW is not None, sample.from_base)
+
+
+def _batch(samples: Sequence[Sample]) -> Batch:
+    def stacked(part: Callable[[Sample], Tensor]) -> Tensor:
+        return torch.stack([part(sample) for sample in samples])
+
+    masks = [sample.mask_1HW for sample in samples if sample.mask_1HW is not None]
+    return Batch(
+        samples=tuple(sample.n for sample in samples),
+        x0_BCHW=stacked(lambda sample: sample.x0_CHW),
+        noise_BCHW=stacked(lambda sample: sample.noise_CHW),
+        timesteps_B=stacked(lambda sample: sample.timestep),
+        captions=tuple(sample.caption for sample in samples),
+        sizes_B6=stacked(lambda sample: sample.size_6),
+        weights_B=torch.tensor([sample.weight for sample in samples]),
+        mask_B1HW=torch.stack(masks) if masks else None,
+        from_base=samples[0].from_base,
+    )
 
 
 @lru_cache(maxsize=2)

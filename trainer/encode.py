@@ -7,7 +7,7 @@ of its latents, in steps of one latent.
 
 import hashlib
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import PIL
@@ -17,19 +17,22 @@ from torch import Tensor
 
 from .cache import Cache, cache_key
 from .config import RunSpec
-from .data import EncodedImage
+from .data import EncodedImage, View
 from .dataset_files import Example, read_image
 from .errors import BadInput
-from .families import Family, Posterior
+from .families import Conditioning, Family, Posterior
 from .randomness import platform_fingerprint
 
 Shape = Literal["square", "whole"]
+GEOMETRY = "geometry_4"
+"""In an entry: height and width of the file, and what was cut off above and left of the scaled image."""
 
 
 def encode_texts(
     family: Family, cache: Cache, texts: Iterable[str], alive: Callable[[], None] = lambda: None
-) -> dict[str, Tensor]:
-    """Return the states (L, D) of each text; ``alive`` is called after each."""
+) -> dict[str, Conditioning]:
+    """Return the conditioning of each text, without a batch axis, on the CPU; ``alive`` is called after
+    each."""
     identity = family.text_identity()
     states = {}
     for text in sorted(set(texts)):
@@ -38,10 +41,15 @@ def encode_texts(
     return states
 
 
-def _encode_text(family: Family, cache: Cache, text: str, identity: str) -> Tensor:
+def _encode_text(family: Family, cache: Cache, text: str, identity: str) -> Conditioning:
     ids = family.token_ids(text)
+
+    def encoded() -> Conditioning:
+        with torch.no_grad():
+            return {name: part[0].cpu() for name, part in family.encode_tokens([ids]).items()}
+
     key = cache_key(kind="text", tokens=ids, encoder=identity, platform=platform_fingerprint(family.device))
-    return cache.through(key, lambda: {"states": family.encode_tokens(ids)})["states"]
+    return cache.through(key, encoded)
 
 
 def encode_images(
@@ -71,7 +79,7 @@ def _encode_image(
     with example.path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
 
-    def view(mirrored: bool) -> Posterior:
+    def view(mirrored: bool) -> tuple[View, tuple[int, int]]:
         # The file, not its pixels, is the key: with a full cache no image is decoded.
         key = cache_key(
             kind="image",
@@ -83,24 +91,36 @@ def _encode_image(
             platform=platform_fingerprint(family.device),
             pillow=PIL.__version__,
         )
-        entry = cache.through(
-            key, lambda: family.encode_image(_pixels(family, example, spec, shape, mirrored))._asdict()
-        )
+        entry = cache.through(key, lambda: _encoded(family, example, spec, shape, mirrored))
+        height, width, top, left = (int(number) for number in entry.pop(GEOMETRY))
         if not all(torch.isfinite(part).all() for part in entry.values()):
             raise BadInput(f"dataset image {example.name}: the VAE encodes it as NaN or infinity")
-        return Posterior(**entry)
+        return View(Posterior(**entry), (top, left)), (height, width)
 
-    views = (view(False), view(True)) if spec.dataset.random_flip else (view(False),)
-    return EncodedImage(example.name, example.caption, views)
-
-
-def _pixels(family: Family, example: Example, spec: RunSpec, shape: Shape, mirrored: bool) -> Tensor:
-    image = fit(read_image(example.path), spec.base.resolution, shape, family.latent_pixels)
-    pixels_HWC = np.array(ImageOps.mirror(image) if mirrored else image)
-    return torch.from_numpy(pixels_HWC).permute(2, 0, 1).float() / 127.5 - 1
+    views = [view(mirrored) for mirrored in ((False, True) if spec.dataset.random_flip else (False,))]
+    return EncodedImage(example.name, example.caption, tuple(seen for seen, _ in views), views[0][1])
 
 
-def fit(image: Image.Image, resolution: int, shape: Shape, multiple: int) -> Image.Image:
+def _encoded(
+    family: Family, example: Example, spec: RunSpec, shape: Shape, mirrored: bool
+) -> dict[str, Tensor]:
+    image = read_image(example.path)
+    seen = fit(
+        ImageOps.mirror(image) if mirrored else image, spec.base.resolution, shape, family.latent_pixels
+    )
+    pixels_HWC = np.array(seen.image)
+    pixels_CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1).float() / 127.5 - 1
+    geometry = torch.tensor([image.height, image.width, *seen.offset])
+    return {**family.encode_image(pixels_CHW)._asdict(), GEOMETRY: geometry}
+
+
+class Fitted(NamedTuple):
+    image: Image.Image
+    offset: tuple[int, int]
+    """Pixels cut off above and left of it, after scaling."""
+
+
+def fit(image: Image.Image, resolution: int, shape: Shape, multiple: int) -> Fitted:
     """Scale the shorter side to ``resolution``, then cut the middle: a square, or the most that
     is a ``multiple`` of pixels."""
     scale = resolution / min(image.size)
@@ -111,4 +131,4 @@ def fit(image: Image.Image, resolution: int, shape: Shape, multiple: int) -> Ima
     else:
         kept_width, kept_height = (side - side % multiple for side in scaled.size)
     left, top = (width - kept_width) // 2, (height - kept_height) // 2
-    return scaled.crop((left, top, left + kept_width, top + kept_height))
+    return Fitted(scaled.crop((left, top, left + kept_width, top + kept_height)), (top, left))

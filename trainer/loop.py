@@ -9,7 +9,6 @@ method that it trains.
 
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,9 @@ from .errors import Diverged, EvaluationFailed
 from .evaluate import evaluate
 from .evidence import ADVICE
 from .families import Family
-from .methods import Method
+from .methods import Methods
 from .narration import say
-from .objective import add_noise, loss, target
+from .objective import Objective
 from .optim import learning_rate, set_learning_rate
 from .pacing import Inflation, PaceReader
 from .randomness import seed_layers
@@ -35,6 +34,7 @@ from .rundir import EXIT_COMPLETE, EXIT_PREEMPTED, Options, RunDir, append_event
 from .sample import draw_images, write_samples
 from .snapshot import CheckpointWriter, Progress
 from .stop import Stop, Stopped
+from .texts import Texts
 from .validate import METRIC, validation_loss
 
 LOWER_RATE = ADVICE[EndReason.NAN_LOSS]
@@ -54,12 +54,12 @@ class Parts:
     options: Options
     run_dir: RunDir
     family: Family
-    method: Method
+    methods: Methods
+    objective: Objective
     optimizer: torch.optim.Optimizer
     training: TrainingSet
     validation: list[EncodedImage]
-    text: Mapping[str, Tensor]
-    """States (L, D) of every caption and prompt."""
+    texts: Texts
     stop: Stop
 
 
@@ -70,7 +70,7 @@ class Loop:
         self.parts = parts
         self.progress = progress
         self._base = parts.spec.base
-        self._parameters = list(parts.method.parameters.values())
+        self._parameters = list(parts.methods.parameters.values())
         self._resumed_step = self._saved_step = progress.step
         self._saved_at = time.monotonic()
         self._metrics: dict[str, float] = {}
@@ -78,7 +78,7 @@ class Loop:
         self._inflation = Inflation()
         self._writer = CheckpointWriter(
             parts.run_dir.checkpoints,
-            parts.method,
+            parts.methods,
             parts.optimizer,
             self._on_written,
             on_disk_full=lambda problem: self._event("disk_full", message=problem),
@@ -153,18 +153,17 @@ class Loop:
             Stopped: There is no time for the rest of the step. Nothing that is saved has changed.
         """
         began = time.monotonic()
-        passes, size = self._base.gradient_accumulation_steps, self._base.train_batch_size
         total = torch.zeros((), device=self.parts.family.device)
-        for micro in range(passes):
+        batches = self.parts.training.batches(step, self._base.train_batch_size)
+        self.parts.methods.use()
+        for done, batch in enumerate(batches):
             self.parts.stop.alive()
-            if micro and self._is_too_long((time.monotonic() - began) / micro * (passes - micro)):
+            if done and self._is_too_long((time.monotonic() - began) / done * (len(batches) - done)):
                 raise Stopped
-            n = step * passes + micro
-            batch = self.parts.training.batch(n * size, size)
-            seed_layers(self._base.seed, "dropout", n)
-            mean_loss = self._loss(batch) / passes
-            self._scaler.scale(mean_loss).backward()  # type: ignore[no-untyped-call]
-            total += mean_loss.detach()
+            seed_layers(self._base.seed, "dropout", batch.samples[0])
+            share = self._loss(batch) / self._base.samples_per_step
+            self._scaler.scale(share).backward()  # type: ignore[no-untyped-call]
+            total += share.detach()
         return float(total)
 
     def _is_too_long(self, rest_s: float) -> bool:
@@ -174,11 +173,23 @@ class Loop:
         return left_s is not None and rest_s > REST_SHARE * left_s
 
     def _loss(self, batch: Batch) -> Tensor:
-        family = self.parts.family
-        x0, noise, timesteps, text = (part.to(family.device, non_blocking=True) for part in batch)
-        alpha_bar = family.alpha_bar_T[timesteps]
-        predicted = family.predict(add_noise(x0, noise, alpha_bar), timesteps, text)
-        return loss(predicted, target(x0, noise, alpha_bar, family.prediction_type))
+        """Return the weighted sum of the samples' losses."""
+        parts, family = self.parts, self.parts.family
+        x0, noise, timesteps, sizes, weights = (
+            part.to(family.device, non_blocking=True)
+            for part in (batch.x0_BCHW, batch.noise_BCHW, batch.timesteps_B, batch.sizes_B6, batch.weights_B)
+        )
+        mask = None if batch.mask_B1HW is None else batch.mask_B1HW.to(family.device, non_blocking=True)
+        conditioning = parts.texts.conditioning(batch.captions) | family.size_conditioning(sizes)
+        noisy = family.process.add_noise(x0, noise, timesteps)
+        if batch.from_base:
+            with torch.no_grad(), parts.methods.aside():
+                target = family.predict(noisy, timesteps, conditioning)
+        else:
+            target = family.process.target(x0, noise, timesteps)
+        predicted = family.predict(noisy, timesteps, conditioning)
+        losses_B = parts.objective.losses(predicted, target, timesteps, mask)
+        return (weights * losses_B).sum()
 
     def _update(self, mean_loss: float, step: int) -> None:
         """Clip the gradient and let the optimizer move, unless that would put NaN into the adapter."""
@@ -195,6 +206,7 @@ class Loop:
         self._scaler.step(optimizer)
         self._scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        self.parts.methods.updated()
 
     def _validate_if_due(self) -> None:
         if self._due(self.parts.spec.validation.every) and self.progress.validated_step < self.progress.step:
@@ -225,11 +237,12 @@ class Loop:
         parts = self.parts
         if not parts.validation:
             return
+        parts.methods.use()
         value = validation_loss(
             parts.family,
             parts.validation,
-            parts.text,
-            resolution=self._base.resolution,
+            parts.texts,
+            shape=parts.training.shape,
             timesteps=parts.spec.validation.timesteps,
             stop=parts.stop,
         )
@@ -242,7 +255,8 @@ class Loop:
 
     def _sample(self) -> Path:
         parts, step = self.parts, self.progress.step
-        images = draw_images(parts.family, parts.spec, parts.text, parts.stop)
+        parts.methods.use()
+        images = draw_images(parts.family, parts.spec, parts.texts, parts.stop)
         folder = write_samples(parts.run_dir.samples, step, images)
         self.progress = self.progress.model_copy(update={"sampled_step": step})
         self._event("samples", folder=folder.name)

@@ -5,7 +5,7 @@ so a resumed run has nothing to restore.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import cast
 
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from .config import Base
 from .errors import BadInput
 
+MULTIPLE = "rate"
+"""Of a parameter group: its multiple of the learning rate."""
 SEPARATOR = "#"
 """Between a parameter's name and the name of its piece of state."""
 
@@ -29,17 +31,30 @@ def learning_rate(base: Base, step: int) -> float:
     if step < warmup:
         return base.learning_rate * (step + 1) / (warmup + 1)
     done = (step - warmup) / (base.max_train_steps - warmup)
+    return base.learning_rate * _share(base, done)
+
+
+def _share(base: Base, done: float) -> float:
+    """Return what is left of the rate when ``done`` of the schedule is over, in [0, 1)."""
     match base.lr_scheduler:
         case "constant":
-            return base.learning_rate
+            return 1.0
         case "linear":
-            return base.learning_rate * (1 - done)
+            return 1 - done
+        case "polynomial":
+            return float((1 - done) ** base.lr_power)
         case "cosine":
-            return base.learning_rate * (1 + math.cos(math.pi * done)) / 2
+            return (1 + math.cos(math.pi * done)) / 2
+        case "cosine_with_restarts":
+            return (1 + math.cos(math.pi * (base.lr_num_cycles * done % 1))) / 2
 
 
-def build_optimizer(base: Base, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """Return AdamW over the parameters, in their order.
+Groups = Sequence[tuple[list[nn.Parameter], float]]
+"""Parameters, and their multiple of the learning rate."""
+
+
+def build_optimizer(base: Base, groups: Groups) -> torch.optim.Optimizer:
+    """Return the run's optimizer over groups of parameters.
 
     Raises:
         BadInput: ``adamw8bit`` without bitsandbytes.
@@ -49,7 +64,7 @@ def build_optimizer(base: Base, parameters: Mapping[str, nn.Parameter]) -> torch
     else:
         make = partial(_adamw8bit(), min_8bit_size=base.adam8bit_min_size)
     return make(
-        list(parameters.values()),
+        [{"params": parameters, MULTIPLE: multiple} for parameters, multiple in groups],
         lr=base.learning_rate,
         betas=(base.adam_beta1, base.adam_beta2),
         eps=base.adam_epsilon,
@@ -70,7 +85,7 @@ def _adamw8bit() -> Callable[..., torch.optim.Optimizer]:
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group[MULTIPLE]
 
 
 def optimizer_state(

@@ -7,7 +7,7 @@ gives the same starting noise as ``torch.Generator().manual_seed(seed)`` in diff
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,16 +18,15 @@ from torch import Tensor
 
 from storage.local import remove_stale, step_dir, temporary_dir
 
-from .cache import Cache, default_cache_dir
 from .config import RunSpec, Samples
 from .dataset_files import fill_trigger
-from .encode import encode_texts
 from .errors import BadCheckpoint, BadInput
 from .families import Family, load_family
 from .methods import attach, restore
 from .rundir import ADAPTER
 from .snapshot import read_adapter, read_progress
 from .stop import Stop
+from .texts import LiveTexts, Texts
 from .validate import evaluating
 
 INDEX = "index.json"
@@ -52,9 +51,7 @@ def sample_texts(spec: RunSpec) -> list[str]:
     return [*prompts(spec), spec.samples.negative] if spec.samples else []
 
 
-def draw_images(
-    family: Family, spec: RunSpec, text: Mapping[str, Tensor], stop: Stop
-) -> Iterator[SampleImage]:
+def draw_images(family: Family, spec: RunSpec, texts: Texts, stop: Stop) -> Iterator[SampleImage]:
     """Yield the run's sample images from the family as it is now, prompt by prompt, seed by seed.
 
     Raises:
@@ -67,9 +64,7 @@ def draw_images(
         for first in range(0, len(samples.seeds), _TOGETHER):
             seeds = samples.seeds[first : first + _TOGETHER]
             with evaluating(family):
-                latents_BCHW = _denoise(
-                    family, samples, seeds, side, text[prompt], text[samples.negative], stop
-                )
+                latents_BCHW = _denoise(family, samples, seeds, (side, side), prompt, texts, stop)
                 images = [_to_image(family.decode(latents_CHW)) for latents_CHW in latents_BCHW]
             for seed, image in zip(seeds, images, strict=True):
                 yield SampleImage(prompt, seed, image)
@@ -100,9 +95,7 @@ def write_images(folder: Path, images: Iterator[SampleImage]) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False))
 
 
-def sample_images(
-    spec: RunSpec, checkpoint_dir: Path | None, out: Path, *, cache_dir: Path | None = None
-) -> Path:
+def sample_images(spec: RunSpec, checkpoint_dir: Path | None, out: Path) -> Path:
     """Draw the samples of a spec into a new or empty folder, from a checkpoint or from the bare base.
 
     Raises:
@@ -114,9 +107,8 @@ def sample_images(
     if out.exists() and any(out.iterdir()):
         raise BadInput(f"{out} is not empty", "give a new folder")
     family = adapted_family(spec, checkpoint_dir)
-    text = encode_texts(family, Cache(cache_dir or default_cache_dir()), sample_texts(spec))
     out.mkdir(parents=True, exist_ok=True)
-    write_images(out, draw_images(family, spec, text, Stop()))
+    write_images(out, draw_images(family, spec, LiveTexts(family), Stop()))
     return out
 
 
@@ -134,22 +126,29 @@ def _denoise(
     family: Family,
     samples: Samples,
     seeds: tuple[int, ...],
-    side: int,
-    text_LD: Tensor,
-    negative_LD: Tensor,
+    shape: tuple[int, int],
+    prompt: str,
+    texts: Texts,
     stop: Stop,
 ) -> Tensor:
     guided = samples.cfg > 1
     count, device = len(seeds), family.device
-    text_BLD = torch.stack([negative_LD] * count * guided + [text_LD] * count).to(device)
+    conditioning = texts.conditioning([samples.negative] * count * guided + [prompt] * count)
+    pixels = [side * family.latent_pixels for side in shape]
+    size_6 = torch.tensor([*pixels, 0, 0, *pixels], dtype=torch.float32, device=device)
+    conditioning |= family.size_conditioning(size_6.expand(count * (1 + guided), 6))
     schedule = family.sampling_schedule()
     schedule.set_timesteps(samples.steps, device=device)
-    noise = [torch.randn((4, side, side), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    latents_BCHW: Tensor = torch.stack(noise).to(device) * schedule.init_noise_sigma
+    noise = [
+        torch.randn((family.latent_channels, *shape), generator=torch.Generator().manual_seed(seed))
+        for seed in seeds
+    ]
+    latents_BCHW: Tensor = torch.stack(noise).to(device) * getattr(schedule, "init_noise_sigma", 1.0)
+    scaled = getattr(schedule, "scale_model_input", lambda given, timestep: given)
     for timestep in schedule.timesteps:
         stop.check()
-        model_input = schedule.scale_model_input(torch.cat([latents_BCHW] * (1 + guided)), timestep)
-        predicted = family.predict(model_input, timestep.expand(len(model_input)), text_BLD)
+        model_input = scaled(torch.cat([latents_BCHW] * (1 + guided)), timestep)
+        predicted = family.predict(model_input, timestep.expand(len(model_input)), conditioning)
         if guided:
             without, given = predicted.chunk(2)
             predicted = without + samples.cfg * (given - without)

@@ -33,7 +33,7 @@ from storage.local import (
 
 from .config import Frozen
 from .errors import BadCheckpoint, DiskFull
-from .methods import Method, restore
+from .methods import Methods, restore
 from .optim import load_optimizer_state, optimizer_state
 from .randomness import own_memory
 from .rundir import ADAPTER, OPTIMIZER, STATE
@@ -81,7 +81,7 @@ class CheckpointWriter:
     def __init__(
         self,
         root: Path,
-        method: Method,
+        methods: Methods,
         optimizer: torch.optim.Optimizer,
         on_written: Callable[[int, float, float], None],
         *,
@@ -97,7 +97,7 @@ class CheckpointWriter:
             give_up: Whether to wait no longer.
         """
         self._root = root
-        self._method = method
+        self._methods = methods
         self._optimizer = optimizer
         self._on_written = on_written
         self._on_disk_full = on_disk_full
@@ -123,7 +123,7 @@ class CheckpointWriter:
         """Copy the run's state and start writing it. Waits for the write before."""
         began = time.monotonic()
         self.wait()
-        parameters = self._method.parameters
+        parameters = self._methods.parameters
         self._adapter = _copied({name: p.data for name, p in parameters.items()}, self._adapter)
         # Nothing resumes from a final checkpoint, and it is the one that somebody waits for.
         state = {} if final else optimizer_state(self._optimizer, parameters)
@@ -184,13 +184,13 @@ class CheckpointWriter:
 
     def _write_once(self, progress: Progress, metrics: dict[str, float], final: bool) -> None:
         with staged_checkpoint(self._root, progress.step, metrics=metrics, final=final) as folder:
-            write(folder / ADAPTER, self._adapter, self._method.metadata())
+            write(folder / ADAPTER, self._adapter, self._methods.metadata())
             if not final:
                 write(folder / OPTIMIZER, self._state, {})
             (folder / STATE).write_text(progress.model_dump_json(indent=1))
 
 
-def load_checkpoint(folder: Path, method: Method, optimizer: torch.optim.Optimizer) -> Progress:
+def load_checkpoint(folder: Path, methods: Methods, optimizer: torch.optim.Optimizer) -> Progress:
     """Restore parameters and optimizer from a checkpoint and return its progress.
 
     Raises:
@@ -198,10 +198,10 @@ def load_checkpoint(folder: Path, method: Method, optimizer: torch.optim.Optimiz
         OSError, Unavailable: It cannot be read here and now.
     """
     progress = read_progress(folder)
-    if problem := restore(method, read_adapter(folder)):
+    if problem := restore(methods, read_adapter(folder)):
         raise BadCheckpoint(f"{folder / ADAPTER}: {problem}", "it belongs to a run with other settings")
     state = _load(folder / OPTIMIZER)
-    if problem := load_optimizer_state(optimizer, method.parameters, state):
+    if problem := load_optimizer_state(optimizer, methods.parameters, state):
         raise BadCheckpoint(f"{folder / OPTIMIZER}: {problem}")
     return progress
 

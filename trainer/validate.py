@@ -4,70 +4,82 @@ The training loss is taken at random timesteps, whose losses differ by orders of
 runs.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from .data import SPLIT_SEED, EncodedImage, crop
-from .families import Family
-from .objective import add_noise, loss, target
+from .data import SPLIT_SEED, EncodedImage, crop, crop_corner, sizes
+from .families import Conditioning, Family
 from .randomness import generator
 from .stop import Stop
+from .texts import Texts
 
 METRIC = "val/loss"
 _CHUNK = 8
 """Noise levels of one image in one forward pass. Fixed: the split decides the last bits of the sum."""
 
 
-def validation_timesteps(count: int, total: int) -> list[int]:
-    """Return ``count`` timesteps, each in the middle of its share of the ``total``."""
-    return [(2 * k + 1) * total // (2 * count) for k in range(count)]
-
-
 def validation_loss(
     family: Family,
     images: Iterable[EncodedImage],
-    text: Mapping[str, Tensor],
+    texts: Texts,
     *,
-    resolution: int,
+    shape: tuple[int, int] | None,
     timesteps: int,
     stop: Stop,
 ) -> float:
-    """Return the mean squared error over all images and timesteps.
+    """Return the mean squared error over all images and timesteps, whatever the training loss weighs.
 
     An image is the mean of its posterior, cropped in the middle, with its own caption.
+
+    Args:
+        shape: Height and width of the crop in latents; None: the whole image.
 
     Raises:
         Stopped: A stop was requested meanwhile.
     """
-    levels = validation_timesteps(timesteps, len(family.alpha_bar_T))
+    levels = family.process.fixed_timesteps(timesteps)
     total, count = 0.0, 0
     with evaluating(family):
         for index, image in enumerate(images):
-            x0_CHW = crop(image.views[0].mean_CHW, resolution // family.latent_pixels, 0.5, 0.5)
+            view = image.views[0]
+            height, width = shape or view.posterior.mean_CHW.shape[-2:]
+            corner = crop_corner(view.posterior.mean_CHW, (height, width), 0.5, 0.5)
+            x0_CHW = crop(view.posterior.mean_CHW, (height, width), corner)
+            size_6 = sizes(image, view, corner, (height, width), family.latent_pixels)
+            conditioning = texts.conditioning([image.caption])
+            conditioning |= family.size_conditioning(size_6[None].to(family.device))
             for first in range(0, len(levels), _CHUNK):
                 stop.check()
-                chunk = levels[first : first + _CHUNK]
+                chunk_B = levels[first : first + _CHUNK]
                 noise_BCHW = torch.stack(
-                    [_noise(index * len(levels) + first + k, x0_CHW) for k in range(len(chunk))]
+                    [_noise(index * len(levels) + first + k, x0_CHW) for k in range(len(chunk_B))]
                 )
-                total += _chunk_loss(family, x0_CHW, noise_BCHW, chunk, text[image.caption]) * len(chunk)
-                count += len(chunk)
+                total += _chunk_loss(family, x0_CHW, noise_BCHW, chunk_B, conditioning) * len(chunk_B)
+                count += len(chunk_B)
     return total / count
 
 
 @contextmanager
 def evaluating(family: Family) -> Iterator[None]:
     """Turn off dropout and gradients."""
-    training = family.denoiser.training
-    family.denoiser.eval()
+    networks = [family.denoiser, *family.text_encoders.values()]
+    training = [network.training for network in networks]
+    for network in networks:
+        network.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        family.denoiser.train(training)
+        for network, was in zip(networks, training, strict=True):
+            network.train(was)
+
+
+def expanded(conditioning: Conditioning, count: int) -> Conditioning:
+    """Return the conditioning of one sample for ``count`` alike."""
+    return {name: part.expand(count, *part.shape[1:]) for name, part in conditioning.items()}
 
 
 def _noise(n: int, like_CHW: Tensor) -> Tensor:
@@ -75,13 +87,14 @@ def _noise(n: int, like_CHW: Tensor) -> Tensor:
 
 
 def _chunk_loss(
-    family: Family, x0_CHW: Tensor, noise_BCHW: Tensor, levels: list[int], text_LD: Tensor
+    family: Family, x0_CHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning
 ) -> float:
-    count, device = len(levels), family.device
-    timesteps_B = torch.tensor(levels, device=device)
-    alpha_bar_B = family.alpha_bar_T[timesteps_B]
+    count, device, process = len(timesteps_B), family.device, family.process
+    timesteps_B = timesteps_B.to(device)
     x0_BCHW = x0_CHW.expand(count, *x0_CHW.shape).to(device)
     noise_BCHW = noise_BCHW.to(device)
-    text_BLD = text_LD.expand(count, *text_LD.shape).to(device)
-    predicted = family.predict(add_noise(x0_BCHW, noise_BCHW, alpha_bar_B), timesteps_B, text_BLD)
-    return float(loss(predicted, target(x0_BCHW, noise_BCHW, alpha_bar_B, family.prediction_type)))
+    noisy_BCHW = process.add_noise(x0_BCHW, noise_BCHW, timesteps_B)
+    predicted = family.predict(noisy_BCHW, timesteps_B, expanded(conditioning, count))
+    return float(
+        torch.nn.functional.mse_loss(predicted, process.target(x0_BCHW, noise_BCHW, timesteps_B).float())
+    )

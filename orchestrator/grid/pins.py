@@ -80,12 +80,20 @@ def with_digest(spec: RunSpec, pins: Mapping[str, str]) -> RunSpec:
     return spec.model_copy(update={"dataset": dataset, "base": base})
 
 
-def identity(spec: RunSpec, pins: Mapping[str, str]) -> dict[str, Any]:
-    """Return all that decides a run's result, as JSON values, with local inputs named by their content."""
-    data = spec.model_dump(mode="json")
-    if data["dataset"]["digest"]:
+def identity(spec: RunSpec, pins: Mapping[str, str], *, defaults: bool = False) -> dict[str, Any]:
+    """Return all that decides a run's result, as JSON values, with local inputs named by their content.
+
+    Args:
+        defaults: Also what is left at its default. Without, keys that a later version adds change no id.
+    """
+    data = spec.model_dump(mode="json", exclude_defaults=not defaults)
+    if spec.dataset.digest:
         del data["dataset"]["path"]
-    data["base"]["model"] = data["base"].pop("digest") or pins.get(spec.base.model, spec.base.model)
+    base = data["base"]
+    base["model"] = base.pop("digest", None) or pins.get(spec.base.model, spec.base.model)
+    # How many images a step sees decides the result; in how many passes, only its last bits.
+    base["train_batch_size"] = spec.base.samples_per_step
+    base.pop("gradient_accumulation_steps", None)
     if spec.evaluate:
         data["evaluate"]["command"] = [pins.get(word, word) for word in spec.evaluate.command]
     return data

@@ -14,7 +14,7 @@ from ..errors import Problem, shown
 from .errors import dotted, explain
 from .expansion import Cell
 from .file import Document, ValuePath
-from .pins import absolute_paths
+from .pins import absolute_paths, identity
 from .references import resolve
 from .schema import ALIASES, BLOCKS, canonical_name, parameter_names
 
@@ -40,7 +40,7 @@ def run_specs(
         if spec is None:
             problems += _explained(_news(errors, broken), document, cell)
             continue
-        first = seen.setdefault(spec.model_dump_json(), cell)
+        first = seen.setdefault(json.dumps(identity(spec, {}), sort_keys=True), cell)
         if first is not cell:
             message = f"{_called(cell)} is the same run as one of {dotted(first.place)}"
             where = document.where(cell.place)

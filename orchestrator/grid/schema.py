@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from trainer.config import Base, Dataset, Evaluate, Frozen, Samples, Validation
+from trainer.config import Base, Dataset, Evaluate, Frozen, Prior, Samples, Validation
 from trainer.interval import MIN_S
 from trainer.rundir import CheckpointPolicy
 
@@ -23,6 +23,7 @@ ALIASES = {"network_dim": "rank", "network_alpha": "alpha", "unet_lr": "learning
 BLOCKS: dict[str, type[Frozen]] = {
     "base": Base,
     "dataset": Dataset,
+    "prior": Prior,
     "validation": Validation,
     "samples": Samples,
     "evaluate": Evaluate,
@@ -208,6 +209,7 @@ class Grid(Frozen):
     run_cap: Annotated[int, Field(ge=1)] | None = None
     base: dict[str, Any] = Field(default_factory=dict)
     dataset: dict[str, Any] = Field(default_factory=dict)
+    prior: dict[str, Any] | None = None
     validation: dict[str, Any] = Field(default_factory=dict)
     samples: dict[str, Any] | None = None
     evaluate: dict[str, Any] | None = None

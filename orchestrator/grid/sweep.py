@@ -211,7 +211,7 @@ def _changes(old: Any, new: Any, path: str = "") -> list[str]:
 
 def _spec_changes(was: PlannedRun, old: Sweep, now: PlannedRun, new: Sweep) -> list[str]:
     """The differences of one run, with inputs compared by content: by what its id is made of."""
-    before, after = identity(was.spec, old.pins), identity(now.spec, new.pins)
+    before, after = (identity(run.spec, sweep.pins, defaults=True) for run, sweep in ((was, old), (now, new)))
     lines = []
     if before["dataset"].pop("digest") != after["dataset"].pop("digest"):
         lines.append(f"the content of dataset {now.spec.dataset.path} has changed")

@@ -83,8 +83,8 @@ def test_an_exported_file_draws_the_run_s_own_samples_in_diffusers(
     form: Form, spec: RunSpec, checkpoint: Path, world: Path, tmp_path: Path
 ) -> None:
     exported = export_adapter(checkpoint, spec, tmp_path / "cat", form)
-    ours = images(sample_images(spec, checkpoint, tmp_path / "ours", cache_dir=world / "cache"))
-    bare = images(sample_images(spec, None, tmp_path / "bare", cache_dir=world / "cache"))
+    ours = images(sample_images(spec, checkpoint, tmp_path / "ours"))
+    bare = images(sample_images(spec, None, tmp_path / "bare"))
 
     theirs = drawn_by_diffusers(spec, exported)
 
@@ -228,7 +228,7 @@ def test_an_image_does_not_depend_on_its_companions(spec: RunSpec, world: Path, 
     assert spec.samples
     alone = spec.model_copy(update={"samples": spec.samples.model_copy(update={"seeds": (2,)})})
 
-    together = images(sample_images(spec, None, tmp_path / "together", cache_dir=world / "cache"))
-    single = images(sample_images(alone, None, tmp_path / "alone", cache_dir=world / "cache"))
+    together = images(sample_images(spec, None, tmp_path / "together"))
+    single = images(sample_images(alone, None, tmp_path / "alone"))
 
     assert abs(together[1] - single[0]).max() <= 1

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.config import Base
-from trainer.data import crop, draw, split
+from trainer.data import crop, crop_corner, draw, split
 from trainer.encode import fit
-from trainer.objective import add_noise, loss, target
+from trainer.objective import Objective
+from trainer.objective.process import Diffusion
 from trainer.optim import learning_rate, load_optimizer_state, optimizer_state
 from trainer.randomness import generator, key
 from trainer.tensor_file import read, write
-from trainer.validate import validation_timesteps
 
 
 def numbers(seed: int, purpose: str, n: int) -> list[float]:
@@ -46,8 +46,8 @@ def test_the_key_of_a_stream_never_changes() -> None:
 
 
 def draws(first: int, count: int, **changes: Any) -> list[int]:
-    options = {"images": 5, "views": 2, "caption_dropout": 0.5, "seed": 3, **changes}
-    return [draw(n, **options).image for n in range(first, first + count)]
+    options = {"slots": 5, "views": 2, "caption_dropout": 0.5, "seed": 3, **changes}
+    return [draw(n, **options).slot for n in range(first, first + count)]
 
 
 def test_every_epoch_visits_every_image_once_in_an_order_of_its_own() -> None:
@@ -59,7 +59,7 @@ def test_every_epoch_visits_every_image_once_in_an_order_of_its_own() -> None:
 
 @given(st.integers(0, 10_000), st.integers(0, 10_000))
 def test_a_sample_does_not_depend_on_the_ones_before_it(n: int, other: int) -> None:
-    options = {"images": 7, "views": 2, "caption_dropout": 0.3, "seed": 1}
+    options = {"slots": 7, "views": 2, "caption_dropout": 0.3, "seed": 1}
     alone = draw(n, **options)
     draw(other, **options)
 
@@ -69,7 +69,7 @@ def test_a_sample_does_not_depend_on_the_ones_before_it(n: int, other: int) -> N
 
 
 def test_captions_and_flips_come_at_their_rates() -> None:
-    seen = [draw(n, images=9, views=2, caption_dropout=0.2, seed=0) for n in range(2000)]
+    seen = [draw(n, slots=9, views=2, caption_dropout=0.2, seed=0) for n in range(2000)]
 
     assert 0.17 < sum(s.drop_caption for s in seen) / 2000 < 0.23
     assert 0.46 < Counter(s.view for s in seen)[1] / 2000 < 0.54
@@ -100,47 +100,53 @@ def test_learning_rate(changes: dict[str, Any], rates: list[float]) -> None:
     assert [learning_rate(base, step) / 2 for step in range(4)] == pytest.approx(rates)
 
 
-def case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+ALPHA_BAR = torch.tensor([0.9, 0.5, 0.01]).double()
+TIMESTEPS = torch.arange(3)
+
+
+def case() -> tuple[torch.Tensor, torch.Tensor]:
     x0, noise = torch.randn(2, 3, 4, 5, 5, generator=generator(0, "test", 0)).double()
-    return x0, noise, torch.tensor([0.9, 0.5, 0.01]).double()
+    return x0, noise
 
 
 def test_the_targets_recover_the_clean_latent() -> None:
-    x0, noise, alpha_bar = case()
-    x_t = add_noise(x0, noise, alpha_bar)
-    a, s = alpha_bar.sqrt().view(3, 1, 1, 1), (1 - alpha_bar).sqrt().view(3, 1, 1, 1)
+    x0, noise = case()
+    x_t = Diffusion(ALPHA_BAR, "epsilon").add_noise(x0, noise, TIMESTEPS)
+    a, s = ALPHA_BAR.sqrt().view(3, 1, 1, 1), (1 - ALPHA_BAR).sqrt().view(3, 1, 1, 1)
 
-    v = target(x0, noise, alpha_bar, "v_prediction")
+    v = Diffusion(ALPHA_BAR, "v_prediction").target(x0, noise, TIMESTEPS)
 
-    assert target(x0, noise, alpha_bar, "epsilon") is noise
+    assert Diffusion(ALPHA_BAR, "epsilon").target(x0, noise, TIMESTEPS) is noise
+    assert Diffusion(ALPHA_BAR, "sample").target(x0, noise, TIMESTEPS) is x0
     torch.testing.assert_close(a * x_t - s * v, x0)
     torch.testing.assert_close(s * x_t + a * v, noise)
 
 
-@pytest.mark.parametrize(("kind", "weight"), [("epsilon", lambda r: r), ("v_prediction", lambda r: r + 1)])
-def test_an_error_in_x0_is_weighted_by_the_signal_to_noise_ratio(kind: str, weight: Any) -> None:
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_an_error_in_x0_is_weighted_by_the_signal_to_noise_ratio(kind: str) -> None:
     """|e' - e|² = SNR |x' - x|² and |v' - v|² = (SNR + 1) |x' - x|²."""
-    x0, noise, alpha_bar = case()
-    x_t = add_noise(x0, noise, alpha_bar)
+    x0, noise = case()
+    process = Diffusion(ALPHA_BAR, kind)
+    x_t = process.add_noise(x0, noise, TIMESTEPS)
     guess = x0 + 0.1
-    a, s = alpha_bar.sqrt().view(3, 1, 1, 1), (1 - alpha_bar).sqrt().view(3, 1, 1, 1)
-    implied = target(guess, (x_t - a * guess) / s, alpha_bar, kind)
+    a, s = ALPHA_BAR.sqrt().view(3, 1, 1, 1), (1 - ALPHA_BAR).sqrt().view(3, 1, 1, 1)
+    implied = process.target(guess, (x_t - a * guess) / s, TIMESTEPS)
 
-    error = (implied - target(x0, noise, alpha_bar, kind)).square().mean(dim=(1, 2, 3))
+    error = (implied - process.target(x0, noise, TIMESTEPS)).square().mean(dim=(1, 2, 3))
 
-    torch.testing.assert_close(error, weight(alpha_bar / (1 - alpha_bar)) * 0.01)
+    torch.testing.assert_close(error, process.per_x0(TIMESTEPS) * 0.01)
 
 
 def test_the_loss_is_computed_in_fp32() -> None:
     half = torch.full((1, 4, 8, 8), 300.0, dtype=torch.float16)
+    objective = Objective(Base(model="m"), Diffusion(ALPHA_BAR, "epsilon"))
 
-    assert loss(half, torch.zeros_like(half)) == 90_000
+    assert objective.losses(half, torch.zeros_like(half), TIMESTEPS[:1], None).tolist() == [90_000]
 
 
 def test_an_unknown_prediction_type_is_refused() -> None:
-    x0, noise, alpha_bar = case()
-    with pytest.raises(ValueError, match="epsilon or v_prediction, got 'x0'"):
-        target(x0, noise, alpha_bar, "x0")
+    with pytest.raises(ValueError, match="got 'x0'"):
+        Diffusion(ALPHA_BAR, "x0")
 
 
 @pytest.mark.parametrize(
@@ -149,14 +155,15 @@ def test_an_unknown_prediction_type_is_refused() -> None:
 def test_validation_timesteps_lie_in_the_middle_of_their_shares(
     count: int, total: int, timesteps: list[int]
 ) -> None:
-    assert validation_timesteps(count, total) == timesteps
+    process = Diffusion(torch.linspace(0.99, 0.01, total), "epsilon")
+    assert process.fixed_timesteps(count).tolist() == timesteps
 
 
 def test_a_crop_reaches_both_edges_and_no_further() -> None:
     latents = torch.arange(12).view(1, 2, 6)
 
-    assert crop(latents, 2, 0.0, 0.0).tolist() == [[[0, 1], [6, 7]]]
-    assert crop(latents, 2, 0.999, 0.999).tolist() == [[[4, 5], [10, 11]]]
+    for place, seen in ((0.0, [[[0, 1], [6, 7]]]), (0.999, [[[4, 5], [10, 11]]])):
+        assert crop(latents, (2, 2), crop_corner(latents, (2, 2), place, place)).tolist() == seen
 
 
 @pytest.mark.parametrize(
@@ -173,7 +180,7 @@ def test_images_are_scaled_by_their_shorter_side(
 ) -> None:
     from PIL import Image
 
-    assert fit(Image.new("RGB", size), 32, shape, 8).size == expected
+    assert fit(Image.new("RGB", size), 32, shape, 8).image.size == expected
 
 
 def test_an_optimizer_that_has_not_moved_yet_is_resumed_and_one_that_lost_state_is_not(

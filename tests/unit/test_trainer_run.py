@@ -247,7 +247,7 @@ def test_a_v_prediction_model_is_trained_towards_v(lay: Lay, world: Path, tmp_pa
 
     for each in (run_dir, forced):
         assert run_attempt(each, Stop()) == EXIT_COMPLETE
-    assert prepare(run_dir, Stop()).family.prediction_type == "v_prediction"
+    assert prepare(run_dir, Stop()).family.process.prediction_type == "v_prediction"
     assert events(run_dir, "step")[0]["loss"] != events(forced, "step")[0]["loss"]
 
 
@@ -324,7 +324,7 @@ def test_a_single_file_is_the_same_model_as_its_folder(world: Path, tmp_path: Pa
     weights, expected = single.denoiser.state_dict(), folder.denoiser.state_dict()
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    assert torch.equal(single.alpha_bar_T, folder.alpha_bar_T)
+    assert torch.equal(single.process.alpha_bar_T, folder.process.alpha_bar_T)
 
 
 def test_without_network_a_message_says_what_to_bring(
@@ -376,7 +376,7 @@ def test_a_full_cache_is_used_and_a_changed_image_is_not(world: Path, lay: Lay, 
     entries = len(list((world / "cache").rglob("*.safetensors")))
     again = prepare(lay("again", spec), Stop())
     assert len(list((world / "cache").rglob("*.safetensors"))) == entries
-    assert torch.equal(again.training.batch(0, 4).x0_BCHW, before.training.batch(0, 4).x0_BCHW)
+    assert torch.equal(again.training.batches(0, 4)[0].x0_BCHW, before.training.batches(0, 4)[0].x0_BCHW)
 
     from PIL import Image
 
@@ -392,14 +392,14 @@ def test_a_fresh_adapter_changes_nothing_and_follows_from_the_seed(world: Path, 
     parts = prepare(lay("one", spec), Stop())
     torch.manual_seed(2)
     other = prepare(lay("two", spec), Stop())
-    batch = parts.training.batch(0, 2)
-    inputs = (batch.x0_BCHW, batch.timesteps_B, batch.text_BLD)
+    (batch,) = parts.training.batches(0, 4)
+    inputs = (batch.x0_BCHW, batch.timesteps_B, parts.texts.conditioning(batch.captions))
 
     with torch.no_grad():
         parts.family.denoiser.eval()
         assert torch.equal(parts.family.predict(*inputs), bare.predict(*inputs))
-    for name, parameter in parts.method.parameters.items():
-        assert torch.equal(parameter, other.method.parameters[name])
+    for name, parameter in parts.methods.parameters.items():
+        assert torch.equal(parameter, other.methods.parameters[name])
         assert (".lora_A." in name) == bool(parameter.any())
 
 

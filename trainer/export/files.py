@@ -17,7 +17,7 @@ from storage.local import temporary_dir
 
 from ..config import RunSpec
 from ..errors import BadInput
-from ..methods.lora import PREFIX
+from ..families.sd1 import TARGETS
 from ..snapshot import read_adapter, read_progress
 from ..tensor_file import to_bytes
 
@@ -26,6 +26,7 @@ Dtype = Literal["fp32", "fp16", "bf16"]
 
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
+PREFIX = "unet."
 KOHYA_PREFIX = "lora_unet_"
 
 
@@ -63,7 +64,7 @@ def diffusers_metadata(spec: RunSpec) -> dict[str, str]:
     config = {
         "r": spec.base.rank,
         "lora_alpha": spec.base.lora_alpha,
-        "target_modules": sorted(spec.base.targets),
+        "target_modules": sorted(TARGETS["attention"]),
     }
     prefixed = {f"{PREFIX}{name}": value for name, value in config.items()}
     return {"format": "pt", "lora_adapter_metadata": json.dumps(prefixed, sort_keys=True)}

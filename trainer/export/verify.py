@@ -18,12 +18,11 @@ from torch import Tensor
 from ..config import RunSpec
 from ..errors import TrainerError
 from ..families.source import load_pipeline
-from ..methods.lora import PREFIX
 from ..randomness import generator
 from ..sample import adapted_family
 from ..snapshot import read_adapter
 from ..tensor_file import read
-from .files import DTYPES, KOHYA_PREFIX
+from .files import DTYPES, KOHYA_PREFIX, PREFIX
 
 _EPSILON = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """Relative error of a prediction that rounding the factors to a type, and another order of sums, cause."""

@@ -1,10 +1,10 @@
 """What differs between families of base models, behind one small interface.
 
-A family owns the frozen networks of one base model. The step loop, validation and sampling speak only to
-``Family``; they do not know which one they have.
+A family owns the frozen networks of one base model, and nothing of a run: several runs may share it. The step
+loop, validation and sampling speak only to ``Family``; they do not know which one they have.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -12,6 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Base
+from ..objective.process import Process
+
+Conditioning = dict[str, Tensor]
+"""What the denoiser is told beside image and noise level, by the family's own names. Batched along the first
+axis, unless said otherwise."""
 
 
 class Posterior(NamedTuple):
@@ -25,21 +30,33 @@ class Family(Protocol):
     """A loaded base model, frozen."""
 
     name: str
+    """``sd1``, ``sd2``, ``sdxl``, ``sd3``."""
     device: torch.device
-    prediction_type: str
-    """``epsilon`` or ``v_prediction``."""
     latent_pixels: int
     """Pixels per latent, along each side."""
-    alpha_bar_T: Tensor
-    """Cumulative signal level by timestep, fp32, on ``device``."""
+    latent_channels: int
     denoiser: nn.Module
     """The network that receives the adapter."""
+    denoiser_prefix: str
+    """Of its parameters in checkpoints and diffusers files: ``unet`` or ``transformer``."""
+    text_encoders: Mapping[str, nn.Module]
+    """By diffusers' names, ``text_encoder``, ``text_encoder_2``…; empty once they were freed."""
+    targets: Mapping[str, tuple[str, ...]]
+    """Endings of the denoiser's module names by ``TargetSet``; ``conv``: its convolutions."""
 
-    def token_ids(self, text: str) -> list[int]:
-        """The tokens that ``encode_tokens`` sees, truncated and padded."""
+    @property
+    def process(self) -> Process:
+        """How images become noise, and what the denoiser predicts."""
 
-    def encode_tokens(self, token_ids: Sequence[int]) -> Tensor:
-        """Return the text states (L, D) of one text, fp32, on the CPU."""
+    def token_ids(self, text: str) -> list[list[int]]:
+        """The tokens that each text encoder sees, truncated and padded."""
+
+    def encode_tokens(self, token_ids: Sequence[list[list[int]]]) -> Conditioning:
+        """Return what several texts say, fp32, on ``device``; differentiable if a text encoder is trained."""
+
+    def size_conditioning(self, sizes_B6: Tensor) -> Conditioning:
+        """Return what the denoiser is told of sizes: (original height, width, crop top, left, target height,
+        width) in pixels. Empty for families that are told nothing."""
 
     def encode_image(self, pixels_CHW: Tensor) -> Posterior:
         """Return the latents of one image in [-1, 1], fp32, on the CPU."""
@@ -47,20 +64,21 @@ class Family(Protocol):
     def decode(self, latents_CHW: Tensor) -> Tensor:
         """Return the image (3, H, W) in [-1, 1] of scaled latents, fp32, on the CPU."""
 
-    def predict(self, noisy_BCHW: Tensor, timesteps_B: Tensor, text_BLD: Tensor) -> Tensor:
+    def predict(self, noisy_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the denoiser's prediction, fp32. Inputs are on ``device``."""
 
     def sampling_schedule(self) -> Any:
-        """Return a fresh DPM-Solver multistep scheduler with this model's noise levels."""
+        """Return a fresh diffusers scheduler with this model's noise levels."""
 
     def text_identity(self) -> str:
-        """Digest of the text encoder's weights."""
+        """Digest of all that decides what ``encode_tokens`` gives."""
 
     def image_identity(self) -> str:
-        """Digest of the image encoder's weights."""
+        """Digest of the image encoder's weights and scaling."""
 
-    def rest_encoders(self) -> None:
-        """Free what only caching needs: no text or image is encoded after this. ``decode`` still works."""
+    def rest_encoders(self, *, texts: bool) -> None:
+        """Free what only caching needs; ``decode`` still works. With ``texts``, no text is encoded after
+        this either."""
 
 
 def load_family(base: Base, hub_cache: Path | None = None) -> Family:

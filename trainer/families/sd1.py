@@ -4,7 +4,7 @@ Text and images are encoded in fp32 whatever the training precision, so their ca
 the UNet is kept in the precision asked for and runs under autocast.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -16,10 +16,21 @@ from torch import Tensor, nn
 from ..cache import tensors_digest
 from ..config import Base
 from ..errors import BadInput
+from ..objective.process import Diffusion
 from ..randomness import own_memory
-from . import Posterior
+from . import Conditioning, Posterior
 from .source import load_pipeline
 
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""diffusers' names of the attention projections: what its own LoRA scripts train."""
+TARGETS = {
+    "attention": ATTENTION,
+    "linear": (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    "conv": (
+        *("conv1", "conv2", "conv_shortcut", "time_emb_proj"),
+        *("downsamplers.0.conv", "upsamplers.0.conv"),
+    ),
+}
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -27,20 +38,23 @@ class StableDiffusion1:
     """See ``Family``."""
 
     name = "sd1"
+    denoiser_prefix = "unet"
+    targets: Mapping[str, tuple[str, ...]] = TARGETS
 
     def __init__(self, pipeline: Any, base: Base, device: torch.device) -> None:
         self.device = device
         self._dtype = DTYPES[base.mixed_precision]
         self._tokenizer = pipeline.tokenizer
-        self._text_encoder = _frozen(pipeline.text_encoder, device)
+        self.text_encoders: Mapping[str, nn.Module] = {"text_encoder": _frozen(pipeline.text_encoder, device)}
         self._vae = _frozen(pipeline.vae, device)
         self.latent_pixels = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+        self.latent_channels = int(pipeline.vae.config.latent_channels)
         self._scaling = float(pipeline.vae.config.scaling_factor)
         self._schedule_config = dict(pipeline.scheduler.config)
         if base.prediction_type:
             self._schedule_config["prediction_type"] = base.prediction_type
-        self.prediction_type = str(self._schedule_config.get("prediction_type", "epsilon"))
-        self.alpha_bar_T: Tensor = pipeline.scheduler.alphas_cumprod.to(device, torch.float32)
+        alpha_bar_T = pipeline.scheduler.alphas_cumprod.to(device, torch.float32)
+        self.process = Diffusion(alpha_bar_T, str(self._schedule_config.get("prediction_type", "epsilon")))
         self.denoiser = _frozen(pipeline.unet, device, self._dtype)
 
     @classmethod
@@ -52,15 +66,18 @@ class StableDiffusion1:
         _check_architecture(base, pipeline)
         return cls(pipeline, base, device)
 
-    def token_ids(self, text: str) -> list[int]:
+    def token_ids(self, text: str) -> list[list[int]]:
         length = self._tokenizer.model_max_length
         ids = self._tokenizer(text, padding="max_length", max_length=length, truncation=True).input_ids
-        return [int(i) for i in ids]
+        return [[int(i) for i in ids]]
 
-    @torch.no_grad()
-    def encode_tokens(self, token_ids: Sequence[int]) -> Tensor:
-        ids_BL = torch.tensor([list(token_ids)], device=self.device)
-        return cast(Tensor, self._text_encoder(ids_BL)[0])[0].float().cpu()
+    def encode_tokens(self, token_ids: Sequence[list[list[int]]]) -> Conditioning:
+        ids_BL = torch.tensor([ids for (ids,) in token_ids], device=self.device)
+        states_BLD = cast(Tensor, self.text_encoders["text_encoder"](ids_BL)[0])
+        return {"states": states_BLD.float()}
+
+    def size_conditioning(self, sizes_B6: Tensor) -> Conditioning:
+        return {}
 
     @torch.no_grad()
     def encode_image(self, pixels_CHW: Tensor) -> Posterior:
@@ -74,10 +91,11 @@ class StableDiffusion1:
         pixels_BCHW: Tensor = self._vae.decode(latents_CHW[None].to(self.device) / self._scaling).sample
         return pixels_BCHW[0].float().cpu()
 
-    def predict(self, noisy_BCHW: Tensor, timesteps_B: Tensor, text_BLD: Tensor) -> Tensor:
+    def predict(self, noisy_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Tensor:
+        states_BLD = conditioning["states"].to(self._dtype)
         with self._precision():
             predicted = self.denoiser(
-                noisy_BCHW.to(self._dtype), timesteps_B, encoder_hidden_states=text_BLD.to(self._dtype)
+                noisy_BCHW.to(self._dtype), timesteps_B, encoder_hidden_states=states_BLD
             ).sample
         return cast(Tensor, predicted).float()
 
@@ -85,13 +103,14 @@ class StableDiffusion1:
         return DPMSolverMultistepScheduler.from_config(self._schedule_config)
 
     def text_identity(self) -> str:
-        return tensors_digest(self._text_encoder.state_dict())
+        return tensors_digest(self.text_encoders["text_encoder"].state_dict())
 
     def image_identity(self) -> str:
         return f"{self._scaling} {tensors_digest(self._vae.state_dict())}"
 
-    def rest_encoders(self) -> None:
-        self._text_encoder = None
+    def rest_encoders(self, *, texts: bool) -> None:
+        if texts:
+            self.text_encoders = {}
         self._vae.to("cpu")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -1,10 +1,12 @@
 """What is trained on top of a frozen base, behind one small interface.
 
-A method puts its parameters into the denoiser of a family. Checkpoints, the optimizer and the step loop see
-only named fp32 tensors.
+A method puts parameters of its own beside the networks of a family. Several compose as a list, ``Methods``;
+checkpoints, the optimizer and the step loop see only named fp32 tensors. Runs that share a base in one
+process give their methods different names, and ``use`` theirs before they compute.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -16,32 +18,88 @@ from ..families import Family
 class Method(Protocol):
     """Trainable parameters attached to a base model."""
 
-    parameters: dict[str, nn.Parameter]
-    """By the name that they have in a checkpoint, in the order of names; fp32."""
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """By the name that they have in a checkpoint, in the order of names; fp32."""
+
+    rate: float
+    """Their learning rate, as a multiple of the run's."""
 
     def metadata(self) -> dict[str, str]:
         """What a reader needs besides the tensors, for the header of the checkpoint's file."""
 
+    def use(self) -> None:
+        """Let the base compute with these parameters, and with no other run's."""
 
-def attach(base: Base, family: Family) -> Method:
-    """Put freshly initialised parameters, a function of the seed only, into the family's denoiser.
+    def stand_aside(self) -> None:
+        """Let the base compute as if it had never been attached, until ``use``."""
+
+    def updated(self) -> None:
+        """Called after each optimizer step: whatever keeps the parameters within bounds."""
+
+
+class Methods:
+    """All that one run trains."""
+
+    def __init__(self, members: Sequence[Method]) -> None:
+        """
+        Raises:
+            ValueError: Two of them name a parameter alike.
+        """
+        self._members = tuple(members)
+        named = [pair for member in members for pair in member.parameters.items()]
+        self.parameters: dict[str, nn.Parameter] = dict(sorted(named))
+        if len(self.parameters) != len(named):
+            raise ValueError("two methods name a parameter alike")
+
+    def groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        """Return the parameters in groups, each with its multiple of the learning rate."""
+        return [(list(member.parameters.values()), member.rate) for member in self._members]
+
+    def metadata(self) -> dict[str, str]:
+        return {key: value for member in self._members for key, value in member.metadata().items()}
+
+    def use(self) -> None:
+        for member in self._members:
+            member.use()
+
+    def updated(self) -> None:
+        for member in self._members:
+            member.updated()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within, the base computes as if nothing had been attached."""
+        for member in self._members:
+            member.stand_aside()
+        try:
+            yield
+        finally:
+            self.use()
+
+
+def attach(base: Base, family: Family, name: str = "default") -> Methods:
+    """Put freshly initialised parameters, a function of the seed only, beside the family's networks.
+
+    Args:
+        name: Tells the runs apart that share the family.
 
     Raises:
         BadInput: The targets name no module of this model.
     """
-    from .lora import Lora  # methods share this module
+    from .adapter import denoiser_adapter  # methods share this module
 
-    return Lora.attach(base, family)
+    return Methods([denoiser_adapter(base, family, name)])
 
 
-def restore(method: Method, tensors: Mapping[str, Tensor]) -> str | None:
+def restore(methods: Methods, tensors: Mapping[str, Tensor]) -> str | None:
     """Copy saved tensors into the parameters. Say what does not fit and change nothing, or return None."""
-    if tensors.keys() != method.parameters.keys():
-        odd = sorted(tensors.keys() ^ method.parameters.keys())
+    if tensors.keys() != methods.parameters.keys():
+        odd = sorted(tensors.keys() ^ methods.parameters.keys())
         return f"{len(odd)} tensors are missing or unknown, e.g. {odd[0]}"
-    for name, parameter in method.parameters.items():
+    for name, parameter in methods.parameters.items():
         if tensors[name].shape != parameter.shape:
             return f"{name} has shape {list(tensors[name].shape)}, expected {list(parameter.shape)}"
-    for name, parameter in method.parameters.items():
+    for name, parameter in methods.parameters.items():
         parameter.data.copy_(tensors[name])
     return None
