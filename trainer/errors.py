@@ -6,6 +6,7 @@ TrainerError
 ├── BaseUnavailable   the hub did not answer                              yes                      exit 68
 ├── DiskFull          the node's disk is full or cannot be written        elsewhere, or after a while exit 73
 ├── Diverged          loss or gradient is not finite                      seldom: the retry rule decides
+├── CommandFailed     a foreign command could not be started, or failed     perhaps                  exit 1
 └── EvaluationFailed  the evaluate command did not give scores            perhaps                  exit 1
 """
 
@@ -48,6 +49,10 @@ class DiskFull(TrainerError):
 
 class Diverged(TrainerError):
     """The loss or its gradient is infinite or not a number; the adapter was not touched by it."""
+
+
+class CommandFailed(TrainerError):
+    """A foreign training command could not be started on this node, or failed without an exception."""
 
 
 class EvaluationFailed(TrainerError):

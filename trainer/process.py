@@ -11,21 +11,21 @@ import logging
 import os
 import signal
 import sys
-import traceback
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
-from storage.local import DISK_UNUSABLE
-from storage.records import EndReason
-
-from .evidence import ADVICE, by_exception
 from .gpu_check import check_gpu
+from .orders import read_spec
 from .orphan import die_when_abandoned, die_with_stdin
-from .rundir import EXIT_DISK_FULL, RunDir, append_event
+from .rundir import RunDir
+from .serving import guarded, read_line, redirect_output
 from .stop import Stop
 
 
 def main() -> int:
     """Serve one run and return the exit code."""
+    environment = dict(os.environ)
     die_when_abandoned()  # first: what follows may hang, in an import or a driver
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     stop = Stop()
@@ -35,43 +35,42 @@ def main() -> int:
     faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
     _import_everything()
     check_gpu()
-    line = _read_line()
+    line = read_line()
     if line is None:
         return 0
     run_dir = RunDir(Path(json.loads(line)["run_dir"]))
-    _redirect_output(run_dir.log)
+    redirect_output(run_dir.log)
     die_with_stdin()
-    return serve(run_dir, stop)
+    return serve(run_dir, stop, environment)
 
 
-def serve(run_dir: RunDir, stop: Stop) -> int:
-    """Train, turning what goes wrong into an ``error`` event, a traceback in the log, and an exit code."""
-    from .attempt import run_attempt
-    from .errors import TrainerError
+def serve(run_dir: RunDir, stop: Stop, environment: Mapping[str, str] = os.environ) -> int:
+    """Train and return the exit code.
 
-    try:
+    A run with a ``command`` needs nothing of what was imported, nor the GPU's memory that it took: then this
+    process becomes ``trainer.command``.
+
+    Args:
+        environment: For that, what it was when this process started.
+    """
+
+    def work() -> int:
+        from .attempt import run_attempt
+
+        if read_spec(run_dir).command is not None:
+            _become_command(run_dir, environment)
         return run_attempt(run_dir, stop)
-    except TrainerError as error:
-        return _failed(run_dir, error, error.hint, error.exit_code)
-    except MemoryError as error:
-        return _failed(run_dir, error, ADVICE[EndReason.OOM_HOST], 1)
-    except OSError as error:
-        code = EXIT_DISK_FULL if error.errno in DISK_UNUSABLE else 1
-        return _failed(run_dir, error, f"see {run_dir.log.name}", code)
-    except Exception as error:
-        reason = by_exception(type(error).__name__, str(error))
-        hint = ADVICE.get(reason) if reason else None
-        return _failed(run_dir, error, hint or f"see {run_dir.log.name}", 1)
+
+    return guarded(run_dir, work, _gpu_bytes)
 
 
-def _failed(run_dir: RunDir, error: Exception, hint: str, code: int) -> int:
-    with contextlib.suppress(OSError):  # the disk of the log may be the very one that is full
-        traceback.print_exception(error)
-    kind, message = type(error).__name__, str(error)
-    size = _gpu_bytes() if by_exception(kind, message) is EndReason.OOM_GPU else None
-    told = {"memory_bytes": size} if size else {}
-    append_event(run_dir.events, "error", type=kind, message=message, hint=hint, **told)
-    return code
+def _become_command(run_dir: RunDir, environment: Mapping[str, str]) -> NoReturn:
+    """Go on as another program, under the same number, with the same stdin, stdout and stderr only."""
+    for descriptor in range(3, max((int(name) for name in os.listdir("/dev/fd")), default=2) + 1):
+        with contextlib.suppress(OSError):
+            os.set_inheritable(descriptor, False)
+    words = [sys.executable, "-m", "trainer.command", str(run_dir.root)]
+    os.execve(sys.executable, words, environment)
 
 
 def _gpu_bytes() -> int | None:
@@ -90,28 +89,10 @@ def _import_everything() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     from . import attempt  # noqa: F401
     from .families import sd1  # noqa: F401
-    from .methods import lora  # noqa: F401
+    from .methods import adapter  # noqa: F401
 
     with contextlib.suppress(ImportError):  # only adamw8bit needs it, and says so
         import bitsandbytes  # noqa: F401
-
-
-def _read_line() -> bytes | None:
-    """Read one line from stdin, byte by byte: a buffered reader would hold a lock that exiting waits for."""
-    line = b""
-    while not line.endswith(b"\n"):
-        byte = os.read(0, 1)
-        if not byte:
-            return None
-        line += byte
-    return line
-
-
-def _redirect_output(log: Path) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
 
 
 if __name__ == "__main__":

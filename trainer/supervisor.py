@@ -51,7 +51,7 @@ from .rundir import (
     read_events,
 )
 from .shipper import Shipper
-from .training_process import STUCK, TrainingProcess
+from .training_process import PLAYER, STUCK, TRAINER, TrainingProcess
 from .vigil import Vigil
 
 logger = logging.getLogger(__name__)
@@ -211,7 +211,7 @@ class Supervisor:
 
     def _train(self) -> int:
         self._prepare()
-        process = self._process or TrainingProcess()
+        process = self._process or TrainingProcess(PLAYER if self._spec.command else TRAINER)
         self._process = process
         process.begin(self._run_dir.root)
         vigil = Vigil(process, self._run_dir, self._options.stall_timeout_s)

@@ -22,6 +22,11 @@ SECRETS = ("AWS_", "RAY_", "SLACK_")
 """Prefixes of environment variables that a training process has no use for: it never talks to the store."""
 
 
+TRAINER = (sys.executable, "-m", "trainer.process")
+PLAYER = (sys.executable, "-m", "trainer.command")
+"""For a run with a ``command``; a ``TRAINER`` that waits already becomes one."""
+
+
 class TrainingProcess:
     """A ``python -m trainer.process`` that imports what it needs and waits for its run directory.
 
@@ -32,7 +37,7 @@ class TrainingProcess:
 
     def __init__(
         self,
-        command: Sequence[str] = (sys.executable, "-m", "trainer.process"),
+        command: Sequence[str] = TRAINER,
         extra: Mapping[str, str] | None = None,
     ) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(SECRETS)}
