@@ -9,8 +9,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from .cache import Cache, default_cache_dir
 from .config import Base, RunSpec
 from .data import TrainingSet, split
@@ -24,15 +22,14 @@ from .model_files import model_digest
 from .narration import say
 from .objective import Objective
 from .optim import build_optimizer
+from .orders import read_options, read_spec, wait_for_order
 from .pulse import Pulse
 from .randomness import make_deterministic
-from .rundir import Options, RunDir, StartOrder, cache_folder
+from .rundir import Options, RunDir, cache_folder
 from .sample import sample_texts
 from .snapshot import Progress, load_checkpoint
 from .stop import Stop
 from .texts import CachedTexts
-
-_POLL_S = 0.02
 
 
 def run_attempt(run_dir: RunDir, stop: Stop) -> int:
@@ -105,20 +102,6 @@ def prepare(run_dir: RunDir, stop: Stop) -> Parts:
     )
 
 
-def read_spec(run_dir: RunDir) -> RunSpec:
-    try:
-        return RunSpec.model_validate_json(run_dir.spec.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise BadInput(f"{run_dir.spec}: {error}") from error
-
-
-def read_options(run_dir: RunDir) -> Options:
-    try:
-        return Options.model_validate_json(run_dir.options.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise BadInput(f"{run_dir.options}: {error}") from error
-
-
 def read_dataset(spec: RunSpec, options: Options) -> list[Example]:
     """Return the examples of the run's dataset, which must be the one that was submitted."""
     digest = spec.dataset.digest
@@ -170,12 +153,3 @@ def _in_words_of(spec: RunSpec, options: Options) -> Iterator[None]:
             path = written.get(digest, copy)
             message, hint = message.replace(copy, path), hint.replace(copy, path)
         raise type(error)(message, hint) from error
-
-
-def wait_for_order(run_dir: RunDir) -> StartOrder:
-    while not run_dir.start.exists():
-        time.sleep(_POLL_S)
-    try:
-        return StartOrder.model_validate_json(run_dir.start.read_bytes())
-    except ValidationError as error:
-        raise BadInput(f"{run_dir.start}: {error}") from error
