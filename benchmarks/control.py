@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from support import BenchmarkFailed, conclude, run, show, verdict
+from harness import BenchmarkFailed, conclude, run, show, verdict
 
 from orchestrator.control.cluster import Health, Order, Slot, Work
 from orchestrator.control.controller import Controller

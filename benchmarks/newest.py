@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from support import BenchmarkFailed, conclude, run, show, wait_for
+from harness import BenchmarkFailed, conclude, run, show, wait_for
 
 from orchestrator.control.cluster import NoCluster
 from orchestrator.control.controller import Controller

@@ -56,7 +56,7 @@ Transfer = Callable[[str, Path], None]
 @click.option("--save", is_flag=True, help="Keep the figures under benchmarks/results/.")
 @click.option("--only", type=click.Choice(["loopback", "uplinks", "lag"]), help="One part of it.")
 def main(mb: int, repeats: int, save: bool, only: str | None) -> None:
-    from benchmarks.support import conclude
+    from benchmarks.harness import conclude
 
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
@@ -165,7 +165,7 @@ def _raw(endpoint: str, bucket: str) -> tuple[Transfer, Transfer]:
 
 
 def _loopback(kind: str, server: S3Server, size: int, repeats: int, folder: Path) -> dict[str, Any]:
-    from benchmarks.support import BenchmarkFailed, median, show, verdict
+    from benchmarks.harness import BenchmarkFailed, median, show, verdict
 
     source, target = folder / "source", folder / "target"
     source.write_bytes(os.urandom(size))
@@ -231,7 +231,7 @@ def _child(way: str, direction: str, endpoint: str, bucket: str, source: str) ->
 
 def _uplinks(folder: Path) -> dict[str, Any]:
     """Upload over each uplink, in a network namespace of this benchmark's own where that is possible."""
-    from benchmarks.support import show
+    from benchmarks.harness import show
 
     folder.mkdir()
     by = "tc tbf" if _can_shape() else "the tests' proxy"
@@ -298,7 +298,7 @@ def _used(store: ObjectStore, mbit: int, folder: Path) -> float:
 
 
 def _lag(folder: Path) -> dict[str, Any]:
-    from benchmarks.support import show
+    from benchmarks.harness import show
 
     figures: dict[str, Any] = {"mbit": 10, "every_s": 2.0, "checkpoint_s": 4.0}
     folder.mkdir()
@@ -393,6 +393,6 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["--shaped"]:
         _shaped(*sys.argv[2:])
     else:
-        from benchmarks.support import run
+        from benchmarks.harness import run
 
         run(lambda: main(standalone_mode=False))

@@ -23,7 +23,7 @@ from typing import Any
 
 import click
 import psutil
-from support import (
+from harness import (
     BenchmarkFailed,
     conclude,
     digits_spec,
@@ -39,9 +39,8 @@ from orchestrator.grid.submission import submit
 from orchestrator.grid.sweep import Sweep, load
 from orchestrator.launching import launch
 from orchestrator.on_ray import local_ray
-from storage.log import Log, run_log
+from storage.log import RunLog, run_log
 from storage.object_store import ObjectStore
-from storage.run_state import RunState
 from trainer.rundir import RunDir, read_events
 
 GOAL = 1.0
@@ -190,9 +189,7 @@ def _ours(cluster: _Cluster, folder: Path) -> Recovery:
     return recovery
 
 
-def _our_parts(
-    log: Log[RunState], after: RunDir, killed_at: float, stepped_at: float, lost_steps: int
-) -> Recovery:
+def _our_parts(log: RunLog, after: RunDir, killed_at: float, stepped_at: float, lost_steps: int) -> Recovery:
     attempts = log.refresh().attempts
     ended, claimed = attempts[0].ended, attempts[1].claimed
     assert ended is not None
@@ -273,7 +270,7 @@ def _sweep(folder: Path) -> Sweep:
     return load(file)
 
 
-def _cancel(sweep: Sweep, store: ObjectStore, log: Log[RunState]) -> None:
+def _cancel(sweep: Sweep, store: ObjectStore, log: RunLog) -> None:
     controller = launch.find_controller(sweep.name)
     assert controller is not None
     controller.cancel([run.run_id for run in sweep.runs])
@@ -281,7 +278,7 @@ def _cancel(sweep: Sweep, store: ObjectStore, log: Log[RunState]) -> None:
     wait_for(lambda: launch.find_controller(sweep.name) is None, "the controller's end", timeout_s=60.0)
 
 
-def _committed(log: Log[RunState]) -> int:
+def _committed(log: RunLog) -> int:
     state = log.refresh()
     if state.finished or len(state.attempts) > 1:
         raise BenchmarkFailed(f"the run did not train on undisturbed: {state.attempts[-1]}")

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
-from support import BenchmarkFailed, conclude, median, run, show, verdict
+from harness import BenchmarkFailed, conclude, median, run, show, verdict
 from torch import Tensor, nn
 
 from storage import layout

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import click
 import psutil
-from support import DIGITS, BenchmarkFailed, conclude, digits_spec, run, show, verdict, wait_until_warm
+from harness import DIGITS, BenchmarkFailed, conclude, digits_spec, run, show, verdict, wait_until_warm
 
 from storage.log import run_log
 from storage.records import Claimed
