@@ -1,0 +1,253 @@
+"""A program that knows nothing of us under ``command:``: its folders become checkpoints, once they are whole."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from support import foreign_script
+from support.runs import claimed, ended, incarnation
+
+from storage.checkpoints import CheckpointStore
+from storage.directory import DirectoryStore
+from storage.log import run_log
+from storage.run_state import RunState
+from trainer.config import Command, RunSpec
+from trainer.evidence import attributed
+from trainer.rundir import (
+    EXIT_BAD_CONFIG,
+    EXIT_COMPLETE,
+    EXIT_PREEMPTED,
+    CheckpointPolicy,
+    Options,
+)
+from trainer.supervisor import Assignment, Progress, Supervisor
+from trainer.training_process import PLAYER, TRAINER, TrainingProcess
+
+RUN = "cat-r16"
+DEADLINE_S = 60.0
+EXAMPLE = Path(__file__).parents[2] / "examples" / "own-script"
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        time.sleep(0.01)
+
+
+def light(mode: str, steps: int = 6, *, gate: Path | None = None, **changes: object) -> RunSpec:
+    words = ["python", foreign_script.__file__, mode, "{out}", "{steps}", "--resume=latest"]
+    words += [f"--gate={gate}"] if gate else []
+    given = {
+        "words": words,
+        "steps": steps,
+        "quiet_s": 0.2,
+        "result": ["lora.safetensors"],
+        **changes,
+    }
+    return RunSpec(command=Command.model_validate(given))
+
+
+class Attempt:
+    """One attempt at work on a thread of its own."""
+
+    def __init__(
+        self, store: DirectoryStore, number: int, spec: RunSpec, scratch: Path, process: object
+    ) -> None:
+        self.log = run_log(store, RUN)
+        self.log.append(claimed(number))
+        self.process = process if isinstance(process, TrainingProcess) else TrainingProcess(PLAYER)
+        self.root = scratch / f"{RUN}-a{number}-{incarnation(number)}"
+        self.supervisor = Supervisor(
+            store,
+            Assignment(run_id=RUN, attempt=number, incarnation=incarnation(number)),
+            spec,
+            Options(
+                checkpoint=CheckpointPolicy(every_steps=4, every_s=None), threads=1, stall_timeout_s=None
+            ),
+            scratch=scratch,
+            ledger=self.log,
+            process=self.process,
+        )
+        self.final: Progress | None = None
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self.final = self.supervisor.run()
+
+    def end(self) -> Progress:
+        self._thread.join(DEADLINE_S)
+        assert self.final is not None, "the supervisor did not come to an end, or raised"
+        return self.final
+
+    @property
+    def state(self) -> RunState:
+        return self.log.refresh()
+
+    def out(self, name: str) -> Path:
+        return self.root / "out" / name
+
+
+Begin = Callable[..., Attempt]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> DirectoryStore:
+    return DirectoryStore(tmp_path / "store")
+
+
+@pytest.fixture
+def begin(store: DirectoryStore, tmp_path: Path) -> Iterator[Begin]:
+    """Begin attempts, and check that they leave neither files nor processes."""
+    begun: list[Attempt] = []
+
+    def attempt(number: int, spec: RunSpec, process: TrainingProcess | None = None) -> Attempt:
+        # Each on a disk of its own, as on another node.
+        begun.append(Attempt(store, number, spec, tmp_path / f"node-{number}", process))
+        return begun[-1]
+
+    yield attempt
+    for one in begun:
+        one.supervisor.stop(0.0)
+        one.end()
+        assert one.process.exit_code is not None
+        assert list(one.root.parent.glob("*")) == [], "something was left on the disk"
+
+
+def fetched(store: DirectoryStore, target: Path) -> dict[str, bytes]:
+    """The newest checkpoint in the store, by name."""
+    log = run_log(store, RUN)
+    _, path = CheckpointStore(store, RUN, log).fetch_newest(log.refresh(), target)
+    assert path is not None
+    return {
+        file.relative_to(path).as_posix(): file.read_bytes()
+        for file in path.rglob("*")
+        if file.is_file() and file.name != "manifest.json"
+    }
+
+
+def test_its_folders_are_committed_as_they_are_and_its_result_ends_the_run(
+    begin: Begin, store: DirectoryStore, tmp_path: Path
+) -> None:
+    gate = tmp_path / "go"
+    attempt = begin(1, light("steps", gate=gate))
+    wait_until(lambda: attempt.state.committed_step == 2, "its first checkpoint is committed")
+    there = fetched(store, tmp_path / "at-2")
+    assert json.loads(there["checkpoint-2/steps.json"]) == [1, 2]
+    assert there["checkpoint-2/optimizer.bin"].startswith(b"not to be opened")
+    gate.touch()
+    progress = attempt.end()
+    assert (progress.exit_code, progress.step, progress.error) == (EXIT_COMPLETE, 6, "")
+    result = attempt.state.result
+    assert result is not None
+    assert result.step == 6
+    assert result.metrics == {"error": 0.25}, "of the line of JSON behind a progress bar"
+    assert fetched(store, tmp_path / "at-end") == {"lora.safetensors": b"[1, 2, 3, 4, 5, 6]"}
+
+
+def test_killed_it_begins_elsewhere_with_its_folder_in_place(begin: Begin, tmp_path: Path) -> None:
+    gate = tmp_path / "go"
+    spec = light("steps", gate=gate)
+    first = begin(1, spec)
+    wait_until(lambda: first.state.committed_step == 2, "its first checkpoint is committed")
+    os.kill(first.process.pid, signal.SIGKILL)
+    assert first.end().exit_code == -signal.SIGKILL
+    first.log.append(ended(1))
+    gate.touch()
+    second = begin(2, spec)
+    progress = second.end()
+    assert (progress.exit_code, progress.resumed_from, progress.step) == (EXIT_COMPLETE, 2, 6)
+    assert second.state.result is not None
+
+
+def test_a_folder_that_is_still_being_written_is_never_pushed(begin: Begin, store: DirectoryStore) -> None:
+    attempt = begin(1, light("slow", steps=5))
+    assert attempt.end().exit_code == EXIT_COMPLETE
+    *saved, _ = attempt.state.stored
+    assert [committed.step for committed in saved] in ([2], [2, 4])
+    for committed in saved:
+        sizes = {file.name: file.size_bytes for file in committed.files}
+        whole = len(json.dumps(list(range(1, committed.step + 1))))
+        assert sizes[f"checkpoint-{committed.step}/steps.json"] == whole
+        assert f"checkpoint-{committed.step}/last.pkl" in sizes
+
+
+def test_what_it_wrote_half_when_it_was_killed_is_never_pushed(begin: Begin, tmp_path: Path) -> None:
+    gate = tmp_path / "go"
+    first = begin(1, light("halfway", gate=gate))
+    wait_until(lambda: first.state.committed_step == 2, "its first checkpoint is committed")
+    gate.touch()
+    progress = first.end()
+    assert (progress.exit_code, first.state.committed_step) == (-signal.SIGKILL, 2)
+    first.log.append(ended(1))
+    second = begin(2, light("steps", gate=gate))
+    assert second.end().exit_code == EXIT_COMPLETE
+
+
+@pytest.mark.parametrize("launched", [False, True], ids=["itself", "behind a launcher that dies at once"])
+def test_asked_to_stop_it_saves_itself_and_that_is_taken(
+    begin: Begin, launched: bool, tmp_path: Path
+) -> None:
+    attempt = begin(1, polite(tmp_path, launched))
+    wait_until(lambda: attempt.supervisor.progress.step >= 2, "it is at work")
+    attempt.supervisor.stop(30.0)
+    progress = attempt.end()
+    assert progress.exit_code == EXIT_PREEMPTED
+    assert attempt.state.committed_step == progress.step >= 3, "what it saved when it was asked"
+
+
+def polite(tmp_path: Path, launched: bool) -> RunSpec:
+    spec = light("polite", steps=100, gate=tmp_path / "never")
+    assert spec.command is not None
+    if not launched:
+        return spec
+    line = " ".join((sys.executable, *spec.command.words[1:]))
+    return light("polite", steps=100, words=["bash", "-c", f"{line}; true"])
+
+
+@pytest.mark.parametrize("mode", ["steps", "deaf"])
+def test_what_saves_nothing_when_it_is_asked_to_stop_is_preempted_all_the_same(
+    begin: Begin, mode: str, tmp_path: Path
+) -> None:
+    attempt = begin(1, light(mode, gate=tmp_path / "never"))
+    wait_until(lambda: attempt.state.committed_step == 2, "its first checkpoint is committed")
+    attempt.supervisor.stop(4.0)
+    progress = attempt.end()
+    assert (progress.exit_code, attempt.state.committed_step) == (EXIT_PREEMPTED, 2)
+
+
+@pytest.mark.parametrize(
+    ("mode", "code", "said"),
+    [
+        ("fails", 1, "RuntimeError: CUDA out of memory"),
+        ("nothing", EXIT_BAD_CONFIG, "nothing matches command.result 'lora.safetensors'"),
+        ("far", EXIT_BAD_CONFIG, "checkpoint-1002 is beyond command.steps, 6"),
+    ],
+)
+def test_its_end_says_whose_fault_it_was(
+    begin: Begin, mode: str, code: int, said: str, tmp_path: Path
+) -> None:
+    gate = tmp_path / "never" if mode == "far" else None
+    attempt = begin(1, light(mode, gate=gate))
+    progress = attempt.end()
+    assert progress.exit_code == code
+    assert said in progress.error
+    if mode == "fails":
+        assert attributed(code, progress.evidence, progress.error) == "OOM_GPU"
+    assert attempt.state.result is None
+
+
+def test_a_warm_training_process_becomes_the_command(begin: Begin) -> None:
+    attempt = begin(1, light("steps"), TrainingProcess(TRAINER))
+    wait_until(lambda: psutil.Process(attempt.process.pid).children() != [], "it has started the program")
+    assert "trainer.command" in psutil.Process(attempt.process.pid).cmdline()
+    assert attempt.end().exit_code == EXIT_COMPLETE
