@@ -44,8 +44,8 @@ def _method(document: Document, grid: Grid) -> list[Problem]:
 
 
 def _metric(document: Document, grid: Grid) -> list[Problem]:
-    """An ``evaluate`` command may report any name; without one, only the built-in ones are measured."""
-    if grid.metric is None or "evaluate" in document.data:
+    """A command may report any name; without one, only the built-in ones are measured."""
+    if grid.metric is None or "evaluate" in document.data or "command" in document.data:
         return []
     name, path = grid.metric.name, ("metric", "name")
     if name not in BUILT_IN_METRICS:

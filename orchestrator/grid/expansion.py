@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import Problem, shown, suggest
 from .errors import as_written, dotted, unknown_key
 from .file import Document, ValuePath
+from .own_command import FREE_NAME, own_problems
 from .references import reference_problems, resolve
 from .schema import Grid, canonical_name, parameter_names
 
@@ -70,6 +71,7 @@ def expand(document: Document, grid: Grid) -> Expansion:
     excluded = _entries("exclude", document, axes, result)
     problems, resolvable = reference_problems(document, [axis.name for axis in axes])
     result.problems.extend(problems)
+    result.problems.extend(own_problems(document, {axis.name: axis.paths[0][:2] for axis in axes}))
     if not resolvable:
         return result
     product = math.prod(len(axis.values) for axis in axes)
@@ -116,6 +118,8 @@ def _axes(document: Document, grid: Grid, result: Expansion) -> list[_Axis]:
     for written, body in grid.parameters.items():
         path: ValuePath = ("parameters", written)
         name = canonical_name(written)
+        if name is None and "command" in document.data and FREE_NAME.fullmatch(written):
+            name = written  # it goes into the command's words
         if name is None:
             result.problems.append(
                 unknown_key(written, "parameters", parameter_names(), document.where(path, key=True))
@@ -193,7 +197,7 @@ def _entries(block: str, document: Document, axes: Sequence[_Axis], result: Expa
         values: dict[str, Any] = {}
         written: dict[str, ValuePath] = {}
         for key, value in body.items():
-            name = canonical_name(key)
+            name = canonical_name(key) or key
             if name in known:
                 values[name], written[name] = value, (*place, key)
                 continue

@@ -125,6 +125,8 @@ class _Reading:
             )
             raise _TooMuch
         if isinstance(node, ScalarNode):
+            if node.style == ">":
+                node.value = node.value.replace("\a", "")  # the library's marks of where lines were joined
             self.texts[path] = node.value
             if node.value == "" and node.style is None and path in self.keys:
                 # YAML puts what is not there at the start of what comes next.

@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.config import RunSpec
+from trainer.command.words import input_content
+from trainer.config import Command, RunSpec
 from trainer.model_files import content_digest, model_digest
 from trainer.rundir import Options, cache_folder
+
+from .own_command import absolute_command, by_content, files_among
 
 _FILE_URL = "file://"
 
@@ -38,6 +41,8 @@ def absolute_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
             for word in command
         ]
         data["evaluate"] = {**evaluate, "command": words}
+    if isinstance(own := data.get("command"), dict):
+        data["command"] = absolute_command(own, folder)
     return data
 
 
@@ -59,6 +64,11 @@ def pins_of(specs: Iterable[RunSpec], folder: Path) -> dict[str, str]:
     memory = cache_folder(Options()) / "digests"
     wanted: dict[str, Callable[[Path], str]] = {}
     for spec in specs:
+        if spec.command:
+            wanted |= dict.fromkeys(files_among(spec.command, folder), content_digest)
+            inputs = [given.path for given in spec.command.inputs.values()]
+            wanted |= dict.fromkeys(inputs, lambda path: input_content(path, memory).digest)
+            continue
         wanted[spec.dataset.path] = lambda path: dataset_digest(path, memory)
         if _is_path(spec.base.model):
             wanted[spec.base.model] = lambda path: model_digest(path, memory)
@@ -75,6 +85,12 @@ def pins_of(specs: Iterable[RunSpec], folder: Path) -> dict[str, str]:
 
 def with_digest(spec: RunSpec, pins: Mapping[str, str]) -> RunSpec:
     """Return the spec with its local inputs pinned, if they exist. What the file itself pins stays."""
+    if spec.command:
+        inputs = {
+            name: given.model_copy(update={"digest": given.digest or pins.get(given.path)})
+            for name, given in spec.command.inputs.items()
+        }
+        return spec.model_copy(update={"command": spec.command.model_copy(update={"inputs": inputs})})
     dataset = spec.dataset.model_copy(update={"digest": spec.dataset.digest or pins.get(spec.dataset.path)})
     base = spec.base.model_copy(update={"digest": spec.base.digest or pins.get(spec.base.model)})
     return spec.model_copy(update={"dataset": dataset, "base": base})
@@ -87,6 +103,8 @@ def identity(spec: RunSpec, pins: Mapping[str, str], *, defaults: bool = False) 
         defaults: Also what is left at its default. Without, keys that a later version adds change no id.
     """
     data = spec.model_dump(mode="json", exclude_defaults=not defaults)
+    if spec.command:
+        return {"command": _command_identity(spec.command, data["command"], pins)}
     if spec.dataset.digest:
         del data["dataset"]["path"]
     base = data["base"]
@@ -97,6 +115,18 @@ def identity(spec: RunSpec, pins: Mapping[str, str], *, defaults: bool = False) 
     if spec.evaluate:
         data["evaluate"]["command"] = [pins.get(word, word) for word in spec.evaluate.command]
     return data
+
+
+def _command_identity(command: Command, data: dict[str, Any], pins: Mapping[str, str]) -> dict[str, Any]:
+    """What decides what a command makes: not how it is watched."""
+    ours = ("complete", "quiet_s", "progress")
+    kept: dict[str, Any] = {key: value for key, value in data.items() if key not in ours}
+    for key in ("words", "resume"):
+        if key in kept:
+            kept[key] = by_content(kept[key], pins)
+    if command.inputs:
+        kept["inputs"] = {name: given.digest or given.path for name, given in command.inputs.items()}
+    return kept
 
 
 def run_id(sweep: str, index: int, spec: RunSpec, pins: Mapping[str, str]) -> str:

@@ -41,7 +41,7 @@ def reference_problems(document: Document, names: Sequence[str]) -> tuple[list[P
     """
     references = [(path, text, _target(text)) for path, text in _references(document.data)]
     sources = {_source(path) for path, _, target in references if target} - {None}
-    written = {canonical_name(name) for name in document.data.get("parameters") or {}}
+    written = {canonical_name(name) or name for name in document.data.get("parameters") or {}}
     problems, resolvable = [], True
     for path, text, target in references:
         where, quoted = document.where(path), shown("${" + text + "}")
@@ -65,8 +65,10 @@ def reference_problems(document: Document, names: Sequence[str]) -> tuple[list[P
 def _source(path: ValuePath) -> str | None:
     """The parameter that the value at this place is for; None outside ``parameters`` and ``include``."""
     if path[0] == "parameters":
-        return canonical_name(str(path[1]))
-    return canonical_name(str(path[2])) if path[0] == "include" and len(path) > 2 else None
+        return canonical_name(str(path[1])) or str(path[1])
+    if path[0] == "include" and len(path) > 2:
+        return canonical_name(str(path[2])) or str(path[2])
+    return None
 
 
 def _references(data: dict[str, Any]) -> Iterator[tuple[ValuePath, str]]:

@@ -14,6 +14,7 @@ from ..errors import Problem, shown
 from .errors import dotted, explain
 from .expansion import Cell
 from .file import Document, ValuePath
+from .own_command import with_listed_words
 from .pins import absolute_paths, identity
 from .references import resolve
 from .schema import ALIASES, BLOCKS, canonical_name, parameter_names
@@ -62,11 +63,11 @@ def _blocks(document: Document) -> tuple[dict[str, Any], list[Problem]]:
             )
         if alias in base:
             base[key] = base.pop(alias)
-    return {
-        "base": base,
-        "dataset": {},
-        **{block: body for block, body in data.items() if block != "base"},
-    }, problems
+    others = {block: body for block, body in data.items() if block != "base"}
+    if "command" in data:
+        blocks = {"base": base} if base else {}
+        return {**blocks, **others, "command": with_listed_words(data["command"])}, problems
+    return {"base": base, "dataset": {}, **others}, problems
 
 
 def _filled(blocks: dict[str, Any], cell: Cell) -> dict[str, Any]:
@@ -74,7 +75,9 @@ def _filled(blocks: dict[str, Any], cell: Cell) -> dict[str, Any]:
     names = parameter_names()
     data = {block: dict(body) for block, body in blocks.items()}
     for name, value in cell.parameters.items():
-        block, key = names[name]
+        block, key = names.get(name, ("", name))
+        if "command" in blocks and block != "command":
+            continue  # it is in the command's words already
         data.setdefault(block, {})[key] = value
     return data
 

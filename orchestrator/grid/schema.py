@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from trainer.config import Base, Dataset, Evaluate, Frozen, Prior, Samples, Validation
+from trainer.config import Base, Command, Dataset, Evaluate, Frozen, Prior, Samples, Validation
 from trainer.interval import MIN_S
 from trainer.rundir import CheckpointPolicy
 
@@ -27,11 +27,12 @@ BLOCKS: dict[str, type[Frozen]] = {
     "validation": Validation,
     "samples": Samples,
     "evaluate": Evaluate,
+    "command": Command,
 }
 """What a run's spec is made of."""
 
 NOT_YET = frozenset(
-    {"early_terminate", "budget", "notify", "track", "export", "program", "command", "controller", "entity"}
+    {"early_terminate", "budget", "notify", "track", "export", "program", "controller", "entity"}
 )
 """Words of our design or of W&B sweeps that this version does not act on."""
 
@@ -213,6 +214,7 @@ class Grid(Frozen):
     validation: dict[str, Any] = Field(default_factory=dict)
     samples: dict[str, Any] | None = None
     evaluate: dict[str, Any] | None = None
+    command: dict[str, Any] | None = None
     resources: Resources = Resources()
     storage: Storage | None = None
     checkpoint: Checkpoint = Checkpoint()

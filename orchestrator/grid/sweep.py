@@ -212,6 +212,8 @@ def _changes(old: Any, new: Any, path: str = "") -> list[str]:
 def _spec_changes(was: PlannedRun, old: Sweep, now: PlannedRun, new: Sweep) -> list[str]:
     """The differences of one run, with inputs compared by content: by what its id is made of."""
     before, after = (identity(run.spec, sweep.pins, defaults=True) for run, sweep in ((was, old), (now, new)))
+    if was.spec.command or now.spec.command:
+        return _changes(before, after)
     lines = []
     if before["dataset"].pop("digest") != after["dataset"].pop("digest"):
         lines.append(f"the content of dataset {now.spec.dataset.path} has changed")
@@ -226,7 +228,8 @@ def _called(run: PlannedRun) -> str:
 
 
 def _default_metric(runs: Sequence[PlannedRun]) -> Metric | None:
-    return Metric() if all(run.spec.dataset.val_fraction > 0 for run in runs) else None
+    held_out = all(run.spec.command is None and run.spec.dataset.val_fraction > 0 for run in runs)
+    return Metric() if held_out else None
 
 
 def _grid(document: Document) -> tuple[Grid, frozenset[str], list[Problem]]:

@@ -70,6 +70,10 @@ def test_a_value_reads_as_people_mean_it(text: str, value: object) -> None:
     assert type(read_value) is type(value)
 
 
+def test_a_folded_text_is_one_line_without_marks_of_its_folds() -> None:
+    assert parse("description: >-\n  two\n  lines\n", "grid.yaml").data == {"description": "two lines"}
+
+
 def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path: Path) -> None:
     file = tmp_path / "grid.yaml"
     file.write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
