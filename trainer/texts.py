@@ -10,7 +10,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .config import RunSpec
 from .families import Conditioning, Family
+
+
+def is_cached(spec: RunSpec) -> bool:
+    """Whether each text of a run is encoded once, before training; else each time it is needed."""
+    if spec.dataset.cache_text != "auto":
+        return spec.dataset.cache_text
+    return not (spec.dataset.varied_captions or spec.base.train_text_encoder)
 
 
 class Texts(Protocol):

@@ -16,6 +16,7 @@ from pydantic import SerializerFunctionWrapHandler, model_serializer, model_vali
 from .adapter import AdapterKeys
 from .base import Base
 from .command import Command
+from .consistency import contradictions
 from .dataset import Concept, Dataset, Prior
 from .looking import Evaluate, Samples, Validation
 from .model import MergedAdapter
@@ -79,4 +80,6 @@ class RunSpec(Frozen):
                 f"base.lr_warmup_steps ({self.base.lr_warmup_steps}) must be below "
                 f"base.max_train_steps ({self.base.max_train_steps})"
             )
+        if found := contradictions(self):
+            raise ValueError("; ".join(found))
         return self

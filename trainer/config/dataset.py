@@ -66,6 +66,11 @@ class Dataset(Frozen):
     val_fraction: Fraction = 0.1
     """Share of images held out for the validation loss; at least one image if above 0."""
 
+    @property
+    def varied_captions(self) -> bool:
+        """Whether captions are put together anew for each sample, so that there are too many to cache."""
+        return self.shuffle_caption or self.tag_dropout > 0
+
 
 class Prior(Frozen):
     """Prior preservation (Ruiz et al. 2023): what the base makes of the class's name must stay as it is."""
