@@ -183,7 +183,7 @@ def why(run: str, with_timeline: bool, store_url: str) -> None:
     found, run_id = find_run(store, run)
     log = run_log(store, run_id)
     state = log.refresh()
-    max_steps = found.run(run_id).spec.base.max_train_steps
+    max_steps = found.run(run_id).spec.max_steps
     click.echo(f"{run_id}: {explained(state, max_steps, found.resources.price_per_hour)}")
     if with_timeline:
         click.echo("\n".join(timeline(log.entries())))

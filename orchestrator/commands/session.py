@@ -142,7 +142,7 @@ def show_plan(sweep: Sweep) -> None:
     for heading in ("RUN", "PARAMS", "STEPS"):
         shown.add_column(heading)
     for run in sweep.runs:
-        shown.add_row(run.run_id, Text(described(run.parameters)), str(run.spec.base.max_train_steps))
+        shown.add_row(run.run_id, Text(described(run.parameters)), str(run.spec.max_steps))
     console(stderr=True).print(shown)
     left_out = f", {sweep.left_out} left out by run_cap" if sweep.left_out else ""
     click.echo(f"{len(sweep.runs)} runs{left_out}; store {sweep.storage.url}", err=True)

@@ -136,7 +136,7 @@ def _row(sweep: Sweep, run: PlannedRun, state: RunState, work: Work | None, dama
         params=run.parameters,
         status=Status.FAILED if damage else status(state),
         step=step,
-        max_steps=run.spec.base.max_train_steps,
+        max_steps=run.spec.max_steps,
         committed_step=state.committed_step,
         loss=loss if loss is not None else (newest.metrics.get("train/loss") if newest else None),
         metric=newest.metrics.get(sweep.metric.name) if newest and sweep.metric else None,

@@ -138,7 +138,7 @@ def _drawn(screen: Console, sweep: Sweep) -> Iterator[Callable[[list[RunView]], 
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
     )
-    task = progress.add_task(sweep.name, total=sum(r.spec.base.max_train_steps for r in sweep.runs))
+    task = progress.add_task(sweep.name, total=sum(r.spec.max_steps for r in sweep.runs))
     with RichLive(console=screen, refresh_per_second=4) as live:
 
         def show(views: list[RunView]) -> None:
