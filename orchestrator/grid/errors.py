@@ -1,7 +1,7 @@
 """What pydantic found wrong, in words for the person who wrote the file, at the line where they wrote it."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -146,7 +146,7 @@ def _known(model: type[BaseModel], loc: ValuePath) -> list[str]:
         if inner is None:
             return []
         model = inner
-    aliases: Mapping[str, str] = ALIASES if loc == ("base",) else {}
+    aliases = [alias for alias, (block, _) in ALIASES.items() if loc == (block,)]
     return [*model.model_fields, *aliases]
 
 

@@ -29,8 +29,10 @@ def _overlaid(document: Document, text: str) -> Document:
     path: ValuePath = tuple(key.strip().split("."))
     if not equals or not all(path):
         raise InvalidFile([Problem("E2123", f"{shown(text)} is not KEY=VALUE", "--set", "e.g. --set rank=8")])
-    if len(path) == 1 and path[0] in {*Base.model_fields, *ALIASES}:
+    if len(path) == 1 and path[0] in Base.model_fields:
         path = ("base", *path)
+    elif len(path) == 1 and path[0] in ALIASES:
+        path = (ALIASES[str(path[0])][0], *path)
     place = f"--set {'.'.join(map(str, path))}"
     if not isinstance(document.data.get("parameters"), Mapping):
         parameters: Mapping[str, Any] = {}

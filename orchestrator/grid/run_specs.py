@@ -51,23 +51,22 @@ def run_specs(
 
 
 def _blocks(document: Document) -> tuple[dict[str, Any], list[Problem]]:
-    """Return the blocks that a spec is made of, with kohya's names replaced by ours."""
+    """Return the blocks that a spec is made of, with other programs' names replaced by ours."""
     data = {block: document.data[block] for block in BLOCKS if isinstance(document.data.get(block), dict)}
     problems = []
-    base = dict(data.get("base", {}))
-    for alias, key in ALIASES.items():
-        if alias in base and key in base:
+    blocks: dict[str, Any] = {block: dict(body) for block, body in data.items()}
+    for alias, (block, key) in ALIASES.items():
+        body = blocks.get(block, {})
+        if alias in body and key in body:
             message = f"{shown(alias)} is another name of {shown(key)}, which is given too"
             problems.append(
-                Problem("E2106", message, document.where(("base", alias), key=True), "keep one of the two")
+                Problem("E2106", message, document.where((block, alias), key=True), "keep one of the two")
             )
-        if alias in base:
-            base[key] = base.pop(alias)
-    others = {block: body for block, body in data.items() if block != "base"}
+        if alias in body:
+            body[key] = body.pop(alias)
     if "command" in data:
-        blocks = {"base": base} if base else {}
-        return {**blocks, **others, "command": with_listed_words(data["command"])}, problems
-    return {"base": base, "dataset": {}, **others}, problems
+        return {**blocks, "command": with_listed_words(data["command"])}, problems
+    return {"base": {}, "dataset": {}, **blocks}, problems
 
 
 def _filled(blocks: dict[str, Any], cell: Cell) -> dict[str, Any]:
@@ -138,11 +137,11 @@ def _explained(errors: Sequence[ErrorDetails], document: Document, cell: Cell) -
             (
                 alias
                 for alias, target in ALIASES.items()
-                if target == key and (block, alias) in document.values
+                if target == (block, key) and (block, alias) in document.values
             ),
             key,
         )
-        return (block, written if block == "base" else key, *loc[2:])
+        return (block, written, *loc[2:])
 
     return explain(errors, RunSpec, document, locate)
 

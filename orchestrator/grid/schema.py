@@ -14,11 +14,13 @@ from trainer.config import Base, Command, Dataset, Evaluate, Frozen, Prior, Samp
 from trainer.interval import MIN_S
 from trainer.rundir import CheckpointPolicy
 
+from .options import aliases
+
 SWEEP_NAME = r"^[a-z0-9][a-z0-9-]{0,39}$"
 """Short enough that ``<sweep>-<index>-<hash>`` is a valid name everywhere: at most 63 characters."""
 
-ALIASES = {"network_dim": "rank", "network_alpha": "alpha", "unet_lr": "learning_rate"}
-"""kohya's names for keys of ``base``."""
+ALIASES = aliases()
+"""kohya's and diffusers' names, and the block and key that each stands for."""
 
 BLOCKS: dict[str, type[Frozen]] = {
     "base": Base,
@@ -234,7 +236,7 @@ def parameter_names() -> dict[str, tuple[str, str]]:
     """
     names = {f"{block}.{key}": (block, key) for block, model in BLOCKS.items() for key in model.model_fields}
     names |= {key: ("base", key) for key in Base.model_fields}
-    return names | {alias: ("base", key) for alias, key in ALIASES.items()}
+    return names | ALIASES
 
 
 def canonical_name(name: str) -> str | None:
