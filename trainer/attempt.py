@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .cache import Cache, default_cache_dir
-from .config import Base, RunSpec
+from .config import RunSpec
 from .data import TrainingSet, split
 from .dataset_files import Example, dataset_digest, held_out, scan
 from .encode import encode_images, encode_texts
@@ -18,7 +18,6 @@ from .errors import BadCheckpoint, BadInput, TrainerError
 from .families import load_family
 from .loop import Loop, Parts
 from .methods import attach
-from .model_files import model_digest
 from .narration import say
 from .objective import Objective
 from .optim import build_optimizer
@@ -28,6 +27,7 @@ from .randomness import make_deterministic
 from .rundir import Options, RunDir, cache_folder
 from .sample import sample_texts
 from .snapshot import Progress, load_checkpoint
+from .spec_inputs import inputs_of, moved
 from .stop import Stop
 from .texts import CachedTexts
 
@@ -65,9 +65,10 @@ def prepare(run_dir: RunDir, stop: Stop) -> Parts:
     make_deterministic(options.threads)
     cache_dir = Path(options.cache_dir).expanduser() if options.cache_dir else None
     examples = read_dataset(spec, options)
-    check_base(spec, options)
+    check_inputs(spec, options)
+    local = moved(spec, options.content)
     say(f"loading {spec.base.model}")
-    family = load_family(local_base(spec, options), cache_dir / "hub" if cache_dir else None)
+    family = load_family(local.base, cache_dir / "hub" if cache_dir else None)
     if spec.base.resolution % family.latent_pixels:
         raise BadInput(
             f"base.resolution {spec.base.resolution} is not a multiple of {family.latent_pixels}, "
@@ -80,7 +81,7 @@ def prepare(run_dir: RunDir, stop: Stop) -> Parts:
     images = encode_images(family, cache, examples, spec, stop.alive)
     family.rest_encoders(texts=True)
     train, validation = split(len(images), held_out(len(images), spec.dataset.val_fraction))
-    methods = attach(spec.base, family)
+    methods = attach(local.base, family)
     return Parts(
         spec=spec,
         options=options,
@@ -118,23 +119,23 @@ def read_dataset(spec: RunSpec, options: Options) -> list[Example]:
     return examples
 
 
-def local_base(spec: RunSpec, options: Options) -> Base:
-    """Return the run's base with its model where this node has it."""
-    copy = options.content.get(spec.base.digest or "")
-    return spec.base.model_copy(update={"model": copy}) if copy else spec.base
+def check_inputs(spec: RunSpec, options: Options) -> None:
+    """Make sure that what the run is made from, beside its dataset, is what was submitted: a resumed run
+    would mix two.
 
-
-def check_base(spec: RunSpec, options: Options) -> None:
-    """Make sure that a local base model is the one that was submitted: a resumed run would mix two."""
-    path, digest = Path(spec.base.model).expanduser(), spec.base.digest
-    if digest is None or digest in options.content or not path.exists():
-        return
-    if (actual := model_digest(path, _memory(options))) != digest:
-        raise BadInput(
-            f"base model {path} has digest {actual[:12]}, the run was submitted with "
-            f"{digest[:12]}: its files differ from those at submission",
-            "restore them, or submit a new sweep",
-        )
+    Raises:
+        BadInput: Something has changed since.
+    """
+    for named in inputs_of(spec):
+        if named.what == "dataset" or named.digest in {None, *options.content} or not named.is_here:
+            continue
+        path, digest = Path(named.path).expanduser(), named.digest or ""
+        if (actual := named.content(path, _memory(options)).digest) != digest:
+            raise BadInput(
+                f"{named.what} {path} has digest {actual[:12]}, the run was submitted with "
+                f"{digest[:12]}: its files differ from those at submission",
+                "restore them, or submit a new sweep",
+            )
 
 
 def _memory(options: Options) -> Path:
@@ -144,7 +145,7 @@ def _memory(options: Options) -> Path:
 @contextlib.contextmanager
 def _in_words_of(spec: RunSpec, options: Options) -> Iterator[None]:
     """Name the user's paths in errors, and not those of this node's copies."""
-    written = {spec.dataset.digest: spec.dataset.path, spec.base.digest: spec.base.model}
+    written = {named.digest: named.path for named in inputs_of(spec)}
     try:
         yield
     except TrainerError as error:

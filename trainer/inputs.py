@@ -12,12 +12,13 @@ from threading import Event
 
 from storage.content.cache import ContentCache
 from storage.content.state import Listing, Stored
-from storage.content.store import LocalContent, content_log, fetch
+from storage.content.store import content_log, fetch
 from storage.object_store import ObjectStore
 
 from .config import RunSpec
 from .patience import patiently
 from .rundir import Options, cache_folder
+from .spec_inputs import Input, inputs_of
 
 Find = Callable[[str], Stored | None]
 """Returns where in the store the content of a digest lies, if it does."""
@@ -59,23 +60,13 @@ def with_inputs(
 
 def missing(spec: RunSpec, memory: Path) -> list[str]:
     """Return the digests of the run's inputs that are not at their paths on this node."""
-    from .dataset_files import dataset_content  # imports Pillow: only who trains needs it
-    from .model_files import model_content
-
-    wanted: list[tuple[str | None, str, Callable[[Path, Path], LocalContent]]] = [
-        (spec.dataset.digest, spec.dataset.path, dataset_content),
-        (spec.base.digest, spec.base.model, model_content),
-    ]
-    found = []
-    for digest, path, content in wanted:
-        if digest and not _is_here(Path(path).expanduser(), digest, lambda p, c=content: c(p, memory)):  # type: ignore[misc]
-            found.append(digest)
-    return found
+    found = [named for named in inputs_of(spec) if named.digest and not _is_right(named, memory)]
+    return list(dict.fromkeys(named.digest for named in found if named.digest))
 
 
-def _is_here(path: Path, digest: str, content: Callable[[Path], LocalContent]) -> bool:
+def _is_right(named: Input, memory: Path) -> bool:
     try:
-        return path.exists() and content(path).digest == digest
+        return named.is_here and named.content(Path(named.path).expanduser(), memory).digest == named.digest
     except (OSError, ValueError):
         return False
 

@@ -16,6 +16,7 @@ from storage.content.store import LocalContent, store_for
 from storage.errors import Corrupt
 from storage.object_store import ObjectStore
 from trainer.rundir import Options, cache_folder
+from trainer.spec_inputs import inputs_of
 
 from ..amounts import size_text
 from ..errors import PreflightFailed, Problem
@@ -39,23 +40,17 @@ def local_inputs(sweep: Sweep) -> Iterator[tuple[str, LocalContent]]:
     Raises:
         PreflightFailed: One is not what it was when the sweep was made.
     """
-    from trainer.dataset_files import dataset_content  # imports Pillow
-    from trainer.model_files import model_content
-
     memory = cache_folder(Options()) / "digests"
     seen = set[str]()
     for spec in (run.spec for run in sweep.runs):
-        for field, path, digest, content in (
-            ("dataset", spec.dataset.path, spec.dataset.digest, dataset_content),
-            ("base model", spec.base.model, spec.base.digest, model_content),
-        ):
-            if digest is None or digest in seen or not Path(path).exists():
+        for named in inputs_of(spec):
+            if named.digest is None or named.digest in seen or not named.is_here:
                 continue
-            seen.add(digest)
-            local = content(Path(path), memory)
-            if local.digest != digest:
-                raise _changed(f"{field} {path} has other content than the sweep was made for")
-            yield f"{field} {path}", local
+            seen.add(named.digest)
+            local = named.content(Path(named.path), memory)
+            if local.digest != named.digest:
+                raise _changed(f"{named.what} {named.path} has other content than the sweep was made for")
+            yield f"{named.what} {named.path}", local
 
 
 def store_inputs(sweep: Sweep, store: ObjectStore, *, submitted: bool, on_sent: Sent) -> None:

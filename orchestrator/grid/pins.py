@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.command.words import input_content
 from trainer.config import Command, RunSpec
-from trainer.model_files import content_digest, model_digest
+from trainer.model_files import content_digest
 from trainer.rundir import Options, cache_folder
+from trainer.spec_inputs import EACH, PLACES, Place, blocks, inputs_of, is_path
 
 from .own_command import absolute_command, by_content, files_among
 
@@ -28,19 +28,23 @@ def absolute_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     ``base.model`` may be a hub id: it is a path if it says so (``./``, ``~``, ``/``) or if it exists. Words
     of ``evaluate.command`` are paths if they are files.
     """
-    data = dict(data)
-    base, dataset, evaluate = data.get("base") or {}, data.get("dataset") or {}, data.get("evaluate") or {}
-    model, path, command = base.get("model"), dataset.get("path"), evaluate.get("command")
-    if isinstance(model, str) and (_is_path(model) or _exists(folder / model)):
-        data["base"] = {**base, "model": _absolute(model, folder)}
-    if isinstance(path, str) and path and "://" not in path:
-        data["dataset"] = {**dataset, "path": _absolute(path, folder)}
-    if isinstance(command, list):
-        words = [
+    data = {key: dict(block) if isinstance(block, dict) else block for key, block in data.items()}
+    for place in PLACES:
+        if place.block[0] == "command":
+            continue
+        if EACH in place.block:  # a list inside a block is the caller's own too
+            outer, each = place.block[:2]
+            if isinstance(data.get(outer), dict) and isinstance(data[outer].get(each), list):
+                data[outer][each] = [dict(e) if isinstance(e, dict) else e for e in data[outer][each]]
+        for _, block in blocks(data, place.block):
+            path = block.get(place.path_key)
+            if isinstance(path, str) and _means_path(path, place, folder):
+                block[place.path_key] = _absolute(path, folder)
+    if isinstance(data.get("evaluate"), dict) and isinstance(data["evaluate"].get("command"), list):
+        data["evaluate"]["command"] = [
             _absolute(word, folder) if isinstance(word, str) and _is_file(folder / word) else word
-            for word in command
+            for word in data["evaluate"]["command"]
         ]
-        data["evaluate"] = {**evaluate, "command": words}
     if isinstance(own := data.get("command"), dict):
         data["command"] = absolute_command(own, folder)
     return data
@@ -59,19 +63,14 @@ def pins_of(specs: Iterable[RunSpec], folder: Path) -> dict[str, str]:
 
     What is not there is left out. Of a command, only files in ``folder`` count: programs are the node's own.
     """
-    from trainer.dataset_files import dataset_digest  # imports Pillow, which checking a file needs not
-
     memory = cache_folder(Options()) / "digests"
     wanted: dict[str, Callable[[Path], str]] = {}
     for spec in specs:
+        for named in inputs_of(spec):
+            if named.is_path:
+                wanted[named.path] = lambda path, named=named: named.content(path, memory).digest  # type: ignore[misc]
         if spec.command:
             wanted |= dict.fromkeys(files_among(spec.command, folder), content_digest)
-            inputs = [given.path for given in spec.command.inputs.values()]
-            wanted |= dict.fromkeys(inputs, lambda path: input_content(path, memory).digest)
-            continue
-        wanted[spec.dataset.path] = lambda path: dataset_digest(path, memory)
-        if _is_path(spec.base.model):
-            wanted[spec.base.model] = lambda path: model_digest(path, memory)
         if spec.evaluate:
             scripts = [word for word in spec.evaluate.command if Path(word).is_relative_to(folder)]
             wanted |= dict.fromkeys(scripts, content_digest)
@@ -83,19 +82,6 @@ def pins_of(specs: Iterable[RunSpec], folder: Path) -> dict[str, str]:
     return pins
 
 
-def with_digest(spec: RunSpec, pins: Mapping[str, str]) -> RunSpec:
-    """Return the spec with its local inputs pinned, if they exist. What the file itself pins stays."""
-    if spec.command:
-        inputs = {
-            name: given.model_copy(update={"digest": given.digest or pins.get(given.path)})
-            for name, given in spec.command.inputs.items()
-        }
-        return spec.model_copy(update={"command": spec.command.model_copy(update={"inputs": inputs})})
-    dataset = spec.dataset.model_copy(update={"digest": spec.dataset.digest or pins.get(spec.dataset.path)})
-    base = spec.base.model_copy(update={"digest": spec.base.digest or pins.get(spec.base.model)})
-    return spec.model_copy(update={"dataset": dataset, "base": base})
-
-
 def identity(spec: RunSpec, pins: Mapping[str, str], *, defaults: bool = False) -> dict[str, Any]:
     """Return all that decides a run's result, as JSON values, with local inputs named by their content.
 
@@ -105,8 +91,11 @@ def identity(spec: RunSpec, pins: Mapping[str, str], *, defaults: bool = False) 
     data = spec.model_dump(mode="json", exclude_defaults=not defaults)
     if spec.command:
         return {"command": _command_identity(spec.command, data["command"], pins)}
-    if spec.dataset.digest:
-        del data["dataset"]["path"]
+    for named in inputs_of(spec):
+        if named.digest and named.place.kind != "model":
+            next(block for at, block in blocks(data, named.place.block) if at == named.at).pop(
+                named.place.path_key
+            )
     base = data["base"]
     base["model"] = base.pop("digest", None) or pins.get(spec.base.model, spec.base.model)
     # How many images a step sees decides the result; in how many passes, only its last bits.
@@ -135,8 +124,10 @@ def run_id(sweep: str, index: int, spec: RunSpec, pins: Mapping[str, str]) -> st
     return f"{sweep}-{index:03d}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
 
 
-def _is_path(text: str) -> bool:
-    return text.startswith(("/", "./", "../", "~"))
+def _means_path(text: str, place: Place, folder: Path) -> bool:
+    if place.kind == "model":
+        return is_path(text) or _exists(folder / text)
+    return bool(text) and "://" not in text
 
 
 def _absolute(path: str, folder: Path) -> str:

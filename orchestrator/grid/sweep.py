@@ -19,6 +19,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, ValidationError
 
 from trainer.config import Frozen, RunSpec
+from trainer.spec_inputs import pinned
 
 from ..errors import InvalidFile, Problem, Unknown, closest, shown
 from ..usual_store import DEFAULT_STORE
@@ -27,7 +28,7 @@ from .errors import explain
 from .expansion import Cell, Expansion, comparable, expand
 from .file import Document, read
 from .overrides import overlaid
-from .pins import absolute_url, identity, pins_of, run_id, with_digest
+from .pins import absolute_url, identity, pins_of, run_id
 from .run_specs import run_specs
 from .schema import Checkpoint, Grid, Metric, Recovery, Resources, Storage
 
@@ -117,7 +118,7 @@ def load(path: Path, *, overrides: Sequence[str] = ()) -> Sweep:
     grid = draft.grid
     runs = []
     for index, (cell, draft_spec) in enumerate(draft.cells):
-        spec = with_digest(draft_spec, pins)
+        spec = pinned(draft_spec, pins)
         name = run_id(draft.name, index, spec, pins)
         runs.append(PlannedRun(run_id=name, index=index, parameters=cell.parameters, spec=spec))
     return Sweep(
