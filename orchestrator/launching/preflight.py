@@ -7,9 +7,7 @@ download a model, is found there and fails the run at once, without retries.
 
 import importlib.util
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +21,7 @@ from trainer.dataset_files import SUFFIXES, dataset_digest, held_out, problems
 
 from ..errors import STORE_DENIED, STORE_UNREACHABLE, PreflightFailed, Problem, shown
 from ..grid.sweep import Sweep
+from .own_command import command_problems, program_problems, script_problems
 
 T = TypeVar("T")
 
@@ -31,7 +30,6 @@ PIPELINES = ("StableDiffusionPipeline",)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-_SCRIPTS = (".py", ".sh")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -45,7 +43,7 @@ def check(
     Args:
         installed: Whether a Python package can be imported; by default asks this interpreter.
     """
-    specs = [run.spec for run in sweep.runs]
+    specs = [run.spec for run in sweep.runs if run.spec.command is None]
     images = {path: _images(Path(path)) for path in _distinct(spec.dataset.path for spec in specs)}
     found: list[Problem] = []
     for dataset in _distinct(_as_files(spec.dataset) for spec in specs):
@@ -58,6 +56,8 @@ def check(
         found += _training(spec.base, sweep, installed or _installed)
     for dataset, base in _distinct((_as_files(spec.dataset), spec.base) for spec in specs):
         found += _batch(base, dataset, images[dataset.path])
+    for command in _distinct(run.spec.command for run in sweep.runs if run.spec.command):
+        found += command_problems(command, sweep.checkpoint.policy)
     return _distinct([*found, *_ranking(sweep), *_store(store)])
 
 
@@ -140,15 +140,8 @@ def _pipeline(folder: Path) -> str | None:
 def _command(evaluate: Evaluate) -> Iterator[Problem]:
     where = "evaluate.command"
     program, *words = evaluate.command
-    # The trainer runs these two with its own interpreter.
-    if program not in ("python", "python3") and shutil.which(program) is None:
-        there = Path(program).is_file() and not os.access(program, os.X_OK)
-        what = "is not executable" if there else "is not a program on this machine"
-        yield Problem("E2321", f"{shown(program)} {what}", where, "e.g. [python, score.py, '{samples}']")
-    for word in words:
-        if word.endswith(_SCRIPTS) and not Path(word).is_file():
-            hint = "relative paths start at the folder of the sweep file"
-            yield Problem("E2322", f"there is no file {shown(word)}", where, hint)
+    yield from program_problems(program, where, "e.g. [python, score.py, '{samples}']")
+    yield from script_problems(tuple(words), where)
     if not any("{samples}" in word for word in evaluate.command):
         message = "the command is not told where the samples are"
         yield Problem("W2323", message, where, "add the argument '{samples}'")
@@ -182,8 +175,13 @@ def _images(folder: Path) -> int:
 
 def _ranking(sweep: Sweep) -> Iterator[Problem]:
     if sweep.metric is None:
-        message = "nothing will rank the runs: no image is held out, and no metric is named"
-        yield Problem("W2315", message, "metric", "set dataset.val_fraction, or metric and evaluate")
+        if any(run.spec.command for run in sweep.runs):
+            message = "nothing will rank the runs: no metric is named"
+            hint = "name a number of the JSON object that the command prints last"
+        else:
+            message = "nothing will rank the runs: no image is held out, and no metric is named"
+            hint = "set dataset.val_fraction, or metric and evaluate"
+        yield Problem("W2315", message, "metric", hint)
     if sweep.left_out:
         message = f"run_cap leaves out {sweep.left_out} of {sweep.left_out + len(sweep.runs)} runs"
         yield Problem("W2316", message, "run_cap")
@@ -209,7 +207,8 @@ def _store(store: ObjectStore) -> Iterator[Problem]:
 
 
 def _distinct(values: Iterable[T]) -> list[T]:
-    return list(dict.fromkeys(values))
+    # Blocks with mappings in them have no hash.
+    return list({repr(value): value for value in values}.values())
 
 
 def _installed(package: str) -> bool:
