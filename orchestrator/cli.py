@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
-from .commands import operating_commands, storage_commands, supervise_command
+from .commands import operating_commands, starting, storage_commands, supervise_command
 from .commands.options import address_option, output_option, store_option
 from .usual_store import DEFAULT_STORE
 
@@ -342,7 +342,12 @@ def demo(kill: bool, out: Path) -> None:
     run_demo(out, kill=kill)
 
 
-for command in (*storage_commands.COMMANDS, *operating_commands.COMMANDS, supervise_command.supervise):
+for command in (
+    *storage_commands.COMMANDS,
+    *operating_commands.COMMANDS,
+    supervise_command.supervise,
+    starting.init,
+):
     main.add_command(command)
 
 
