@@ -11,8 +11,9 @@ from typing import Any
 
 WORDS = ("p h", "ph o", "d o", "do g</w>")
 """Merges of the tokenizer: enough that "dog" is one token and the rest falls back to bytes."""
-TEXT_WIDTH = 32
-SD3_WIDTH = 80
+TEXT_WIDTH, TEXT_WIDTH_2 = 32, 48
+"""Of the two CLIP encoders: by their widths readers of single files tell them apart."""
+SD3_WIDTH = 96
 """Of T5: more than both CLIP encoders together, as in the real one."""
 
 
@@ -83,7 +84,7 @@ def _sdxl(folder: Path, prediction_type: str | None) -> Any:
     tokenizer = build_tokenizer(folder / "tokenizer")
     tokenizer_2 = build_tokenizer(folder / "tokenizer_2", pad="!")
     text_encoder = _clip(tokenizer, "quick_gelu")
-    text_encoder_2 = _clip(tokenizer_2, "gelu", projected=True)
+    text_encoder_2 = _clip(tokenizer_2, "gelu", TEXT_WIDTH_2, projected=True)
     unet = UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -91,13 +92,13 @@ def _sdxl(folder: Path, prediction_type: str | None) -> Any:
         layers_per_block=2,
         block_out_channels=(8, 16, 32),
         norm_num_groups=4,
-        cross_attention_dim=2 * TEXT_WIDTH,
+        cross_attention_dim=TEXT_WIDTH + TEXT_WIDTH_2,
         attention_head_dim=(2, 4, 8),
         transformer_layers_per_block=(1, 2, 3),
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + TEXT_WIDTH,
+        projection_class_embeddings_input_dim=6 * 8 + TEXT_WIDTH_2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     )
@@ -131,7 +132,7 @@ def _sd3(folder: Path, prediction_type: str | None, *, with_t5: bool = True) -> 
     tokenizer = build_tokenizer(folder / "tokenizer")
     tokenizer_2 = build_tokenizer(folder / "tokenizer_2", pad="!")
     text_encoder = _clip(tokenizer, "quick_gelu", projected=True)
-    text_encoder_2 = _clip(tokenizer_2, "gelu", projected=True)
+    text_encoder_2 = _clip(tokenizer_2, "gelu", TEXT_WIDTH_2, projected=True)
     tokenizer_3, text_encoder_3 = _t5() if with_t5 else (None, None)
     transformer = SD3Transformer2DModel(
         sample_size=8,
@@ -143,7 +144,7 @@ def _sd3(folder: Path, prediction_type: str | None, *, with_t5: bool = True) -> 
         num_attention_heads=4,
         caption_projection_dim=32,
         joint_attention_dim=SD3_WIDTH,
-        pooled_projection_dim=2 * TEXT_WIDTH,
+        pooled_projection_dim=TEXT_WIDTH + TEXT_WIDTH_2,
         pos_embed_max_size=16,
     )
     vae = _vae(1.5305, latent_channels=16, shift=0.0609, quantised=False)
@@ -178,17 +179,17 @@ def _ddpm(prediction_type: str) -> Any:
     return DDPMScheduler(**_BETAS, clip_sample=False, steps_offset=1, prediction_type=prediction_type)
 
 
-def _clip(tokenizer: Any, activation: str, *, projected: bool = False) -> Any:
+def _clip(tokenizer: Any, activation: str, width: int = TEXT_WIDTH, *, projected: bool = False) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=2 * TEXT_WIDTH,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=77,
-        projection_dim=TEXT_WIDTH,
+        projection_dim=width,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
