@@ -1,0 +1,289 @@
+"""Does each adapter and each objective learn? On the digits world, with a classifier as judge.
+
+    python benchmarks/learnability.py [--seeds 3] [--only NAME …] [--save]
+
+Every row teaches the nine, which the base model has never seen, with ``examples/digits``' own data, prompts
+and judge, and differs from plain LoRA in what its name says. ``score`` is the harmonic mean of two shares: of
+the nines that are recognised (``new``), and of the other prompts that still give their digit (``others``).
+``control`` is the same figure of the same base without any training. Runs of all rows and seeds, each in a
+process of its own with one thread; seconds and memory are of that process, with its start, samples and judge.
+
+For x0 and v prediction the base is first taught to predict that: see ``taught_base.py``.
+
+It holds if every row's mean score lies above its control by ``MARGIN``, and if prior preservation keeps more
+of the old digits than the same run without it.
+"""
+
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+from harness import DIGITS, BenchmarkFailed, conclude, run, show
+
+MARGIN = 0.25
+TABLE = Path(__file__).resolve().parents[1] / "docs" / "learnability.md"
+OLD = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
+FORGETFUL = {"learning_rate": 3e-3}
+"""So fast that the old digits suffer: what prior preservation is for."""
+PRIOR = {"prompt": [f"a handwritten {word}" for word in OLD], "images": 72, "steps": 15, "cfg": 3.0}
+
+Change = dict[str, Any]
+ROWS: dict[str, tuple[str, Change]] = {
+    "LoRA, attention": ("adapter", {}),
+    "LoRA, all linear layers": ("adapter", {"base": {"targets": "linear"}}),
+    "LoCon": ("adapter", {"base": {"targets": "linear", "conv_rank": 4}}),
+    "DoRA": ("adapter", {"base": {"use_dora": True}}),
+    "rsLoRA": ("adapter", {"base": {"use_rslora": True, "learning_rate": 5e-4}}),
+    "LoHa": ("adapter", {"base": {"adapter": "loha", "targets": "linear", "learning_rate": 5e-3}}),
+    "LoKr": ("adapter", {"base": {"adapter": "lokr", "targets": "linear", "learning_rate": 3e-3}}),
+    "LoRA, text encoder too": (
+        "adapter",
+        {"base": {"train_text_encoder": True, "text_encoder_learning_rate": 2e-4}},
+    ),
+    "min-SNR": ("objective", {"base": {"loss_weighting": "min_snr"}}),
+    "soft min-SNR": ("objective", {"base": {"loss_weighting": "soft_min_snr"}}),
+    "debiased": ("objective", {"base": {"loss_weighting": "debiased"}}),
+    "P2": ("objective", {"base": {"loss_weighting": "p2"}}),
+    "pseudo-Huber": ("objective", {"base": {"loss": "huber"}}),
+    "smooth L1": ("objective", {"base": {"loss": "smooth_l1"}}),
+    "noise offset": ("objective", {"base": {"noise_offset": 0.05}}),
+    "pyramid noise": ("objective", {"base": {"multires_noise_iterations": 3}}),
+    "input perturbation": ("objective", {"base": {"input_perturbation": 0.1}}),
+    "timesteps 200 to 1000": ("objective", {"base": {"min_timestep": 200}}),
+    "x0 prediction": ("objective", {"taught": "sample"}),
+    "v prediction": ("objective", {"taught": "v_prediction"}),
+    "v prediction, min-SNR": ("objective", {"taught": "v_prediction", "base": {"loss_weighting": "min_snr"}}),
+    "DreamBooth, no prior": ("DreamBooth", {"base": FORGETFUL}),
+    "DreamBooth, class images": ("DreamBooth", {"base": FORGETFUL, "prior": PRIOR}),
+    "DreamBooth, online prior": ("DreamBooth", {"base": FORGETFUL, "prior": {**PRIOR, "online": True}}),
+}
+WITHOUT_PRIOR = "DreamBooth, no prior"
+SAMPLES = {
+    "prompts": [f"a handwritten {word}" for word in ("nine", "zero", "three", "four", "seven")],
+    "seeds": list(range(1, 13)),
+    "steps": 15,
+    "cfg": 3.0,
+}
+
+
+class Outcome(NamedTuple):
+    """Of one run, or of an untrained base."""
+
+    score: float
+    new: float
+    others: float
+    seconds: float = 0.0
+    memory_mb: float = 0.0
+    file_bytes: int = 0
+
+
+@click.command()
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=300, show_default=True)
+@click.option("--only", multiple=True, type=click.Choice(list(ROWS)), help="Only these rows.")
+@click.option("--jobs", type=click.IntRange(min=1), default=os.cpu_count() or 1, show_default=True)
+@click.option(
+    "--save", is_flag=True, help="Keep the figures under benchmarks/results/ and the table in docs/."
+)
+def main(seeds: int, steps: int, only: tuple[str, ...], jobs: int, save: bool) -> None:
+    names = list(only or ROWS)
+    with tempfile.TemporaryDirectory(prefix="learnability-") as scratch:
+        bases = _bases(Path(scratch), names)
+        # "spawn": a forked process inherits the threads' locks of torch, and the memory of its parent.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
+            controls = {
+                taught: pool.submit(_control, base, Path(scratch) / f"control-{taught}")
+                for taught, base in bases.items()
+            }
+            runs = {
+                (name, seed): pool.submit(
+                    _train, _spec(name, seed, steps, bases), Path(scratch) / f"{names.index(name)}-{seed}"
+                )
+                for name in names
+                for seed in range(seeds)
+            }
+            for (name, seed), outcome in runs.items():
+                print(f"{name}, seed {seed}: {outcome.result()}", file=sys.stderr)
+        rows = [
+            _row(
+                name,
+                [runs[name, seed].result() for seed in range(seeds)],
+                controls[ROWS[name][1].get("taught", "epsilon")].result(),
+            )
+            for name in names
+        ]
+    _show(rows, seeds, steps)
+    figures = {"seeds": seeds, "steps": steps, "rows": rows, "holds": not (failed := _failures(rows))}
+    if save:
+        _write_table(rows, seeds, steps)
+    conclude("learnability", figures, save=save)
+    if failed:
+        raise BenchmarkFailed("; ".join(failed))
+
+
+def _bases(scratch: Path, names: list[str]) -> dict[str, Path]:
+    """Return a base model for each prediction type that the rows need."""
+    bases = {"epsilon": DIGITS / "base"}
+    script = Path(__file__).with_name("taught_base.py")
+    for taught in sorted({ROWS[name][1].get("taught", "epsilon") for name in names} - {"epsilon"}):
+        bases[taught] = scratch / taught
+        print(f"teaching the base model {taught} (two minutes or so)", file=sys.stderr)
+        subprocess.run([sys.executable, str(script), taught, str(bases[taught])], check=True)
+    return bases
+
+
+def _spec(name: str, seed: int, steps: int, bases: dict[str, Path]) -> dict[str, Any]:
+    change = ROWS[name][1]
+    base = {
+        "model": str(bases[change.get("taught", "epsilon")]),
+        "resolution": 32,
+        "max_train_steps": steps,
+        "train_batch_size": 16,
+        "learning_rate": 1e-3,
+        "rank": 8,
+        "seed": seed,
+    }
+    spec: dict[str, Any] = {
+        "base": {**base, **change.get("base", {})},
+        "dataset": {"path": str(DIGITS / "nines"), **change.get("dataset", {})},
+        "samples": SAMPLES,
+    }
+    return spec | ({"prior": change["prior"]} if "prior" in change else {})
+
+
+def _train(spec: dict[str, Any], folder: Path) -> Outcome:
+    """Train, draw and judge one run in this process."""
+    from storage.local import complete_checkpoints
+    from trainer.attempt import run_attempt
+    from trainer.config import RunSpec
+    from trainer.export import export_adapter
+    from trainer.rundir import EXIT_COMPLETE, CheckpointPolicy, Options, RunDir, StartOrder
+    from trainer.stop import Stop
+
+    began = time.monotonic()
+    checked = RunSpec.model_validate_json(json.dumps(spec))
+    run_dir = RunDir(folder)
+    run_dir.checkpoints.mkdir(parents=True)
+    run_dir.spec.write_text(checked.model_dump_json())
+    options = Options(
+        threads=1, cache_dir=str(folder.parent / "cache"), checkpoint=CheckpointPolicy(every_s=None)
+    )
+    run_dir.options.write_text(options.model_dump_json())
+    run_dir.order_start(StartOrder(resume=None))
+    with (folder / "log.txt").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        if (code := run_attempt(run_dir, Stop())) != EXIT_COMPLETE:
+            raise BenchmarkFailed(f"{folder}: exit code {code}")
+    took_s = time.monotonic() - began
+    (samples,) = run_dir.samples.iterdir()
+    judged = _judged(samples)
+    exported = export_adapter(
+        complete_checkpoints(run_dir.checkpoints)[0].path, checked, folder / "x", "kohya"
+    )
+    memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return judged._replace(seconds=took_s, memory_mb=memory_mb, file_bytes=exported.stat().st_size)
+
+
+def _control(base: Path, folder: Path) -> Outcome:
+    """Draw and judge the base itself."""
+    from trainer.config import RunSpec
+    from trainer.randomness import make_deterministic
+    from trainer.sample import sample_images
+
+    make_deterministic(1)
+    spec = {
+        "base": {"model": str(base), "resolution": 32},
+        "dataset": {"path": str(DIGITS / "nines")},
+        "samples": SAMPLES,
+    }
+    return _judged(sample_images(RunSpec.model_validate_json(json.dumps(spec)), None, folder))
+
+
+def _judged(samples: Path) -> Outcome:
+    sys.path.insert(0, str(DIGITS))
+    import score
+
+    figures = score.score(samples)
+    return Outcome(figures["score"], figures["new_digit"], figures["old_digits"])
+
+
+def _row(name: str, outcomes: list[Outcome], control: Outcome) -> dict[str, Any]:
+    mean = Outcome(*(statistics.fmean(values) for values in zip(*outcomes, strict=True)))
+    return {
+        "name": name,
+        "kind": ROWS[name][0],
+        "score": round(mean.score, 3),
+        "control": round(control.score, 3),
+        "new": round(mean.new, 3),
+        "others": round(mean.others, 3),
+        "others_control": round(control.others, 3),
+        "scores": [round(outcome.score, 3) for outcome in outcomes],
+        "seconds": round(mean.seconds, 1),
+        "memory_mb": round(mean.memory_mb),
+        "file_bytes": round(mean.file_bytes),
+    }
+
+
+def _failures(rows: list[dict[str, Any]]) -> list[str]:
+    found = [
+        f"{row['name']}: score {row['score']}, control {row['control']}"
+        for row in rows
+        if row["score"] < row["control"] + MARGIN and row["name"] != WITHOUT_PRIOR
+    ]
+    by_name = {row["name"]: row for row in rows}
+    if without := by_name.get(WITHOUT_PRIOR):
+        found += [
+            f"{row['name']}: {row['others']} of the old digits are left, {without['others']} without prior"
+            for row in rows
+            if row["kind"] == "DreamBooth" and row is not without and row["others"] <= without["others"]
+        ]
+    return found
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    spread = f"{min(row['scores']):.2f}–{max(row['scores']):.2f}"
+    return [
+        row["name"],
+        f"{row['score']:.2f}",
+        spread,
+        f"{row['control']:.2f}",
+        f"{row['new']:.2f}",
+        f"{row['others']:.2f}",
+        f"{row['seconds']:.0f}",
+        f"{row['memory_mb']}",
+        f"{row['file_bytes'] / 1000:.0f}",
+    ]
+
+
+COLUMNS = ("", "score", "seeds", "control", "new", "others", "s", "MB", "file, kB")
+
+
+def _show(rows: list[dict[str, Any]], seeds: int, steps: int) -> None:
+    show(f"{steps} steps, mean of {seeds} seeds", COLUMNS, [_cells(row) for row in rows])
+
+
+def _write_table(rows: list[dict[str, Any]], seeds: int, steps: int) -> None:
+    """Replace the table in ``docs/learnability.md``, between its two marks."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
+    lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
+    before, begin, rest = TABLE.read_text().partition("<!-- table -->\n")
+    _, end, after = rest.partition("<!-- end -->\n")
+    if not begin or not end:
+        raise BenchmarkFailed(f"{TABLE} has no place for the table")
+    said = f"{steps} steps at batch 16, the mean of {seeds} seeds.\n\n"
+    TABLE.write_text(before + begin + said + "\n".join(lines) + "\n" + end + after)
+
+
+if __name__ == "__main__":
+    run(lambda: main(standalone_mode=False))
