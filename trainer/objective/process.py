@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+LEAST_SNR, MOST_SNR = 1e-6, 1e6
+"""Bounds of the signal-to-noise ratio by which losses are weighed."""
 
 
 class Process(Protocol):
@@ -53,6 +55,10 @@ class Diffusion:
         self.levels = len(alpha_bar_T)
 
     def draw_timestep(self, generator: torch.Generator, first: int, end: int, sampling: str) -> Tensor:
+        """See ``Process``. ``logit_normal``: the sigmoid of a normal number, so the middle more often."""
+        if sampling == "logit_normal":
+            place = torch.randn((), generator=generator).sigmoid()
+            return (first + (place * (end - first)).long()).clamp(max=end - 1)
         return torch.randint(first, end, (), generator=generator)
 
     def fixed_timesteps(self, count: int) -> Tensor:
@@ -71,8 +77,10 @@ class Diffusion:
         return a_B111 * noise_BCHW - s_B111 * x0_BCHW
 
     def snr(self, timesteps_B: Tensor) -> Tensor:
+        """See ``Process``. Kept within bounds, so that no weight is 0/0: with zero-terminal SNR the last
+        timestep holds no signal, and a schedule may begin without noise."""
         alpha_bar_B = self.alpha_bar_T[timesteps_B]
-        return alpha_bar_B / (1 - alpha_bar_B)
+        return (alpha_bar_B / (1 - alpha_bar_B)).clamp(LEAST_SNR, MOST_SNR)
 
     def per_x0(self, timesteps_B: Tensor) -> Tensor:
         snr_B = self.snr(timesteps_B)
