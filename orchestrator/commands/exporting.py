@@ -1,5 +1,9 @@
-"""From a committed checkpoint to a verified LoRA file. The conversion runs in a process of the trainer's."""
+"""From a committed checkpoint to a verified LoRA file. The conversion runs in a process of the trainer's.
 
+What a foreign command made is copied as it is, unopened.
+"""
+
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -7,6 +11,7 @@ from pathlib import Path
 
 from storage.checkpoints import CheckpointStore
 from storage.errors import NotFound
+from storage.local import MANIFEST
 from storage.log import run_log
 from storage.object_store import ObjectStore
 
@@ -33,12 +38,20 @@ def export_run(
         wanted = checkpoints.find(state, state.stored[-1].step if step is None else step).step
     except NotFound as error:
         raise Unknown(str(error)) from error
-    target = out / f"{run.run_id}-step{wanted:08d}-{form}"
+    is_foreign = run.spec.command is not None
+    if is_foreign and form != "diffusers":
+        message = f"{run.run_id} was trained by a command of its own: its files are copied as they are"
+        raise InvalidFile([Problem(code="E2702", message=message, hint="leave --to out")])
+    target = out / f"{run.run_id}-step{wanted:08d}-{'files' if is_foreign else form}"
     if target.exists() and not force:
         hint = "give --force to write over it, or another --out"
         raise InvalidFile([Problem(code="E2701", message=f"{target} is there already", hint=hint)])
     with tempfile.TemporaryDirectory() as scratch:
         _, path = checkpoints.fetch_step(state, wanted, Path(scratch))
+        if is_foreign:
+            (path / MANIFEST).unlink()
+            shutil.copytree(path, target, dirs_exist_ok=True)
+            return target
         spec = Path(scratch) / "spec.json"
         spec.write_text(run.spec.model_dump_json())
         arguments = ["--checkpoint", str(path), "--spec", str(spec), "--out", str(target), "--to", form]

@@ -8,6 +8,7 @@ from storage.s3.presigned import Presigned
 from storage.scoped.desk import GrantDesk, unenforced
 from storage.scoped.grants import Limits
 from storage.scoped.http import PresignedHttp
+from trainer.spec_inputs import inputs_of
 
 from ..control.controller import Controller
 from ..errors import OrchestrateError
@@ -32,8 +33,8 @@ class SweepRuns:
         self._limits = {
             run.run_id: Limits(
                 max_checkpoint_bytes=sweep.storage.max_checkpoint_bytes,
-                last_step=run.spec.base.max_train_steps,
-                inputs=frozenset(filter(None, (run.spec.dataset.digest, run.spec.base.digest))),
+                last_step=run.spec.max_steps,
+                inputs=frozenset(named.digest for named in inputs_of(run.spec) if named.digest),
             )
             for run in sweep.runs
         }

@@ -14,6 +14,7 @@ from storage.records import Committed
 from storage.redaction import printable, redacted
 from storage.run_state import Attempt, RunState
 from trainer.interval import MIN_S, UNMEASURED
+from trainer.spec_inputs import inputs_of
 
 from ..amounts import size_text
 from ..errors import Unknown
@@ -43,12 +44,9 @@ def describe(store: ObjectStore, sweep: Sweep, run_id: str) -> Described:
         "detail": _said(state.finished.detail) if state.finished else "",
         "params": planned.parameters,
         "step": state.committed_step,
-        "max_steps": spec.base.max_train_steps,
+        "max_steps": spec.max_steps,
         "node": _said(state.running.claimed.node) if state.running else None,
-        "inputs": [
-            _input(store, "dataset", spec.dataset.path, spec.dataset.digest),
-            _input(store, "base model", spec.base.model, spec.base.digest),
-        ],
+        "inputs": [_input(store, named.what, named.path, named.digest) for named in inputs_of(spec)],
         "checkpoint": {
             **sweep.checkpoint.model_dump(mode="json"),
             "interval": _interval(store, run_id, state, sweep.checkpoint),
