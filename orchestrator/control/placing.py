@@ -50,6 +50,8 @@ class SlotNote:
     """Why its node could not hear a notice of its end."""
     speed: StoreSpeed | None = None
     """Between its node and the store."""
+    let_off: bool = False
+    """A notice of its node's end was withdrawn a moment ago."""
 
 
 class Hold(StrEnum):
@@ -126,6 +128,7 @@ def note(slot: Slot, barred: tuple[Standing, str] | None, claimed_by: str | None
         last_choice=slot.notice is not None,
         unheard=slot.unheard,
         speed=slot.speed,
+        let_off=slot.ending and slot.notice is not None and slot.notice.withdrawn,
     )
 
 

@@ -71,6 +71,7 @@ class ControllerActor:
         self._cluster: RayCluster | None = None
         self._controller: Controller | None = None
         self._desk: GrantDesk | None = None
+        self._price_per_hour: float | None = None
         self._failure: str | None = None
         self._ready = threading.Event()
         context = ray.get_runtime_context()
@@ -177,6 +178,7 @@ class ControllerActor:
                 # passed when the sweep began may have given one strange answer.
                 logger.warning("%s; trying again", error)
             time.sleep(RETRY_S)
+        self._price_per_hour = sweep.resources.price_per_hour
         options = Options(
             checkpoint=sweep.checkpoint.policy,
             threads=int(sweep.resources.cpus),
@@ -215,7 +217,7 @@ class ControllerActor:
         return learned(lives(states, time.time()))
 
     def _work(self, controller: Controller) -> None:
-        metrics, measured_at = ControllerMetrics(self._setup.sweep), float("-inf")
+        metrics, measured_at = ControllerMetrics(self._setup.sweep, self._price_per_hour), float("-inf")
         settled = False
         while not controller.done:
             try:

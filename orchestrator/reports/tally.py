@@ -6,11 +6,11 @@ records, so a clock that is wrong bends the ratio, and never beyond 0 and 1.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from storage.records import EndReason
-from storage.run_state import RunState
+from storage.run_state import Attempt, RunState
 
 from .why import interruptions
 
@@ -55,12 +55,22 @@ def added(now: Tally, before: Tally) -> Tally:
 def goodput(states: Mapping[str, RunState], now: float) -> float | None:
     """Return preserved training time by allocated time; None if nothing was allocated."""
     productive_s = allocated_s = 0.0
+    for attempt, allocated in _allocated(states, now):
+        allocated_s += allocated
+        if attempt.started and attempt.committed_at is not None:
+            preserved = attempt.committed_at - attempt.started.at
+            productive_s += min(max(0.0, preserved), allocated)
+    return productive_s / allocated_s if allocated_s else None
+
+
+def spent_usd(states: Mapping[str, RunState], now: float, price_per_hour: float) -> float:
+    """Return what the time allocated to attempts has cost so far; that of idle nodes is nobody's here."""
+    return sum(allocated for _, allocated in _allocated(states, now)) / 3600.0 * price_per_hour
+
+
+def _allocated(states: Mapping[str, RunState], now: float) -> Iterator[tuple[Attempt, float]]:
+    """Every attempt, with the seconds from its claim to its end, or until now."""
     for state in states.values():
         for attempt in state.attempts:
             end = attempt.ended or state.finished
-            allocated = max(0.0, (end.at if end else now) - attempt.claimed.at)
-            allocated_s += allocated
-            if attempt.started and attempt.committed_at is not None:
-                preserved = attempt.committed_at - attempt.started.at
-                productive_s += min(max(0.0, preserved), allocated)
-    return productive_s / allocated_s if allocated_s else None
+            yield attempt, max(0.0, (end.at if end else now) - attempt.claimed.at)
