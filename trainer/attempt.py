@@ -15,7 +15,7 @@ from .data import TrainingSet, split
 from .dataset_files import Example, dataset_digest, held_out, scan
 from .encode import encode_images, encode_texts
 from .errors import BadCheckpoint, BadInput, TrainerError
-from .families import load_family
+from .families import Family, load_family
 from .loop import Loop, Parts
 from .methods import attach
 from .narration import say
@@ -29,7 +29,7 @@ from .sample import sample_texts
 from .snapshot import Progress, load_checkpoint
 from .spec_inputs import inputs_of, moved
 from .stop import Stop
-from .texts import CachedTexts
+from .texts import CachedTexts, LiveTexts, Texts, is_cached
 
 
 def run_attempt(run_dir: RunDir, stop: Stop) -> int:
@@ -75,11 +75,10 @@ def prepare(run_dir: RunDir, stop: Stop) -> Parts:
             f"the pixels of a latent of {spec.base.model}"
         )
     cache = Cache(cache_dir or default_cache_dir())
-    captions = ["", *(example.caption for example in examples), *sample_texts(spec)]
-    states = encode_texts(family, cache, captions, stop.alive)
-    say(f"{len(examples)} images with captions; encoding those that no run here has met yet")
+    texts = _texts(spec, family, cache, examples, stop)
+    say("encoding the images that no run here has met yet")
     images = encode_images(family, cache, examples, spec, stop.alive)
-    family.rest_encoders(texts=True)
+    family.rest_encoders(texts=is_cached(spec))
     train, validation = split(len(images), held_out(len(images), spec.dataset.val_fraction))
     methods = attach(local.base, family)
     return Parts(
@@ -98,9 +97,16 @@ def prepare(run_dir: RunDir, stop: Stop) -> Parts:
             latent_pixels=family.latent_pixels,
         ),
         validation=[images[index] for index in validation],
-        texts=CachedTexts(states, family.device),
+        texts=texts,
         stop=stop,
     )
+
+
+def _texts(spec: RunSpec, family: Family, cache: Cache, examples: list[Example], stop: Stop) -> Texts:
+    if not is_cached(spec):
+        return LiveTexts(family)
+    captions = ["", *(example.caption for example in examples), *sample_texts(spec)]
+    return CachedTexts(encode_texts(family, cache, captions, stop.alive), family.device)
 
 
 def read_dataset(spec: RunSpec, options: Options) -> list[Example]:

@@ -21,7 +21,7 @@ from . import tensor_file
 from .randomness import own_memory
 from .rundir import Options, cache_folder
 
-FORMAT = 2
+FORMAT = 3
 """Part of every key: raise it when an entry's meaning changes."""
 
 

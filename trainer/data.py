@@ -7,13 +7,14 @@ interrupted before. Images were encoded beforehand; no pixel is touched here.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from .captions import caption_of
 from .config import Base, Dataset
+from .epochs import Epochs
 from .families import Posterior
 from .objective.process import Process
 from .randomness import generator
@@ -42,6 +43,8 @@ class EncodedImage:
     views: tuple[View, ...]
     original: tuple[int, int]
     """Height and width in pixels, as the file has them."""
+    shape: tuple[int, int]
+    """Height and width of its samples, in latents; a view may be larger."""
     repeats: int = 1
     """How often it comes in an epoch."""
     loss_weight: float = 1.0
@@ -51,13 +54,10 @@ class EncodedImage:
 class Draw:
     """The choices made for one sample."""
 
-    slot: int
-    """Of the epoch's ``slots``."""
     view: int
     top: float
     """Where the crop lies in the free room above and below, in [0, 1)."""
     left: float
-    drop_caption: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +94,13 @@ class Batch:
     from_base: bool
 
 
-def draw(n: int, *, slots: int, views: int, caption_dropout: float, seed: int) -> Draw:
-    """Return the choices for sample ``n``. Each epoch visits every slot once, in an order of its own."""
+def draw(n: int, *, views: int, seed: int) -> Draw:
+    """Return in which way sample ``n`` sees its image, which has so many views."""
     top, left = torch.rand(2, generator=generator(seed, "crop", n)).tolist()
     return Draw(
-        slot=_order(seed, n // slots, slots)[n % slots],
         view=int(torch.randint(views, (), generator=generator(seed, "flip", n))),
         top=top,
         left=left,
-        drop_caption=float(torch.rand((), generator=generator(seed, "caption", n))) < caption_dropout,
     )
 
 
@@ -126,6 +124,8 @@ class TrainingSet:
     ) -> None:
         self._images = images
         self._slots = [index for index, image in enumerate(images) for _ in range(image.repeats)]
+        shapes = [images[index].shape for index in self._slots]
+        self._epochs = Epochs(shapes, base.seed, base.samples_per_step)
         self._base = base
         self._dataset = dataset
         self._process = process
@@ -145,16 +145,9 @@ class TrainingSet:
 
     def _sample(self, n: int) -> Sample:
         seed = self._base.seed
-        choice = draw(
-            n,
-            slots=len(self._slots),
-            views=len(self._images[0].views),
-            caption_dropout=self._dataset.caption_dropout,
-            seed=seed,
-        )
-        image = self._images[self._slots[choice.slot]]
-        view = image.views[choice.view]
-        shape = self.shape
+        image = self._images[self._slots[self._epochs.slot(n)]]
+        choice = draw(n, views=len(image.views), seed=seed)
+        view, shape = image.views[choice.view], image.shape
         corner = crop_corner(view.posterior.mean_CHW, shape, choice.top, choice.left)
         mean, std = (crop(part, shape, corner) for part in view.posterior)
         x0 = mean + std * torch.randn(mean.shape, generator=generator(seed, "posterior", n))
@@ -163,7 +156,7 @@ class TrainingSet:
             x0_CHW=x0,
             noise_CHW=torch.randn(x0.shape, generator=generator(seed, "noise", n)),
             timestep=self._timestep(n),
-            caption="" if choice.drop_caption else image.caption,
+            caption=caption_of(self._dataset, image.caption, seed, n),
             size_6=sizes(image, view, corner, shape, self._latent_pixels),
             weight=image.loss_weight,
             mask_1HW=None if view.mask_1HW is None else crop(view.mask_1HW, shape, corner),
@@ -174,12 +167,6 @@ class TrainingSet:
         end = base.max_timestep or self._process.levels
         drawn = generator(base.seed, "timestep", n)
         return self._process.draw_timestep(drawn, base.min_timestep, end, base.timestep_sampling)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Height and width of a sample, in latents."""
-        side = self._base.resolution // self._latent_pixels
-        return side, side
 
 
 def sizes(
@@ -223,9 +210,3 @@ def _batch(samples: Sequence[Sample]) -> Batch:
         mask_B1HW=torch.stack(masks) if masks else None,
         from_base=samples[0].from_base,
     )
-
-
-@lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, count: int) -> list[int]:
-    order: list[int] = torch.randperm(count, generator=generator(seed, "order", epoch)).tolist()
-    return order

@@ -1,13 +1,15 @@
 """Encodes the images and texts of a run, through the cache.
 
 Each image and text is encoded alone, in fp32, so an entry never depends on what else was encoded with it.
-With ``center_crop`` the square in the middle is encoded; without it the whole image, and samples are cut out
-of its latents, in steps of one latent.
+An image is scaled to cover the size that it is trained at, the square of the resolution or its bucket. With
+``center_crop`` the middle of that size is encoded; without it the whole image, and samples are cut out of its
+latents, in steps of one latent. Its mask goes the same way, and is kept as what each latent counts.
 """
 
 import hashlib
 from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -16,16 +18,17 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .cache import Cache, cache_key
-from .config import RunSpec
+from .config import Dataset, RunSpec
+from .config.buckets import Size, bucket_sizes, nearest
 from .data import EncodedImage, View
-from .dataset_files import Example, read_image
+from .dataset.folder import Example
+from .dataset.images import image_size, read_alpha, read_image, read_mask
 from .errors import BadInput
 from .families import Conditioning, Family, Posterior
 from .randomness import platform_fingerprint
 
-Shape = Literal["square", "whole"]
-GEOMETRY = "geometry_4"
-"""In an entry: height and width of the file, and what was cut off above and left of the scaled image."""
+OFFSET = "offset_2"
+"""In an entry: what was cut off above and left of the scaled image, in pixels."""
 
 
 def encode_texts(
@@ -75,43 +78,96 @@ def encode_images(
 def _encode_image(
     family: Family, cache: Cache, example: Example, spec: RunSpec, identity: str
 ) -> EncodedImage:
-    shape: Shape = "square" if spec.dataset.center_crop else "whole"
-    with example.path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    dataset = spec.dataset
+    original = image_size(example.path)
+    target = nearest(original, bucket_sizes(dataset, spec.base.resolution))
+    # The file, not its pixels, is the key: with a full cache no image is decoded.
+    way: dict[str, list[int] | bool] = {"target": list(target), "cut": dataset.center_crop}
+    file = _file_digest(example.path)
 
-    def view(mirrored: bool) -> tuple[View, tuple[int, int]]:
-        # The file, not its pixels, is the key: with a full cache no image is decoded.
-        key = cache_key(
-            kind="image",
-            file=digest,
-            resolution=spec.base.resolution,
-            shape=shape,
-            mirrored=mirrored,
-            encoder=identity,
-            platform=platform_fingerprint(family.device),
-            pillow=PIL.__version__,
+    def view(mirrored: bool) -> View:
+        entry = cache.through(
+            cache_key(
+                kind="image",
+                file=file,
+                mirrored=mirrored,
+                encoder=identity,
+                platform=platform_fingerprint(family.device),
+                pillow=PIL.__version__,
+                **way,
+            ),
+            lambda: _encoded(family, read_image(example.path), target, dataset, mirrored),
         )
-        entry = cache.through(key, lambda: _encoded(family, example, spec, shape, mirrored))
-        height, width, top, left = (int(number) for number in entry.pop(GEOMETRY))
+        top, left = (int(number) for number in entry.pop(OFFSET))
         if not all(torch.isfinite(part).all() for part in entry.values()):
             raise BadInput(f"dataset image {example.name}: the VAE encodes it as NaN or infinity")
-        return View(Posterior(**entry), (top, left)), (height, width)
+        return View(Posterior(**entry), (top, left), mask(mirrored))
 
-    views = [view(mirrored) for mirrored in ((False, True) if spec.dataset.random_flip else (False,))]
-    return EncodedImage(example.name, example.caption, tuple(seen for seen, _ in views), views[0][1])
+    def mask(mirrored: bool) -> Tensor | None:
+        if dataset.masks == "none":
+            return None
+        source = example.mask if dataset.masks == "files" else example.path
+        key = cache_key(
+            kind="mask",
+            masks=dataset.masks,
+            file=_file_digest(source) if source else "none",
+            image=list(original),
+            mirrored=mirrored,
+            latent=family.latent_pixels,
+            pillow=PIL.__version__,
+            **way,
+        )
+        return cache.through(
+            key, lambda: {"mask": _mask(example, target, dataset, mirrored, family.latent_pixels)}
+        )["mask"]
+
+    return EncodedImage(
+        name=example.name,
+        caption=example.caption,
+        views=tuple(view(mirrored) for mirrored in ((False, True) if dataset.random_flip else (False,))),
+        original=original,
+        shape=(target[0] // family.latent_pixels, target[1] // family.latent_pixels),
+        repeats=example.repeats,
+        loss_weight=example.loss_weight,
+    )
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _encoded(
-    family: Family, example: Example, spec: RunSpec, shape: Shape, mirrored: bool
+    family: Family, image: Image.Image, target: Size, dataset: Dataset, mirrored: bool
 ) -> dict[str, Tensor]:
-    image = read_image(example.path)
     seen = fit(
-        ImageOps.mirror(image) if mirrored else image, spec.base.resolution, shape, family.latent_pixels
+        ImageOps.mirror(image) if mirrored else image,
+        target,
+        cut=dataset.center_crop,
+        multiple=family.latent_pixels,
     )
-    pixels_HWC = np.array(seen.image)
-    pixels_CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1).float() / 127.5 - 1
-    geometry = torch.tensor([image.height, image.width, *seen.offset])
-    return {**family.encode_image(pixels_CHW)._asdict(), GEOMETRY: geometry}
+    pixels_CHW = torch.from_numpy(np.array(seen.image)).permute(2, 0, 1).float() / 127.5 - 1
+    return {**family.encode_image(pixels_CHW)._asdict(), OFFSET: torch.tensor(seen.offset)}
+
+
+def _mask(example: Example, target: Size, dataset: Dataset, mirrored: bool, latent_pixels: int) -> Tensor:
+    """Return the share of each latent's pixels that counts, (1, H, W) in [0, 1]."""
+    image = read_image(example.path)
+    if dataset.masks == "alpha":
+        mask = read_alpha(example.path)
+    elif example.mask:
+        mask = read_mask(example.mask, image.size)
+    else:  # all of it counts
+        mask = Image.new("L", image.size, "white")
+    seen = fit(
+        ImageOps.mirror(mask) if mirrored else mask,
+        target,
+        cut=dataset.center_crop,
+        multiple=latent_pixels,
+        resampling=Image.Resampling.BOX,
+    )
+    levels_1HW = torch.from_numpy(np.array(seen.image))[None].float() / 255
+    return torch.nn.functional.avg_pool2d(levels_1HW, latent_pixels)
 
 
 class Fitted(NamedTuple):
@@ -120,15 +176,24 @@ class Fitted(NamedTuple):
     """Pixels cut off above and left of it, after scaling."""
 
 
-def fit(image: Image.Image, resolution: int, shape: Shape, multiple: int) -> Fitted:
-    """Scale the shorter side to ``resolution``, then cut the middle: a square, or the most that
-    is a ``multiple`` of pixels."""
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    scaled = image.resize((width, height), Image.Resampling.LANCZOS)
-    if shape == "square":
-        kept_width = kept_height = resolution
-    else:
-        kept_width, kept_height = (side - side % multiple for side in scaled.size)
-    left, top = (width - kept_width) // 2, (height - kept_height) // 2
-    return Fitted(scaled.crop((left, top, left + kept_width, top + kept_height)), (top, left))
+def fit(
+    image: Image.Image,
+    target: Size,
+    *,
+    cut: bool,
+    multiple: int,
+    resampling: Image.Resampling = Image.Resampling.LANCZOS,
+) -> Fitted:
+    """Scale an image so that it just covers ``target``, then take the middle of it.
+
+    Args:
+        cut: Take ``target``; else the most whose sides are multiples of ``multiple`` pixels.
+    """
+    height, width = target
+    scale = max(height / image.height, width / image.width)
+    covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    scaled = image.resize(covering, resampling)
+    if not cut:
+        width, height = (side - side % multiple for side in scaled.size)
+    left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
+    return Fitted(scaled.crop((left, top, left + width, top + height)), (top, left))

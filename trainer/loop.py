@@ -46,23 +46,6 @@ LOSS_WINDOW = 100
 """Steps that the reported training loss averages over."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
-    """Everything the loop works with, ready to go."""
-
-    spec: RunSpec
-    options: Options
-    run_dir: RunDir
-    family: Family
-    methods: Methods
-    objective: Objective
-    optimizer: torch.optim.Optimizer
-    training: TrainingSet
-    validation: list[EncodedImage]
-    texts: Texts
-    stop: Stop
-
-
 class Loop:
     """One attempt's training."""
 
@@ -81,13 +64,11 @@ class Loop:
             parts.methods,
             parts.optimizer,
             self._on_written,
+            average=parts.average,
             on_disk_full=lambda problem: self._event("disk_full", message=problem),
             give_up=self._wait_no_longer,
         )
-        fp16 = self._base.mixed_precision == "fp16"
-        self._scaler = torch.amp.GradScaler(parts.family.device.type, enabled=fp16)
-        if progress.scaler:
-            self._scaler.load_state_dict(dict(progress.scaler))
+        self._stepper = Stepper(parts, progress.scaler)
 
     def run(self) -> int:
         """Train to the end or to a stop, and return the exit code.
@@ -120,9 +101,7 @@ class Loop:
 
     def _step(self) -> None:
         began, step, writing = time.monotonic(), self.progress.step, self._writer.busy
-        set_learning_rate(self.parts.optimizer, rate := learning_rate(self._base, step))
-        mean_loss = self._accumulate(step)
-        self._update(mean_loss, step)
+        mean_loss, rate = self._stepper.take(step)
         done = step + 1
         share = 1 / min(done, LOSS_WINDOW)
         self._metrics = {}
@@ -130,7 +109,7 @@ class Loop:
             update={
                 "step": done,
                 "train_loss": (1 - share) * self.progress.train_loss + share * mean_loss,
-                "scaler": self._scaler.state_dict() or None,
+                "scaler": self._stepper.scaler_state,
             }
         )
         step_s = time.monotonic() - began
@@ -144,69 +123,8 @@ class Loop:
             lr=rate,
             step_s=step_s,
             first_sample=step * self._base.samples_per_step,
+            samples=self._base.samples_per_step,
         )
-
-    def _accumulate(self, step: int) -> float:
-        """Add up the gradients of one step's samples and return their mean loss.
-
-        Raises:
-            Stopped: There is no time for the rest of the step. Nothing that is saved has changed.
-        """
-        began = time.monotonic()
-        total = torch.zeros((), device=self.parts.family.device)
-        batches = self.parts.training.batches(step, self._base.train_batch_size)
-        self.parts.methods.use()
-        for done, batch in enumerate(batches):
-            self.parts.stop.alive()
-            if done and self._is_too_long((time.monotonic() - began) / done * (len(batches) - done)):
-                raise Stopped
-            seed_layers(self._base.seed, "dropout", batch.samples[0])
-            share = self._loss(batch) / self._base.samples_per_step
-            self._scaler.scale(share).backward()  # type: ignore[no-untyped-call]
-            total += share.detach()
-        return float(total)
-
-    def _is_too_long(self, rest_s: float) -> bool:
-        """Whether a stop was asked for that leaves too little time for the rest of a step."""
-        stop = self.parts.stop
-        left_s = stop.left_s() if stop.requested else None
-        return left_s is not None and rest_s > REST_SHARE * left_s
-
-    def _loss(self, batch: Batch) -> Tensor:
-        """Return the weighted sum of the samples' losses."""
-        parts, family = self.parts, self.parts.family
-        x0, noise, timesteps, sizes, weights = (
-            part.to(family.device, non_blocking=True)
-            for part in (batch.x0_BCHW, batch.noise_BCHW, batch.timesteps_B, batch.sizes_B6, batch.weights_B)
-        )
-        mask = None if batch.mask_B1HW is None else batch.mask_B1HW.to(family.device, non_blocking=True)
-        conditioning = parts.texts.conditioning(batch.captions) | family.size_conditioning(sizes)
-        noisy = family.process.add_noise(x0, noise, timesteps)
-        if batch.from_base:
-            with torch.no_grad(), parts.methods.aside():
-                target = family.predict(noisy, timesteps, conditioning)
-        else:
-            target = family.process.target(x0, noise, timesteps)
-        predicted = family.predict(noisy, timesteps, conditioning)
-        losses_B = parts.objective.losses(predicted, target, timesteps, mask)
-        return (weights * losses_B).sum()
-
-    def _update(self, mean_loss: float, step: int) -> None:
-        """Clip the gradient and let the optimizer move, unless that would put NaN into the adapter."""
-        optimizer = self.parts.optimizer
-        self._scaler.unscale_(optimizer)
-        limit = math.inf if self._base.max_grad_norm is None else self._base.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, limit))
-        overflow = self._scaler.is_enabled() and not math.isfinite(norm)  # fp16: the scaler skips this step
-        if not math.isfinite(mean_loss) or not (math.isfinite(norm) or overflow):
-            raise Diverged(
-                f"step {step + 1}: loss {mean_loss}, gradient norm {norm}",
-                LOWER_RATE,
-            )
-        self._scaler.step(optimizer)
-        self._scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        self.parts.methods.updated()
 
     def _validate_if_due(self) -> None:
         if self._due(self.parts.spec.validation.every) and self.progress.validated_step < self.progress.step:
@@ -242,7 +160,6 @@ class Loop:
             parts.family,
             parts.validation,
             parts.texts,
-            shape=parts.training.shape,
             timesteps=parts.spec.validation.timesteps,
             stop=parts.stop,
         )

@@ -26,16 +26,13 @@ def validation_loss(
     images: Iterable[EncodedImage],
     texts: Texts,
     *,
-    shape: tuple[int, int] | None,
     timesteps: int,
     stop: Stop,
 ) -> float:
     """Return the mean squared error over all images and timesteps, whatever the training loss weighs.
 
-    An image is the mean of its posterior, cropped in the middle, with its own caption.
-
-    Args:
-        shape: Height and width of the crop in latents; None: the whole image.
+    An image is the mean of its posterior, cropped in the middle to the shape of its samples, with its own
+    caption.
 
     Raises:
         Stopped: A stop was requested meanwhile.
@@ -45,10 +42,9 @@ def validation_loss(
     with evaluating(family):
         for index, image in enumerate(images):
             view = image.views[0]
-            height, width = shape or view.posterior.mean_CHW.shape[-2:]
-            corner = crop_corner(view.posterior.mean_CHW, (height, width), 0.5, 0.5)
-            x0_CHW = crop(view.posterior.mean_CHW, (height, width), corner)
-            size_6 = sizes(image, view, corner, (height, width), family.latent_pixels)
+            corner = crop_corner(view.posterior.mean_CHW, image.shape, 0.5, 0.5)
+            x0_CHW = crop(view.posterior.mean_CHW, image.shape, corner)
+            size_6 = sizes(image, view, corner, image.shape, family.latent_pixels)
             conditioning = texts.conditioning([image.caption])
             conditioning |= family.size_conditioning(size_6[None].to(family.device))
             for first in range(0, len(levels), _CHUNK):

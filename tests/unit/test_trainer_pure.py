@@ -1,7 +1,6 @@
 """Randomness, data order, learning rate, objective: what a run's n-th sample and step are."""
 
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config import Base
+from trainer.captions import caption_of
+from trainer.config import Base, Dataset
 from trainer.data import crop, crop_corner, draw, split
 from trainer.encode import fit
 from trainer.objective import Objective
@@ -45,34 +45,22 @@ def test_the_key_of_a_stream_never_changes() -> None:
     assert key(0, "noise", 0) == 0x1A30FC0F22099EC2
 
 
-def draws(first: int, count: int, **changes: Any) -> list[int]:
-    options = {"slots": 5, "views": 2, "caption_dropout": 0.5, "seed": 3, **changes}
-    return [draw(n, **options).slot for n in range(first, first + count)]
-
-
-def test_every_epoch_visits_every_image_once_in_an_order_of_its_own() -> None:
-    epochs = [draws(first, 5) for first in range(0, 50, 5)]
-
-    assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) > 5
-
-
 @given(st.integers(0, 10_000), st.integers(0, 10_000))
 def test_a_sample_does_not_depend_on_the_ones_before_it(n: int, other: int) -> None:
-    options = {"slots": 7, "views": 2, "caption_dropout": 0.3, "seed": 1}
-    alone = draw(n, **options)
-    draw(other, **options)
+    alone = draw(n, views=2, seed=1)
+    draw(other, views=2, seed=1)
 
-    assert draw(n, **options) == alone
+    assert draw(n, views=2, seed=1) == alone
     assert 0 <= alone.top < 1
     assert 0 <= alone.left < 1
 
 
 def test_captions_and_flips_come_at_their_rates() -> None:
-    seen = [draw(n, slots=9, views=2, caption_dropout=0.2, seed=0) for n in range(2000)]
+    dataset = Dataset(path="x", caption_dropout=0.2)
+    dropped = sum(caption_of(dataset, "a dog", 0, n) == "" for n in range(2000))
 
-    assert 0.17 < sum(s.drop_caption for s in seen) / 2000 < 0.23
-    assert 0.46 < Counter(s.view for s in seen)[1] / 2000 < 0.54
+    assert 0.17 < dropped / 2000 < 0.23
+    assert 0.46 < sum(draw(n, views=2, seed=0).view for n in range(2000)) / 2000 < 0.54
 
 
 def test_the_split_is_the_same_for_every_seed_and_leaves_nothing_out() -> None:
@@ -167,20 +155,27 @@ def test_a_crop_reaches_both_edges_and_no_further() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "shape", "expected"),
+    ("size", "target", "cut", "expected", "offset"),
     [
-        ((100, 50), "square", (32, 32)),
-        ((100, 50), "whole", (64, 32)),
-        ((50, 90), "whole", (32, 56)),
-        ((10, 10), "whole", (32, 32)),
+        ((100, 50), (32, 32), True, (32, 32), (0, 16)),
+        ((100, 50), (32, 32), False, (64, 32), (0, 0)),
+        ((50, 90), (32, 32), False, (32, 56), (1, 0)),
+        ((10, 10), (32, 32), False, (32, 32), (0, 0)),
+        ((100, 50), (24, 40), True, (40, 24), (0, 4)),
+        ((50, 100), (24, 40), False, (40, 80), (0, 0)),
     ],
 )
-def test_images_are_scaled_by_their_shorter_side(
-    size: tuple[int, int], shape: Any, expected: tuple[int, int]
+def test_images_are_scaled_to_cover_what_they_are_trained_at(
+    size: tuple[int, int],
+    target: tuple[int, int],
+    cut: bool,
+    expected: tuple[int, int],
+    offset: tuple[int, int],
 ) -> None:
     from PIL import Image
 
-    assert fit(Image.new("RGB", size), 32, shape, 8).image.size == expected
+    fitted = fit(Image.new("RGB", size), target, cut=cut, multiple=8)
+    assert (fitted.image.size, fitted.offset) == (expected, offset)
 
 
 def test_an_optimizer_that_has_not_moved_yet_is_resumed_and_one_that_lost_state_is_not(

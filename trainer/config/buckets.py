@@ -26,7 +26,7 @@ def bucket_sizes(dataset: Dataset, resolution: int) -> tuple[Size, ...]:
 
 
 def nearest(size: Size, sizes: Collection[Size]) -> Size:
-    """Return the size whose aspect ratio differs least from that of ``size``, by a factor; the largest such."""
+    """Return the size whose aspect ratio is nearest to that of ``size`` as a factor; the largest of such."""
 
     def distance(other: Size) -> tuple[float, int, Size]:
         ratio = math.log((other[1] * size[0]) / (other[0] * size[1]))
