@@ -197,7 +197,7 @@ SUBJECTS: dict[str, tuple[Option, ...]] = {
 
 def aliases() -> dict[str, tuple[str, str]]:
     """Return each name that is accepted for one of ours, and the block and key that it stands for."""
-    found = {}
+    found: dict[str, tuple[str, str]] = {}
     for option in (option for subject in SUBJECTS.values() for option in subject):
         block, _, key = option.ours.partition(".")
         if key and not option.note:
