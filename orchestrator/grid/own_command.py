@@ -46,6 +46,9 @@ def own_problems(document: Document, parameters: Mapping[str, ValuePath]) -> Ite
             yield Problem("E2126", message, document.where(path, key=True), hint)
     for key in LISTS:
         words = _listed(block.get(key))
+        if isinstance(words, str):
+            message = f"command.{key} has a quote that is not closed"
+            yield Problem("E2111", message, document.where(("command", key)))
         for word in _secrets(words) if isinstance(words, list) else ():
             where = document.where(("command", key))
             hint = "the program finds it in the environment, or in a file on its node"

@@ -1,9 +1,10 @@
-"""A program that knows nothing of us under ``command:``: its folders become checkpoints, once they are whole."""
+"""A program that knows nothing of us, under ``command:``: its folders are checkpoints once they are whole."""
 
-import contextlib
 import json
 import os
+import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -32,7 +33,7 @@ from trainer.supervisor import Assignment, Progress, Supervisor
 from trainer.training_process import PLAYER, TRAINER, TrainingProcess
 
 RUN = "cat-r16"
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own-script"
 
 
@@ -251,3 +252,39 @@ def test_a_warm_training_process_becomes_the_command(begin: Begin) -> None:
     wait_until(lambda: psutil.Process(attempt.process.pid).children() != [], "it has started the program")
     assert "trainer.command" in psutil.Process(attempt.process.pid).cmdline()
     assert attempt.end().exit_code == EXIT_COMPLETE
+
+
+def test_a_script_with_accelerate_killed_at_random_ends_as_if_it_had_not_been(
+    begin: Begin, store: DirectoryStore, tmp_path: Path
+) -> None:
+    script, data = str(EXAMPLE / "train.py"), str(EXAMPLE / "data")
+    words = ["python", script, "--train_data_dir={data}", "--output_dir={out}", "--max_train_steps={steps}"]
+    words += ["--checkpointing_steps={every}", "--checkpoints_total_limit=2", "--step_s=0.05"]
+    spec = light(
+        "",
+        steps=24,
+        words=[*words, "--resume_from_checkpoint=latest"],
+        complete="random_states_*.pkl",
+        result=["pytorch_lora_weights.safetensors"],
+        inputs={"data": data},
+    )
+    (tmp_path / "straight").mkdir()
+    places = {"{data}": data, "{out}": str(tmp_path / "straight"), "{steps}": "24", "{every}": "24"}
+    straight = [word for word in words if not word.startswith(("python", "--step_s"))]
+    for key, value in places.items():
+        straight = [word.replace(key, value) for word in straight]
+    uninterrupted = subprocess.Popen([sys.executable, *straight], stderr=subprocess.DEVNULL)
+    first = begin(1, spec)
+    at = random.randint(1, 12)
+    wait_until(lambda: first.state.committed_step >= 4, "its first checkpoint is committed")
+    wait_until(lambda: first.supervisor.progress.step >= 4 + at, f"{at} more steps")
+    os.kill(first.process.pid, signal.SIGKILL)
+    first.end()
+    first.log.append(ended(1))
+    second = begin(2, spec)
+    progress = second.end()
+    assert (progress.exit_code, progress.step, progress.error) == (EXIT_COMPLETE, 24, "")
+    assert progress.resumed_from >= 4
+    assert uninterrupted.wait(DEADLINE_S) == 0
+    (name,) = spec.command.result if spec.command else ()
+    assert fetched(store, tmp_path / "end")[name] == (tmp_path / "straight" / name).read_bytes()
