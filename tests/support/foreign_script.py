@@ -3,9 +3,10 @@
     python foreign_script.py MODE OUT STEPS [--every N] [--resume latest] [--gate FILE]
 
 ``steps``: a checkpoint every ``--every`` steps. ``slow``: pauses in the middle of its second file, which it
-keeps open, for longer than a folder has to be quiet. ``halfway``: is killed in the middle of the second file of
-its second checkpoint. ``polite``: saves itself when it gets SIGTERM and exits 75. ``deaf``: does not listen to it. ``fails``: dies of an exception after its first checkpoint. ``nothing``:
-exits 0 without a result. ``far``: numbers its checkpoints beyond STEPS.
+keeps open, for longer than a folder has to be quiet. ``halfway``: is killed in the middle of the second file
+of its second checkpoint. ``polite``: saves itself when it gets SIGTERM and exits 75. ``deaf``: does not
+listen to it. ``fails``: dies of an exception after its first checkpoint. ``nothing``: exits 0 without a
+result. ``far``: numbers its checkpoints beyond STEPS.
 
 Where ``--gate`` is given it makes no step after its first checkpoint until that file is there.
 """
