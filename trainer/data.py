@@ -6,16 +6,17 @@ interrupted before. Images were encoded beforehand; no pixel is touched here.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from .captions import caption_of
-from .config import Base, Dataset
+from .config import Base, Dataset, Prior
 from .epochs import Epochs
 from .families import Posterior
+from .objective.noise import sample_noise, seen_noise
 from .objective.process import Process
 from .randomness import generator
 
@@ -65,6 +66,7 @@ class Sample:
     """What one sample brings to a forward pass, on the CPU."""
 
     n: int
+    """Its global index; of what is trained on beside sample ``n`` for prior preservation, ``-1 - n``."""
     x0_CHW: Tensor
     noise_CHW: Tensor
     timestep: Tensor
@@ -74,6 +76,8 @@ class Sample:
     weight: float
     """Of its loss in the sum over the step, before division by the images of a step."""
     mask_1HW: Tensor | None = None
+    seen_noise_CHW: Tensor | None = None
+    """The noise in what the model sees, if that is another than it should predict."""
     from_base: bool = False
     """The base's own prediction is the target, instead of the process's."""
 
@@ -91,6 +95,7 @@ class Batch:
     sizes_B6: Tensor
     weights_B: Tensor
     mask_B1HW: Tensor | None
+    seen_noise_BCHW: Tensor | None
     from_base: bool
 
 
@@ -121,7 +126,15 @@ class TrainingSet:
         process: Process,
         *,
         latent_pixels: int,
+        prior: Prior | None = None,
+        class_images: "TrainingSet | None" = None,
     ) -> None:
+        """
+        Args:
+            prior: Beside each sample of an image comes one that preserves the prior.
+            class_images: What that one is drawn from; for an online prior it is the image's own sample, with
+                the class's name as its caption, and the base's prediction as its target.
+        """
         self._images = images
         self._slots = [index for index, image in enumerate(images) for _ in range(image.repeats)]
         shapes = [images[index].shape for index in self._slots]
@@ -130,11 +143,15 @@ class TrainingSet:
         self._dataset = dataset
         self._process = process
         self._latent_pixels = latent_pixels
+        self._prior = prior
+        self._class_images = class_images
 
     def batches(self, step: int, largest: int) -> list[Batch]:
         """Return the samples of an optimizer step, in forward passes of at most ``largest`` of one shape."""
         count = self._base.samples_per_step
         samples = [self._sample(n) for n in range(step * count, (step + 1) * count)]
+        if self._prior:
+            samples += [self._preserving(self._prior, sample) for sample in samples]
         samples.sort(key=_shape)  # stable: within a shape they stay in order
         return [
             _batch(alike[first : first + largest])
@@ -145,22 +162,34 @@ class TrainingSet:
 
     def _sample(self, n: int) -> Sample:
         seed = self._base.seed
+
+        def draws(purpose: str) -> torch.Generator:
+            return generator(seed, purpose, n)
+
         image = self._images[self._slots[self._epochs.slot(n)]]
         choice = draw(n, views=len(image.views), seed=seed)
         view, shape = image.views[choice.view], image.shape
         corner = crop_corner(view.posterior.mean_CHW, shape, choice.top, choice.left)
         mean, std = (crop(part, shape, corner) for part in view.posterior)
-        x0 = mean + std * torch.randn(mean.shape, generator=generator(seed, "posterior", n))
+        x0 = mean + std * torch.randn(mean.shape, generator=draws("posterior"))
         return Sample(
             n=n,
             x0_CHW=x0,
-            noise_CHW=torch.randn(x0.shape, generator=generator(seed, "noise", n)),
+            noise_CHW=(noise := sample_noise(self._base, x0, draws)),
             timestep=self._timestep(n),
             caption=caption_of(self._dataset, image.caption, seed, n),
             size_6=sizes(image, view, corner, shape, self._latent_pixels),
             weight=image.loss_weight,
             mask_1HW=None if view.mask_1HW is None else crop(view.mask_1HW, shape, corner),
+            seen_noise_CHW=seen_noise(self._base, noise, draws),
         )
+
+    def _preserving(self, prior: Prior, sample: Sample) -> Sample:
+        """Return what is trained on beside a sample, so that the class stays what it is to the base."""
+        n = -1 - sample.n
+        if self._class_images:
+            return replace(self._class_images._sample(n), weight=prior.weight)
+        return replace(sample, n=n, caption=prior.prompt, weight=prior.weight, mask_1HW=None, from_base=True)
 
     def _timestep(self, n: int) -> Tensor:
         base = self._base
@@ -199,6 +228,7 @@ def _batch(samples: Sequence[Sample]) -> Batch:
         return torch.stack([part(sample) for sample in samples])
 
     masks = [sample.mask_1HW for sample in samples if sample.mask_1HW is not None]
+    seen = [sample.seen_noise_CHW for sample in samples if sample.seen_noise_CHW is not None]
     return Batch(
         samples=tuple(sample.n for sample in samples),
         x0_BCHW=stacked(lambda sample: sample.x0_CHW),
@@ -208,5 +238,6 @@ def _batch(samples: Sequence[Sample]) -> Batch:
         sizes_B6=stacked(lambda sample: sample.size_6),
         weights_B=torch.tensor([sample.weight for sample in samples]),
         mask_B1HW=torch.stack(masks) if masks else None,
+        seen_noise_BCHW=torch.stack(seen) if seen else None,
         from_base=samples[0].from_base,
     )
