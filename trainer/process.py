@@ -88,9 +88,13 @@ def _import_everything() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     from . import attempt  # noqa: F401
-    from .families import sd1  # noqa: F401
+    from .config.families import FAMILIES
+    from .families import family_class
     from .methods import adapter  # noqa: F401
 
+    for names in FAMILIES.values():
+        for name in names:
+            family_class(name)
     with contextlib.suppress(ImportError):  # only adamw8bit needs it, and says so
         import bitsandbytes  # noqa: F401
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diffusers import StableDiffusionPipeline
 from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled
 from support.tiny_world import build_base
 
@@ -129,7 +128,7 @@ def hub(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def load(cache: Path) -> Any:
-    return load_pipeline(Base(model="owner/model"), StableDiffusionPipeline, cache)
+    return load_pipeline(Base(model="owner/model"), cache)
 
 
 def test_a_model_of_the_hub_is_loaded(hub: Hub, tmp_path: Path) -> None:

@@ -240,15 +240,9 @@ def test_training_lowers_the_validation_loss(world: Path, lay: Lay) -> None:
 def test_a_v_prediction_model_is_trained_towards_v(lay: Lay, world: Path, tmp_path: Path) -> None:
     base = build_base(tmp_path / "v", prediction_type="v_prediction")
     run_dir = lay("run", tiny_spec(base, world / "images", base={"max_train_steps": 2}))
-    forced = lay(
-        "forced",
-        tiny_spec(base, world / "images", base={"max_train_steps": 2, "prediction_type": "epsilon"}),
-    )
 
-    for each in (run_dir, forced):
-        assert run_attempt(each, Stop()) == EXIT_COMPLETE
+    assert run_attempt(run_dir, Stop()) == EXIT_COMPLETE
     assert prepare(run_dir, Stop()).family.process.prediction_type == "v_prediction"
-    assert events(run_dir, "step")[0]["loss"] != events(forced, "step")[0]["loss"]
 
 
 def test_a_changed_dataset_is_refused(world: Path, lay: Lay, tmp_path: Path) -> None:
@@ -283,7 +277,7 @@ def not_a_number(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "changes", "said"),
     [
-        (fake_index, {}, "is a FluxPipeline; only StableDiffusionPipeline can be trained"),
+        (fake_index, {}, "is a FluxPipeline; no model of this class can be trained"),
         (only_pickles, {}, "cannot be loaded: "),
         (not_a_number, {}, "unet conv_in.bias holds NaN or infinity"),
         (None, {"targets": ["to_nothing"]}, "fit no module of"),

@@ -5,6 +5,7 @@ loop, validation and sampling speak only to ``Family``; they do not know which o
 """
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Base
+from ..config.families import FAMILIES
 from ..objective.process import Process
 
 Conditioning = dict[str, Tensor]
@@ -93,6 +95,26 @@ def load_family(base: Base, hub_cache: Path | None = None) -> Family:
             or the device cannot compute in the precision asked for.
         BaseUnavailable: The hub did not answer.
     """
-    from .sd1 import StableDiffusion1  # families share this module
+    from .source import load_pipeline  # families share this module
 
-    return StableDiffusion1.load(base, hub_cache)
+    return family_of(load_pipeline(base, hub_cache), base)
+
+
+def family_of(pipeline: Any, base: Base) -> Family:
+    """Freeze a loaded diffusers pipeline, with whatever adapters are on it, on the best device.
+
+    Raises:
+        BadInput: As ``load_family``.
+    """
+    from .latent import check_precision  # families share this module
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_precision(base, device)
+    found = (family_class(name) for name in FAMILIES[type(pipeline).__name__])
+    family: Family = next(kind for kind in found if kind.fits(pipeline))(pipeline, base, device)
+    return family
+
+
+def family_class(name: str) -> Any:
+    """Return the class of a family by its name in ``config.families``."""
+    return import_module(f".{name}", __name__).FAMILY

@@ -7,6 +7,13 @@ translated here, once.
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import torch
+from diffusers.loaders.single_file_utils import (
+    CHECKPOINT_KEY_NAMES,
+    SingleFileComponentError,
+    infer_diffusers_model_type,
+)
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
@@ -17,9 +24,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
 from ..config import Base
+from ..config.families import FAMILIES
 from ..errors import BadInput, BaseUnavailable
 from .transfer import broke_off
 
@@ -28,10 +37,36 @@ OFFLINE_CONFIG = (
     "a single file holds weights only: put a folder of the same name without .safetensors beside it, with "
     "the configuration and tokenizer of its family (a diffusers folder without weights), or allow the hub"
 )
+SUPPORTED = f"the trainer loads {', '.join(FAMILIES)}"
+_FILE_KINDS = {
+    "v1": "StableDiffusionPipeline",
+    "v2": "StableDiffusionPipeline",
+    "xl_base": "StableDiffusionXLPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "sd35_medium": "StableDiffusion3Pipeline",
+    "sd35_large": "StableDiffusion3Pipeline",
+}
+"""diffusers' names of what it takes a single file for, by the pipeline that it then builds."""
+_LEFT_OUT: dict[str, dict[str, Any]] = {
+    "StableDiffusionPipeline": {
+        "safety_checker": None,
+        "requires_safety_checker": False,
+        "feature_extractor": None,
+        "image_encoder": None,
+    },
+    "StableDiffusionXLPipeline": {
+        "feature_extractor": None,
+        "image_encoder": None,
+        "add_watermarker": False,
+    },
+}
+"""Parts of a pipeline that training does not need."""
+_IMAGE_PROMPTS = {"feature_extractor": None, "image_encoder": None}
 
 
-def load_pipeline(base: Base, pipeline_class: Any, hub_cache: Path | None) -> Any:
-    """Return the model as a diffusers pipeline of this class, without safety checker, on the CPU.
+def load_pipeline(base: Base, hub_cache: Path | None = None) -> Any:
+    """Return the model as a diffusers pipeline of a class of ``FAMILIES``, without safety checker, on the
+    CPU.
 
     Raises:
         BadInput, BaseUnavailable
@@ -39,14 +74,14 @@ def load_pipeline(base: Base, pipeline_class: Any, hub_cache: Path | None) -> An
     _quiet_libraries()
     path = Path(base.model).expanduser()
     if path.is_file():
-        return _load_file(path, pipeline_class, hub_cache)
+        return _load_file(path, hub_cache)
     if path.is_dir():
-        return _load_folder(str(path), pipeline_class, base, {})
+        return _load_folder(str(path), base, {})
     if base.model.startswith((".", "/", "~")) or base.model.endswith(".safetensors"):
         raise BadInput(f"base model {base.model}: no such file or folder", WHERE)
     _probe_hub(base, hub_cache)
     where = {"revision": base.revision, "cache_dir": hub_cache}
-    return _load_folder(base.model, pipeline_class, base, where)
+    return _load_folder(base.model, base, where)
 
 
 def _quiet_libraries() -> None:
@@ -56,23 +91,11 @@ def _quiet_libraries() -> None:
         logging.disable_progress_bar()
 
 
-def _load_folder(name: str, pipeline_class: Any, base: Base, where: dict[str, Any]) -> Any:
+def _load_folder(name: str, base: Base, where: dict[str, Any]) -> Any:
     try:
-        found = pipeline_class.load_config(name, **where).get("_class_name")
-        if found != pipeline_class.__name__:
-            raise BadInput(
-                f"base model {base.model} is a {found}; only {pipeline_class.__name__} can be trained",
-                "choose a Stable Diffusion 1.x model",
-            )
-        return pipeline_class.from_pretrained(
-            name,
-            use_safetensors=True,
-            safety_checker=None,
-            feature_extractor=None,
-            image_encoder=None,
-            requires_safety_checker=False,
-            **where,
-        )
+        index = diffusers.DiffusionPipeline.load_config(name, **where)
+        pipeline_class, left_out = _pipeline_class(base.model, index)
+        return pipeline_class.from_pretrained(name, use_safetensors=True, **left_out, **where)
     except BadInput:
         raise
     except Exception as error:
@@ -84,24 +107,67 @@ def _load_folder(name: str, pipeline_class: Any, base: Base, where: dict[str, An
         raise BadInput(f"base model {base.model} cannot be loaded: {error}", WHERE) from error
 
 
-def _load_file(path: Path, pipeline_class: Any, hub_cache: Path | None) -> Any:
+def _pipeline_class(model: str, index: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the class that a ``model_index.json`` names, and its parts to leave out.
+
+    Raises:
+        BadInput: No family is loaded by it.
+    """
+    name = str(index.get("_class_name"))
+    if name not in FAMILIES:
+        raise BadInput(f"base model {model} is a {name}; no model of this class can be trained", SUPPORTED)
+    absent = {part: None for part, value in index.items() if value in ([None, None], (None, None))}
+    return getattr(diffusers, name), {**absent, **_LEFT_OUT.get(name, _IMAGE_PROMPTS)}
+
+
+def _load_file(path: Path, hub_cache: Path | None) -> Any:
     if path.suffix != ".safetensors":
         raise BadInput(f"base model {path}: only .safetensors files are read, never pickles", WHERE)
     config = path.with_suffix("")
     where: dict[str, Any] = {"config": str(config)} if config.is_dir() else {"cache_dir": hub_cache}
     try:
-        return pipeline_class.from_single_file(
-            str(path), safety_checker=None, feature_extractor=None, requires_safety_checker=False, **where
+        index = (
+            diffusers.DiffusionPipeline.load_config(str(config))
+            if config.is_dir()
+            else {"_class_name": _kind_of_file(path)}
         )
+        pipeline_class, left_out = _pipeline_class(str(path), index)
+        return pipeline_class.from_single_file(str(path), **left_out, **where)
+    except BadInput:
+        raise
     except LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
             raise BadInput(f"base model {path}: HF_HUB_OFFLINE is set", OFFLINE_CONFIG) from error
         raise BaseUnavailable(
             f"base model {path}: the hub did not answer: {error}", OFFLINE_CONFIG
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+    except (
+        *(OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError),
+        *(SafetensorError, SingleFileComponentError),
+    ) as error:
         hint = WHERE if config.is_dir() else OFFLINE_CONFIG
         raise BadInput(f"base model {path} cannot be loaded: {error}", hint) from error
+
+
+def _kind_of_file(path: Path) -> str:
+    """Return the pipeline class by which diffusers would read a single file. Reads its header only.
+
+    Raises:
+        BadInput: It holds no model that can be trained.
+    """
+    with safe_open(path, framework="pt") as file:
+        names = file.keys()
+        shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
+    kind = infer_diffusers_model_type(shapes)
+    if kind == "v1" and CHECKPOINT_KEY_NAMES["v1"] not in shapes:  # what it says when it knows nothing better
+        raise BadInput(
+            f"base model {path} holds none of the models that diffusers knows by their names: "
+            f"{len(shapes)} tensors such as {min(shapes, default='none')}",
+            "an adapter is no base model: it belongs into base.initial_adapter or base.merged_adapters",
+        )
+    if kind not in _FILE_KINDS:
+        raise BadInput(f"base model {path} is of the kind {kind}; no such model can be trained", SUPPORTED)
+    return _FILE_KINDS[kind]
 
 
 def _probe_hub(base: Base, hub_cache: Path | None) -> None:

@@ -1,0 +1,182 @@
+"""What all families of latent models share: frozen networks, their precision and layout, a VAE, tokenizers.
+
+Text and images are encoded in fp32 whatever the training precision, so their caches are shared by all runs;
+the denoiser is kept in the precision asked for and runs under autocast.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..cache import tensors_digest
+from ..config import Base
+from ..errors import BadInput
+from ..randomness import own_memory
+from . import Conditioning, Posterior
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""diffusers' names of the attention projections: what its own LoRA scripts train."""
+_READ_BY_CLIP = ("hidden_act", "num_attention_heads", "layer_norm_eps", "eos_token_id")
+
+
+class LatentFamily:
+    """See ``Family``. A subclass says how its texts are encoded and what its denoiser is called with."""
+
+    name: str
+    denoiser_prefix: str
+    targets: Mapping[str, tuple[str, ...]]
+    skips_layers: ClassVar[bool] = False
+    """Whether ``clip_skip`` means something."""
+
+    def __init__(self, pipeline: Any, base: Base, device: torch.device) -> None:
+        """
+        Raises:
+            BadInput: The model is not what its class promises, or ``base`` asks for what it cannot do.
+        """
+        self._check(pipeline, base)
+        self.device = device
+        self._dtype = DTYPES[base.mixed_precision]
+        self._clip_skip = base.clip_skip
+        parts = {name: part for name, part in pipeline.components.items() if part is not None}
+        self._tokenizers = [parts[name] for name in sorted(parts) if name.startswith("tokenizer")]
+        self.text_encoders: Mapping[str, nn.Module] = {
+            name: frozen(parts[name], device) for name in sorted(parts) if name.startswith("text_encoder")
+        }
+        self._vae = frozen(pipeline.vae, device)
+        self.latent_pixels = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+        self.latent_channels = int(pipeline.vae.config.latent_channels)
+        self._scaling = float(pipeline.vae.config.scaling_factor)
+        self._shift = float(pipeline.vae.config.shift_factor or 0.0)
+        self._layout = torch.channels_last if base.channels_last else torch.contiguous_format
+        self.denoiser: nn.Module = frozen(parts[self.denoiser_prefix], device, self._dtype)
+        self._arrange(base)
+
+    def token_ids(self, text: str) -> list[list[int]]:
+        return [padded_ids(tokenizer, text, tokenizer.model_max_length) for tokenizer in self._tokenizers]
+
+    def size_conditioning(self, sizes_B6: Tensor) -> Conditioning:
+        return {}
+
+    @torch.no_grad()
+    def encode_image(self, pixels_CHW: Tensor) -> Posterior:
+        self._vae.to(self.device)
+        posterior = self._vae.encode(pixels_CHW[None].to(self.device)).latent_dist
+        mean_CHW, std_CHW = posterior.mean[0].float().cpu(), posterior.std[0].float().cpu()
+        return Posterior((mean_CHW - self._shift) * self._scaling, std_CHW * self._scaling)
+
+    @torch.no_grad()
+    def decode(self, latents_CHW: Tensor) -> Tensor:
+        self._vae.to(self.device)
+        given_BCHW = latents_CHW[None].to(self.device) / self._scaling + self._shift
+        pixels_BCHW: Tensor = self._vae.decode(given_BCHW).sample
+        return pixels_BCHW[0].float().cpu()
+
+    def predict(self, noisy_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Tensor:
+        given_BCHW = noisy_BCHW.to(self._dtype).contiguous(memory_format=self._layout)
+        with self._precision():
+            return self._denoise(given_BCHW, timesteps_B, conditioning).float()
+
+    def text_identity(self) -> str:
+        weights = {
+            f"{name}.{key}": tensor
+            for name, encoder in self.text_encoders.items()
+            for key, tensor in encoder.state_dict().items()
+        }
+        configs = [cast(Any, encoder).config for encoder in self.text_encoders.values()]
+        read = [[str(getattr(config, key, None)) for key in _READ_BY_CLIP] for config in configs]
+        return json.dumps([self.name, self._clip_skip, read, tensors_digest(weights)])
+
+    def image_identity(self) -> str:
+        return f"{self._scaling} {self._shift} {tensors_digest(self._vae.state_dict())}"
+
+    def rest_encoders(self, *, texts: bool) -> None:
+        if texts:
+            self.text_encoders = {}
+        self._vae.to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _denoise(self, noisy_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Tensor:
+        raise NotImplementedError
+
+    def _check(self, pipeline: Any, base: Base) -> None:
+        if base.clip_skip != 1 and not self.skips_layers:
+            raise BadInput(
+                f"base.clip_skip {base.clip_skip}: {base.model} was trained on one fixed layer of each of "
+                "its text encoders",
+                "leave clip_skip out; it is for Stable Diffusion 1.x and 2.x",
+            )
+        denoiser, vae = getattr(pipeline, self.denoiser_prefix).config, pipeline.vae.config
+        if denoiser.in_channels != vae.latent_channels:
+            raise BadInput(
+                f"base model {base.model}: its denoiser has {denoiser.in_channels} input channels, its VAE "
+                f"gives {vae.latent_channels}",
+                "inpainting and other models that are given an image cannot be trained",
+            )
+        _check_finite(base, pipeline)
+
+    def _columns(self, token_ids: Sequence[list[list[int]]]) -> list[Tensor]:
+        """Return the tokens for each encoder, (batch, length)."""
+        return [torch.tensor(column, device=self.device) for column in zip(*token_ids, strict=True)]
+
+    def _arrange(self, base: Base) -> None:
+        """Lay out, checkpoint and compile the denoiser as asked. No parameter changes its name."""
+        denoiser: Any = self.denoiser
+        if base.channels_last:
+            denoiser.to(memory_format=torch.channels_last)
+        if base.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
+            for encoder in self.text_encoders.values():
+                cast(Any, encoder).gradient_checkpointing_enable({"use_reentrant": False})
+        if base.compile:
+            # Only the blocks that come many times: one of them is compiled for all, in seconds, not minutes.
+            denoiser.compile_repeated_blocks()
+
+    def _precision(self) -> AbstractContextManager[object]:
+        if self._dtype is torch.float32:
+            return nullcontext()
+        # Its weight cache would hold a stale cast of the adapter across the passes of one step.
+        return torch.autocast(self.device.type, self._dtype, cache_enabled=False)
+
+
+def frozen(module: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+    """Return the module on a device, in a type, without gradients, in memory of its own."""
+    placed = cast(nn.Module, module).to(device, dtype).requires_grad_(False).eval()
+    for tensor in (*placed.parameters(), *placed.buffers()):
+        tensor.data = own_memory(tensor)
+    return placed
+
+
+def check_precision(base: Base, device: torch.device) -> None:
+    """
+    Raises:
+        BadInput: The device cannot compute in the precision asked for.
+    """
+    if base.mixed_precision == "fp16" and device.type == "cpu":
+        raise BadInput("base.mixed_precision fp16 needs a CUDA device", "use bf16 or no on a CPU")
+    if base.mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise BadInput(
+            f"{torch.cuda.get_device_name(device)} cannot compute in bf16", "set base.mixed_precision to fp16"
+        )
+
+
+def padded_ids(tokenizer: Any, text: str, length: int) -> list[int]:
+    """Return exactly ``length`` tokens of a text."""
+    ids = tokenizer(text, padding="max_length", max_length=length, truncation=True).input_ids
+    return [int(i) for i in ids]
+
+
+def _check_finite(base: Base, pipeline: Any) -> None:
+    for part, network in pipeline.components.items():
+        if not isinstance(network, nn.Module):
+            continue
+        for name, weight in network.named_parameters():
+            if not torch.isfinite(weight).all():
+                raise BadInput(
+                    f"base model {base.model}: {part} {name} holds NaN or infinity", "fetch it again"
+                )

@@ -1,0 +1,102 @@
+"""What Stable Diffusion 1.x, 2.x and XL share: a UNet with cross-attention, and noise levels of DDPM."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from torch import Tensor
+
+from ..config import Base
+from ..errors import BadInput
+from ..objective.process import Diffusion
+from .latent import ATTENTION, LatentFamily
+
+TARGETS = {
+    "attention": ATTENTION,
+    "linear": (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    "conv": (
+        *("conv1", "conv2", "conv_shortcut", "time_emb_proj"),
+        *("downsamplers.0.conv", "upsamplers.0.conv"),
+    ),
+}
+NO_SIGNAL = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+"""Zero-terminal SNR for diffusers' schedulers: sampling must begin at the last timestep (Lin et al. 2024)."""
+
+
+class UNetFamily(LatentFamily):
+    """See ``Family``."""
+
+    denoiser_prefix = "unet"
+    targets: Mapping[str, tuple[str, ...]] = TARGETS
+    extra_conditioning: str | None = None
+    """What the UNet is told besides text, in diffusers' words."""
+
+    def __init__(self, pipeline: Any, base: Base, device: torch.device) -> None:
+        super().__init__(pipeline, base, device)
+        self._schedule_config = dict(pipeline.scheduler.config)
+        if base.prediction_type:
+            self._schedule_config["prediction_type"] = base.prediction_type
+        if base.zero_terminal_snr:
+            self._schedule_config |= NO_SIGNAL
+        levels: Any = DDPMScheduler.from_config(self._schedule_config)
+        alpha_bar_T: Tensor = levels.alphas_cumprod.to(device, torch.float32)
+        self.process = Diffusion(alpha_bar_T, levels.config.prediction_type)
+        if base.zero_terminal_snr and self.process.prediction_type != "v_prediction":
+            raise BadInput(
+                f"base.zero_terminal_snr: {base.model} predicts {self.process.prediction_type}, which says "
+                "nothing of an image in pure noise",
+                "take a model with v-prediction, or noise_offset for very dark and bright images",
+            )
+
+    def sampling_schedule(self) -> Any:
+        return DPMSolverMultistepScheduler.from_config(self._schedule_config)
+
+    def _check(self, pipeline: Any, base: Base) -> None:
+        super()._check(pipeline, base)
+        _check_schedule(pipeline.scheduler, base)
+        unet = pipeline.unet.config
+        if unet.addition_embed_type != self.extra_conditioning or unet.class_embed_type is not None:
+            told = unet.addition_embed_type or unet.class_embed_type or "nothing"
+            raise BadInput(
+                f"base model {base.model}: its UNet is told {told} besides text; a {type(pipeline).__name__} "
+                f"is told {self.extra_conditioning or 'nothing'}",
+                "refiners, upscalers and models that are given an image cannot be trained",
+            )
+        width = self._text_width(pipeline)
+        if unet.cross_attention_dim != width:
+            raise BadInput(
+                f"base model {base.model}: its UNet expects text states of {unet.cross_attention_dim} "
+                f"numbers, its text encoders give {width}",
+                "the folder mixes two models",
+            )
+
+    def _text_width(self, pipeline: Any) -> int:
+        return int(pipeline.text_encoder.config.hidden_size)
+
+
+def _check_schedule(scheduler: Any, base: Base) -> None:
+    """
+    Raises:
+        BadInput: It has no noise levels of DDPM, or the model's own files say another kind of prediction.
+    """
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise BadInput(
+            f"base model {base.model} has the noise levels of {type(scheduler).__name__}",
+            "only models with the noise levels of DDPM can be trained; Playground 2.5 is none of them",
+        )
+    stated = stated_prediction(scheduler, base)
+    if base.prediction_type and stated and stated != base.prediction_type:
+        raise BadInput(
+            f"base.prediction_type {base.prediction_type}: {base.model} says of itself that it predicts "
+            f"{stated}",
+            "leave prediction_type out, or take a model of that kind",
+        )
+
+
+def stated_prediction(scheduler: Any, base: Base) -> str | None:
+    """Return what the model's own files say that it predicts. A single file says nothing of it."""
+    by_default = "prediction_type" in scheduler.config.get("_use_default_values", ())
+    if by_default or base.model.endswith(".safetensors"):
+        return None
+    return str(scheduler.config.prediction_type)
