@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..config import Base
 from ..errors import BadInput
-from .process import Diffusion, Process
+from .process import Process
 
 DEBIASED_SNR = 1000.0
 """``debiased`` treats less noise than this alike: its weight would follow the first timestep's rounding."""
@@ -46,7 +46,7 @@ class Objective:
 
         All but ``uniform`` are defined by one weight ``w(SNR)`` of the squared error of ``x_0``, and so mean
         the same for each prediction type: an error of ``x_0`` becomes one of the prediction times SNR
-        (epsilon), SNR + 1 (v) or 1 (sample), by which ``w`` is divided.
+        (epsilon), SNR + 1 (v), 1 (sample) or (sqrt(SNR) + 1)^2 (flow), by which ``w`` is divided.
 
         ============ ============================ ==========================================
         min_snr      min(SNR, gamma)              Hang et al. 2023
@@ -115,16 +115,3 @@ def _check(base: Base, process: Process) -> None:
                 f"base.{name} {getattr(base, name)} is beyond the {process.levels} timesteps of {base.model}",
                 f"timesteps are 0 to {process.levels - 1}",
             )
-    if isinstance(process, Diffusion):
-        return
-    if base.loss_weighting != "uniform":
-        raise BadInput(
-            f"base.loss_weighting {base.loss_weighting} goes by a signal-to-noise ratio of diffusion, "
-            f"and {base.model} is a flow-matching model",
-            "leave it at uniform; timestep_sampling logit_normal weighs noise levels there",
-        )
-    if base.loss != "l2" and base.huber_schedule == "snr":
-        raise BadInput(
-            f"base.huber_schedule snr needs diffusion, and {base.model} is a flow-matching model",
-            "set it to exponential or constant",
-        )
