@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def contradictions(spec: "RunSpec") -> list[str]:
     """Return what cannot work together in a spec without a ``command``; empty: nothing."""
-    return [*_texts(spec), *_buckets(spec)]
+    return [*_texts(spec), *_buckets(spec), *_objective(spec), *_prior(spec)]
 
 
 def _texts(spec: "RunSpec") -> Iterator[str]:
@@ -49,4 +49,32 @@ def _buckets(spec: "RunSpec") -> Iterator[str]:
             f"{dataset.bucket_step} and at most the area of base.resolution {resolution}: set "
             f"dataset.bucket_min to {step * max(1, resolution // (2 * step))} or less, bucket_max to "
             f"{resolution} or more, and bucket_step to {step} or less"
+        )
+
+
+def _objective(spec: "RunSpec") -> Iterator[str]:
+    base = spec.base
+    if base.max_timestep is not None and base.min_timestep >= base.max_timestep:
+        yield (
+            f"no timestep lies from base.min_timestep ({base.min_timestep}) to below base.max_timestep "
+            f"({base.max_timestep}): raise max_timestep to {base.min_timestep + 1} or more"
+        )
+    if base.multires_noise_iterations and (base.noise_offset or base.adaptive_noise_scale):
+        key = "noise_offset" if base.noise_offset else "adaptive_noise_scale"
+        yield (
+            f"base.multires_noise_iterations and base.{key} both add noise that changes an image as a whole, "
+            f"and the first scales the second away: set {key} to 0"
+        )
+    if base.loss != "l2" and base.huber_schedule != "constant" and base.huber_c > 1:
+        yield (
+            f"base.huber_schedule {base.huber_schedule} lowers c from 1 to base.huber_c, which is "
+            f"{base.huber_c}: set huber_schedule to constant, or huber_c to at most 1"
+        )
+
+
+def _prior(spec: "RunSpec") -> Iterator[str]:
+    if spec.prior and spec.prior.online and spec.prior.path is not None:
+        yield (
+            "prior.online uses no class images: leave out prior.path, or set prior.online to false "
+            "to train on them"
         )
