@@ -19,14 +19,17 @@ from pathlib import Path
 import diffusers
 from PIL import Image
 
-from .cache import cache_key, tensors_digest
+from .cache import Cache, cache_key, tensors_digest
 from .config import Dataset, Prior, RunSpec, Samples
+from .data import TrainingSet
 from .dataset.folder import Example, files_in, fill_trigger
 from .dataset.images import is_image, read_image
+from .encode import encode_images
 from .errors import BadInput
 from .families import Family
 from .narration import say
 from .randomness import key, platform_fingerprint
+from .rundir import Options, cache_folder
 from .sample import draw_images
 from .stop import Stop
 from .texts import Texts
@@ -55,6 +58,28 @@ def class_spec(spec: RunSpec) -> RunSpec:
         sizes = {name: getattr(dataset, name) for name in ("bucket_min", "bucket_max", "bucket_step")}
         plain = plain.model_copy(update={"buckets": True, **sizes})
     return spec.model_copy(update={"dataset": plain})
+
+
+def class_set(
+    spec: RunSpec, options: Options, family: Family, cache: Cache, texts: Texts, stop: Stop
+) -> TrainingSet | None:
+    """Return the class images of a run, encoded, to be trained on; None without any.
+
+    Args:
+        spec: With paths as they are on this node.
+        family: The bare base, which can still encode images; nothing is attached to it yet.
+
+    Raises:
+        As ``class_examples`` and ``encode_images``.
+    """
+    examples = class_examples(spec, family, texts, cache_folder(options) / "class-images", stop)
+    if not examples:
+        return None
+    of_class = class_spec(spec)
+    images = encode_images(family, cache, examples, of_class, stop.alive)
+    return TrainingSet(
+        images, spec.base, of_class.dataset, family.process, latent_pixels=family.latent_pixels
+    )
 
 
 def class_examples(spec: RunSpec, family: Family, texts: Texts, folder: Path, stop: Stop) -> list[Example]:
