@@ -39,7 +39,8 @@ from storage.directory import DirectoryStore
 from storage.local import complete_checkpoints
 from storage.replicator import NICENESS
 from storage.uploading import Uploader
-from trainer.snapshot import CheckpointWriter, Progress, load_checkpoint
+from trainer.snapshot import Progress, load_checkpoint
+from trainer.writing import CheckpointWriter
 
 GOAL = 0.1
 """Of the synchronous save."""

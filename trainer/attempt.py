@@ -7,8 +7,10 @@ step; until then a stop ends the process at once.
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+from .average import Average
 from .cache import Cache, default_cache_dir
 from .config import RunSpec
 from .data import TrainingSet, split
@@ -16,18 +18,22 @@ from .dataset_files import Example, dataset_digest, held_out, scan
 from .encode import encode_images, encode_texts
 from .errors import BadCheckpoint, BadInput, TrainerError
 from .families import Family, load_family
-from .loop import Loop, Parts
+from .loop import Loop
 from .methods import attach
 from .narration import say
 from .objective import Objective
 from .optim import build_optimizer
 from .orders import read_options, read_spec, wait_for_order
+from .parts import Parts
+from .prior import class_set, prior_of, prior_texts
 from .pulse import Pulse
 from .randomness import make_deterministic
-from .rundir import Options, RunDir, cache_folder
+from .ranks import Ranks, team
+from .rundir import EXIT_COMPLETE, Options, RunDir, cache_folder
 from .sample import sample_texts
 from .snapshot import Progress, load_checkpoint
 from .spec_inputs import inputs_of, moved
+from .step import follow
 from .stop import Stop
 from .texts import CachedTexts, LiveTexts, Texts, is_cached
 
@@ -38,18 +44,35 @@ def run_attempt(run_dir: RunDir, stop: Stop) -> int:
     Raises:
         TrainerError: Whatever ended the attempt; its ``exit_code`` says what that means.
     """
-    stop.alive, stop.left_s = Pulse(run_dir.alive), lambda: run_dir.left_s(time.monotonic())
+    ranks = team(run_dir, read_options(run_dir))
+    try:
+        return _train(run_dir, stop, ranks)
+    finally:
+        ranks.close()
+
+
+def _train(run_dir: RunDir, stop: Stop, ranks: Ranks) -> int:
+    if ranks.rank:
+        ranks.meet()  # what the first has fetched and encoded meanwhile need not be done again
+    else:
+        stop.alive, stop.left_s = Pulse(run_dir.alive), lambda: run_dir.left_s(time.monotonic())
     with _in_words_of(read_spec(run_dir), read_options(run_dir)):
-        parts = prepare(run_dir, stop)
+        parts = replace(prepare(run_dir, stop), ranks=ranks)
+    if not ranks.rank:
+        ranks.meet()
     order = wait_for_order(run_dir)
     progress = Progress()
     if order.resume is not None:
-        progress = load_checkpoint(run_dir.root / order.resume, parts.methods, parts.optimizer)
+        folder = run_dir.root / order.resume
+        progress = load_checkpoint(folder, parts.methods, parts.optimizer, parts.average)
         if progress.step > parts.spec.base.max_train_steps:
             raise BadCheckpoint(
                 f"the checkpoint is at step {progress.step}, "
                 f"the run ends at {parts.spec.base.max_train_steps}"
             )
+    if ranks.rank:
+        follow(parts, progress)
+        return EXIT_COMPLETE
     stop.exit_at_once = False
     return Loop(parts, progress).run()
 
@@ -78,6 +101,7 @@ def prepare(run_dir: RunDir, stop: Stop) -> Parts:
     texts = _texts(spec, family, cache, examples, stop)
     say("encoding the images that no run here has met yet")
     images = encode_images(family, cache, examples, spec, stop.alive)
+    class_images = class_set(local, options, family, cache, texts, stop)
     family.rest_encoders(texts=is_cached(spec))
     train, validation = split(len(images), held_out(len(images), spec.dataset.val_fraction))
     methods = attach(local.base, family)
@@ -89,12 +113,15 @@ def prepare(run_dir: RunDir, stop: Stop) -> Parts:
         methods=methods,
         objective=Objective(spec.base, family.process),
         optimizer=build_optimizer(spec.base, methods.groups()),
+        average=Average(methods.parameters, decay) if (decay := spec.base.ema_decay) else None,
         training=TrainingSet(
             [images[index] for index in train],
             spec.base,
             spec.dataset,
             family.process,
             latent_pixels=family.latent_pixels,
+            prior=prior_of(spec),
+            class_images=class_images,
         ),
         validation=[images[index] for index in validation],
         texts=texts,
@@ -105,7 +132,7 @@ def prepare(run_dir: RunDir, stop: Stop) -> Parts:
 def _texts(spec: RunSpec, family: Family, cache: Cache, examples: list[Example], stop: Stop) -> Texts:
     if not is_cached(spec):
         return LiveTexts(family)
-    captions = ["", *(example.caption for example in examples), *sample_texts(spec)]
+    captions = ["", *(example.caption for example in examples), *sample_texts(spec), *prior_texts(spec)]
     return CachedTexts(encode_texts(family, cache, captions, stop.alive), family.device)
 
 

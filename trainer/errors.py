@@ -5,12 +5,19 @@ TrainerError
 ├── BadCheckpoint     the checkpoint to resume from cannot be used        with an earlier one      exit 65
 ├── BaseUnavailable   the hub did not answer                              yes                      exit 68
 ├── DiskFull          the node's disk is full or cannot be written        elsewhere, or after a while exit 73
+├── NodeUnfit         the node lacks what the run needs                   elsewhere                exit 71
 ├── Diverged          loss or gradient is not finite                      seldom: the retry rule decides
 ├── CommandFailed     a foreign command could not be started, or failed     perhaps                  exit 1
 └── EvaluationFailed  the evaluate command did not give scores            perhaps                  exit 1
 """
 
-from .rundir import EXIT_BAD_CHECKPOINT, EXIT_BAD_CONFIG, EXIT_DISK_FULL, EXIT_HUB_UNREACHABLE
+from .rundir import (
+    EXIT_BAD_CHECKPOINT,
+    EXIT_BAD_CONFIG,
+    EXIT_DISK_FULL,
+    EXIT_HUB_UNREACHABLE,
+    EXIT_UNFIT,
+)
 
 
 class TrainerError(Exception):
@@ -45,6 +52,12 @@ class DiskFull(TrainerError):
     """What the run must keep cannot be written on this node."""
 
     exit_code = EXIT_DISK_FULL
+
+
+class NodeUnfit(TrainerError):
+    """This node lacks what the run needs, and another may have it."""
+
+    exit_code = EXIT_UNFIT
 
 
 class Diverged(TrainerError):

@@ -9,38 +9,26 @@ method that it trains.
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from storage.records import EndReason
-
-from .config import Evaluate, RunSpec
-from .data import Batch, EncodedImage, TrainingSet
+from .config import Evaluate
 from .errors import Diverged, EvaluationFailed
 from .evaluate import evaluate
-from .evidence import ADVICE
-from .families import Family
-from .methods import Methods
 from .narration import say
-from .objective import Objective
-from .optim import learning_rate, set_learning_rate
 from .pacing import Inflation, PaceReader
-from .randomness import seed_layers
-from .rundir import EXIT_COMPLETE, EXIT_PREEMPTED, Options, RunDir, append_event
+from .parts import Parts
+from .rundir import EXIT_COMPLETE, EXIT_PREEMPTED, append_event
 from .sample import draw_images, write_samples
-from .snapshot import CheckpointWriter, Progress
-from .stop import Stop, Stopped
-from .texts import Texts
+from .snapshot import Progress
+from .step import LOWER_RATE, Stepper
+from .stop import Stopped
 from .validate import METRIC, validation_loss
-
-LOWER_RATE = ADVICE[EndReason.NAN_LOSS]
-
-REST_SHARE = 0.5
-"""A stopped step is finished if it takes no more than this share of the time left: saving takes some."""
+from .writing import CheckpointWriter
 
 LOSS_WINDOW = 100
 """Steps that the reported training loss averages over."""
@@ -78,7 +66,9 @@ class Loop:
             EvaluationFailed: The evaluate command gave no scores.
         """
         try:
-            self._train()
+            self.begin()
+            while self.progress.step < self._base.max_train_steps:
+                self.advance()
             self._finish()
         except Stopped:
             return self._preempted()
@@ -88,16 +78,19 @@ class Loop:
         say("the run is complete")
         return EXIT_COMPLETE
 
-    def _train(self) -> None:
+    def begin(self) -> None:
+        """Do what the checkpoint was taken before."""
         self.parts.family.denoiser.train()
-        self._validate_if_due()  # the checkpoint may have been taken before its step's validation
-        self._sample_if_due()  # and always before its samples
-        while self.progress.step < self._base.max_train_steps:
-            self.parts.stop.check()
-            self._step()
-            self._validate_if_due()
-            self._save_if_due()
-            self._sample_if_due()
+        self._validate_if_due()
+        self._sample_if_due()
+
+    def advance(self) -> None:
+        """Take one step, with what is due after it. Other runs on the same family may take theirs between."""
+        self.parts.stop.check()
+        self._step()
+        self._validate_if_due()
+        self._save_if_due()
+        self._sample_if_due()
 
     def _step(self) -> None:
         began, step, writing = time.monotonic(), self.progress.step, self._writer.busy
@@ -172,13 +165,24 @@ class Loop:
 
     def _sample(self) -> Path:
         parts, step = self.parts, self.progress.step
-        parts.methods.use()
-        images = draw_images(parts.family, parts.spec, parts.texts, parts.stop)
-        folder = write_samples(parts.run_dir.samples, step, images)
+        with self._result_in_use():
+            images = draw_images(parts.family, parts.spec, parts.texts, parts.stop)
+            folder = write_samples(parts.run_dir.samples, step, images)
         self.progress = self.progress.model_copy(update={"sampled_step": step})
         self._event("samples", folder=folder.name)
         say(f"step {step}: sample images drawn")
         return folder
+
+    @contextmanager
+    def _result_in_use(self) -> Iterator[None]:
+        """Within, the base computes with what this run would deliver now."""
+        parts = self.parts
+        parts.methods.use()
+        if parts.average is None:
+            yield
+            return
+        with parts.average.used():
+            yield
 
     def _wait_no_longer(self) -> bool:
         """Whether a checkpoint that waits for room on the disk is given up. Waiting for that is no hang."""

@@ -4,10 +4,11 @@ There is no scheduler object: the rate of a step is computed and written into th
 so a resumed run has nothing to restore.
 """
 
+import contextlib
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,10 @@ MULTIPLE = "rate"
 """Of a parameter group: its multiple of the learning rate."""
 SEPARATOR = "#"
 """Between a parameter's name and the name of its piece of state."""
+GROUP = "group."
+"""Begins the name of a group of parameters; no parameter's name does."""
+GROUP_STATE = frozenset({"d", "d_denom", "d_hat", "d_max", "d_numerator", "k"})
+"""What optimizers keep in a group besides its settings: Prodigy, the step size that it estimates."""
 
 
 def learning_rate(base: Base, step: int) -> float:
@@ -57,30 +62,44 @@ def build_optimizer(base: Base, groups: Groups) -> torch.optim.Optimizer:
     """Return the run's optimizer over groups of parameters.
 
     Raises:
-        BadInput: ``adamw8bit`` without bitsandbytes.
+        BadInput: Its library is not installed.
     """
-    if base.optimizer == "adamw":
-        make: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
-    else:
-        make = partial(_adamw8bit(), min_8bit_size=base.adam8bit_min_size)
-    return make(
-        [{"params": parameters, MULTIPLE: multiple} for parameters, multiple in groups],
-        lr=base.learning_rate,
-        betas=(base.adam_beta1, base.adam_beta2),
-        eps=base.adam_epsilon,
-        weight_decay=base.weight_decay,
-    )
+    given = [{"params": parameters, MULTIPLE: multiple} for parameters, multiple in groups]
+    with contextlib.redirect_stdout(io.StringIO()):  # Prodigy tells of its settings by print
+        return _maker(base)(given, lr=base.learning_rate, weight_decay=base.weight_decay)
 
 
-def _adamw8bit() -> Callable[..., torch.optim.Optimizer]:
+def _maker(base: Base) -> Callable[..., torch.optim.Optimizer]:
+    betas, eps = (base.adam_beta1, base.beta2), base.adam_epsilon
     try:
-        from bitsandbytes.optim import AdamW8bit
+        match base.optimizer:
+            case "adamw":
+                return partial(torch.optim.AdamW, betas=betas, eps=eps)
+            case "adamw8bit":
+                from bitsandbytes.optim import AdamW8bit
+
+                return partial(AdamW8bit, betas=betas, eps=eps, min_8bit_size=base.adam8bit_min_size)
+            case "lion":
+                from bitsandbytes.optim import Lion
+
+                return partial(Lion, betas=betas)
+            case "adafactor":
+                from transformers.optimization import Adafactor
+
+                # Its own schedule and its scaling by the parameters' size are off: a LoRA starts at 0.
+                return partial(Adafactor, relative_step=False, scale_parameter=False, warmup_init=False)
+            case "prodigy":
+                from prodigyopt import Prodigy
+
+                safe = base.lr_warmup_steps > 0  # else the warm-up is taken for a signal
+                factor = base.prodigy_d_coef
+                return partial(Prodigy, betas=betas, eps=eps, d_coef=factor, safeguard_warmup=safe)
     except ImportError as error:
+        package = {"prodigy": "prodigyopt", "adafactor": "transformers"}.get(base.optimizer, "bitsandbytes")
         raise BadInput(
-            f"base.optimizer adamw8bit needs bitsandbytes: {error}",
-            "pip install bitsandbytes, or set base.optimizer to adamw",
+            f"base.optimizer {base.optimizer} needs {package}: {error}",
+            f"pip install {package}, or set base.optimizer to adamw",
         ) from error
-    return cast(Callable[..., torch.optim.Optimizer], AdamW8bit)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -91,16 +110,20 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """Return every piece of state under ``<parameter>#<piece>``. A Python integer becomes an int64 scalar.
+    """Return every piece of state under ``<parameter>#<piece>``, and of groups under ``group.<n>#<piece>``.
 
-    The tensors are the optimizer's own: copy them before the next step.
+    A Python integer becomes an int64 scalar, a Python float a float64 one. The tensors are the optimizer's
+    own: copy them before the next step.
     """
-    return {
-        f"{name}{SEPARATOR}{piece}": value
-        if isinstance(value, Tensor)
-        else torch.tensor(value, dtype=torch.int64)
+    own = {
+        f"{name}{SEPARATOR}{piece}": _tensor(value)
         for name, parameter in parameters.items()
-        for piece, value in sorted(optimizer.state[parameter].items())
+        for piece, value in sorted(optimizer.state.get(parameter, {}).items())
+    }
+    return own | {
+        f"{GROUP}{number}{SEPARATOR}{piece}": _tensor(group[piece])
+        for number, group in enumerate(optimizer.param_groups)
+        for piece in sorted(GROUP_STATE & group.keys())
     }
 
 
@@ -111,16 +134,21 @@ def load_optimizer_state(
 ) -> str | None:
     """Give a fresh optimizer saved state. Say what does not fit, or return None.
 
-    No state at all is what an optimizer has before its first step, of which fp16 may have skipped a few.
+    No state of any parameter is what an optimizer has before its first step, of which fp16 may have skipped a
+    few.
     """
-    if not tensors:
-        return None
-    state: dict[str, dict[str, Tensor | int]] = {name: {} for name in parameters}
+    groups = {f"{GROUP}{number}": group for number, group in enumerate(optimizer.param_groups)}
+    state: dict[str, dict[str, Tensor | int | float]] = {name: {} for name in parameters}
     for key, tensor in tensors.items():
         name, _, piece = key.rpartition(SEPARATOR)
-        if name not in state:
+        if name in groups and piece in GROUP_STATE:
+            groups[name][piece] = tensor.item()
+        elif name in state:
+            state[name][piece] = _piece(piece, tensor, parameters[name].device)
+        else:
             return f"state of an unknown parameter, {name or key}"
-        state[name][piece] = _piece(tensor, parameters[name].device)
+    if not any(state.values()):
+        return None
     for name, pieces in state.items():
         if not pieces:
             return f"{name} has no optimizer state"
@@ -128,9 +156,15 @@ def load_optimizer_state(
     return None
 
 
-def _piece(tensor: Tensor, device: torch.device) -> Tensor | int:
-    if tensor.dtype == torch.int64:
-        return int(tensor)  # bitsandbytes counts steps in Python
-    if tensor.dim() == 0:
+def _tensor(value: Tensor | int | float) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+
+
+def _piece(piece: str, tensor: Tensor, device: torch.device) -> Tensor | int | float:
+    if tensor.dtype in (torch.int64, torch.float64):
+        return tensor.item()  # libraries keep what they count in Python
+    if piece == "step":
         return tensor  # torch keeps its step counter on the CPU
     return tensor.to(device)

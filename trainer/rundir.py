@@ -97,11 +97,19 @@ class CheckpointPolicy(Frozen):
 
 
 class Options(Frozen):
-    """How this attempt runs, on this node. None of it changes the bytes of the result, except ``threads``."""
+    """How this attempt runs, on this node.
+
+    None of it changes what the run sees or how it is weighed. ``threads``, ``micro_batch`` and ``processes``
+    decide the order of sums, and so the last bits.
+    """
 
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch. Sums are split by thread, so runs are bit-identical only at an equal number."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """The most images of one forward pass; None: ``base.train_batch_size``."""
+    processes: int = Field(default=1, ge=1)
+    """How many processes compute the run together, see ``ranks``: one to a GPU."""
     cache_dir: str | None = None
     """Where latents, text embeddings, hub files and fetched content are kept on this node."""
     content: dict[str, str] = Field(default_factory=dict)

@@ -24,12 +24,13 @@ from storage.log import run_log
 from storage.memory import MemoryStore
 from storage.records import EndReason
 from storage.replicator import Replicator, superfluous
-from trainer import snapshot
+from trainer import writing
 from trainer.config import Base, Dataset, RunSpec
 from trainer.errors import DiskFull
 from trainer.rundir import EXIT_DISK_FULL, Options, RunDir, append_event, end_reason, read_events
-from trainer.snapshot import CheckpointWriter, Progress
+from trainer.snapshot import Progress
 from trainer.supervisor import Assignment, Supervisor
+from trainer.writing import CheckpointWriter
 
 MB = 1_000_000
 NUMBERS = 100_000
@@ -68,7 +69,7 @@ def mount(tmp_path: Path) -> Iterator[Mount]:
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tried again is tried soon."""
-    monkeypatch.setattr(snapshot, "DISK_PAUSE_S", 0.02)
+    monkeypatch.setattr(writing, "DISK_PAUSE_S", 0.02)
     monkeypatch.setattr(replicator_module, "LONGEST_PAUSE_S", 0.02)
     monkeypatch.setattr(replicator_module, "FIRST_PAUSE_S", 0.02)
 

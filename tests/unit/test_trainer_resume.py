@@ -14,10 +14,10 @@ from trainer.attempt import run_attempt
 from trainer.config import RunSpec
 from trainer.data import Batch
 from trainer.errors import BadCheckpoint
-from trainer.loop import Loop
 from trainer.process import serve
 from trainer.rundir import EXIT_BAD_CHECKPOINT, EXIT_COMPLETE, EXIT_PREEMPTED
 from trainer.snapshot import read_adapter, read_progress
+from trainer.step import Stepper
 from trainer.stop import Stop
 
 EIGHT_BIT = {"optimizer": "adamw8bit", "adam8bit_min_size": 64}
@@ -61,15 +61,15 @@ def test_a_stop_within_a_step_saves_the_step_before_if_there_is_no_time_for_the_
     calm, run_dir, stop = lay("calm", spec), lay("run", spec), Stop()
     assert run_attempt(calm, StopAtStep(calm, saved)) == EXIT_PREEMPTED
     passes = iter(range(1, 100))
-    ordinary = Loop._loss
+    ordinary = Stepper._loss
 
-    def loss(loop: Loop, batch: Batch) -> Tensor:
+    def loss(stepper: Stepper, batch: Batch) -> Tensor:
         if next(passes) == 4 * 2 + 2:  # the second of the third step
             run_dir.order_stop(time.monotonic() + left_s)
             stop._on_signal(15, None)
-        return ordinary(loop, batch)
+        return ordinary(stepper, batch)
 
-    monkeypatch.setattr(Loop, "_loss", loss)
+    monkeypatch.setattr(Stepper, "_loss", loss)
     assert run_attempt(run_dir, stop) == EXIT_PREEMPTED
 
     assert newest(run_dir).name == f"step-{saved:09}"

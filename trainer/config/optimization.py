@@ -25,7 +25,8 @@ class OptimizationKeys(Frozen):
     """Of ``polynomial``."""
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion"] = "adamw"
     adam_beta1: Fraction = 0.9
-    adam_beta2: Fraction = 0.999
+    adam_beta2: Fraction | None = None
+    """0.99 for ``lion``, else 0.999."""
     adam_epsilon: Positive = 1e-8
     weight_decay: NotNegative = 1e-2
     adam8bit_min_size: Annotated[int, Field(ge=1)] = 4096
@@ -34,8 +35,15 @@ class OptimizationKeys(Frozen):
     """Prodigy: factor of the step size that it estimates."""
     max_grad_norm: Positive | None = 1.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Keep a moving average of the trained weights, which becomes the result."""
+    """Keep a moving average of the trained weights, which becomes the result; see ``trainer.average``."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @property
+    def beta2(self) -> float:
+        """Decay of the second moment; of Lion, of its momentum."""
+        if self.adam_beta2 is None:
+            return 0.99 if self.optimizer == "lion" else 0.999
+        return self.adam_beta2
 
     @property
     def samples_per_step(self) -> int:
