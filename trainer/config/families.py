@@ -14,5 +14,6 @@ DENOISERS = {"StableDiffusion3Pipeline": "transformer"}
 """The folder of the network that is trained, where it is not ``unet``."""
 SKIPPING_LAYERS = ("StableDiffusionPipeline",)
 """Where ``clip_skip`` means something: the others were trained on one fixed layer of each text encoder."""
+FLOW_MATCHING = ("StableDiffusion3Pipeline",)
 CONVOLUTIONAL = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 """Whose denoiser has convolutions that an adapter can be put beside."""
