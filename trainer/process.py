@@ -55,10 +55,10 @@ def serve(run_dir: RunDir, stop: Stop, environment: Mapping[str, str] = os.envir
     """
 
     def work() -> int:
-        from .attempt import run_attempt
-
         if read_spec(run_dir).command is not None:
             _become_command(run_dir, environment)
+        from .attempt import run_attempt
+
         return run_attempt(run_dir, stop)
 
     return guarded(run_dir, work, _gpu_bytes)

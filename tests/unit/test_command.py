@@ -30,7 +30,7 @@ from trainer.rundir import (
     Options,
 )
 from trainer.supervisor import Assignment, Progress, Supervisor
-from trainer.training_process import PLAYER, TRAINER, TrainingProcess
+from trainer.training_process import PLAYER, TrainingProcess
 
 RUN = "cat-r16"
 DEADLINE_S = 120.0
@@ -247,11 +247,32 @@ def test_its_end_says_whose_fault_it_was(
     assert attempt.state.result is None
 
 
-def test_a_warm_training_process_becomes_the_command(begin: Begin) -> None:
-    attempt = begin(1, light("steps"), TrainingProcess(TRAINER))
-    wait_until(lambda: psutil.Process(attempt.process.pid).children() != [], "it has started the program")
+WARM = """
+import os
+from trainer import process
+process._import_everything = lambda: None  # it takes long, and is not what this is about
+os._exit(process.main())
+"""
+
+
+def test_a_warm_training_process_becomes_the_command_and_dies_with_its_supervisor_all_the_same(
+    begin: Begin, tmp_path: Path
+) -> None:
+    attempt = begin(1, light("steps", gate=tmp_path / "never"), TrainingProcess((sys.executable, "-c", WARM)))
+    wait_until(lambda: attempt.state.committed_step == 2, "its first checkpoint is committed")
+    (program,) = psutil.Process(attempt.process.pid).children()
     assert "trainer.command" in psutil.Process(attempt.process.pid).cmdline()
-    assert attempt.end().exit_code == EXIT_COMPLETE
+    assert attempt.process._process.stdin is not None
+    attempt.process._process.stdin.close()  # as when the supervisor dies
+    assert attempt.end().exit_code == -signal.SIGKILL
+    wait_until(lambda: is_gone(program), "the program is gone too")
+
+
+def is_gone(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_a_script_with_accelerate_killed_at_random_ends_as_if_it_had_not_been(

@@ -5,11 +5,15 @@ import re
 from pathlib import Path
 
 import pytest
+from support.runs import claimed, incarnation, write_checkpoint
 
+from orchestrator.commands.exporting import export_run
 from orchestrator.errors import InvalidFile
 from orchestrator.grid.sweep import Sweep, load
 from orchestrator.launching.preflight import check
+from storage.checkpoints import CheckpointStore
 from storage.directory import DirectoryStore
+from storage.log import run_log
 from trainer.command.folders import (
     Seen,
     entries,
@@ -122,6 +126,29 @@ def test_what_a_command_names_is_looked_at_first(
     assert {problem.code for problem in check(sweep(folder, text), store)} == {"W2315"}
     found = check(sweep(folder, text.replace(old, new, 1)), store)
     assert any(problem.code == code and said in problem.message for problem in found), found
+
+
+def test_its_result_is_exported_as_it_is(folder: Path, tmp_path: Path) -> None:
+    run = sweep(folder).runs[0]
+    store = DirectoryStore(tmp_path / "store")
+    log = run_log(store, run.run_id)
+    log.append(claimed())
+    files = {
+        "lora.safetensors": b"weights",
+        "unet/optimizer.pkl": b"never opened",
+        "c-1/manifest.json": b"{}",
+    }
+    local = write_checkpoint(tmp_path / "local", 500, final=True, files=files)
+    CheckpointStore(store, run.run_id, log).publish(local, 1, incarnation(1))
+
+    def exported(form: str) -> Path:
+        return export_run(store, run, step=None, form=form, out=tmp_path / "out", force=False)
+
+    with pytest.raises(InvalidFile, match="copied as they are"):
+        exported("kohya")
+    out = exported("diffusers")
+    there = {file.relative_to(out).as_posix(): file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    assert there == files
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Plays one program from its start to its end; see the package."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -125,9 +126,10 @@ class _Play:
         if now < self._next_look:
             return
         self._next_look = now + every_s
-        pids = [process.pid for process in self._program.living()]
+        new_ones = self._new_ones()
+        pids = [process.pid for process in self._program.living()] if new_ones else []
         complete: list[tuple[Entry, Seen]] = []
-        for entry in self._new_ones():
+        for entry in new_ones:
             before = self._seen.get(entry.path)
             try:
                 there, written = listing(entry.path), is_being_written(entry.path, pids)
@@ -211,10 +213,11 @@ class _Play:
 
     def _take_the_last(self) -> None:
         for entry in reversed(self._new_ones()):
-            seen = Seen(listing(entry.path), 0.0)
-            if seen.listing and has_marker(seen.listing, self._command.complete):
-                self._take(entry, seen)
-                return
+            with contextlib.suppress(OSError):  # it cannot be read: the one before can, perhaps
+                seen = Seen(listing(entry.path), 0.0)
+                if seen.listing and has_marker(seen.listing, self._command.complete):
+                    self._take(entry, seen)
+                    return
 
     def _finish(self) -> int:
         began, command = time.monotonic(), self._command

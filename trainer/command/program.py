@@ -41,11 +41,18 @@ class Program:
         """How those of its processes ended that we saw end, in that order; negative for a signal."""
         self._own_end_seen = False
 
+    @property
+    def exit_code(self) -> int | None:
+        """Of the process that was started."""
+        self._note_own_end()
+        return self._process.returncode
+
     def living(self) -> list[psutil.Process]:
-        """Return its processes that still run, having noted the ends of those that do not."""
-        if not self._own_end_seen and (code := self._process.poll()) is not None:
-            self._own_end_seen = True
-            self.codes.append(code)
+        """Return its processes that still run, having noted the ends of those that do not.
+
+        Looks at every process of the machine: not to be asked all the time.
+        """
+        self._note_own_end()
         me = psutil.Process()
         for child in me.children():
             if child.pid != self._process.pid:
@@ -55,11 +62,10 @@ class Program:
                         self.codes.append(os.waitstatus_to_exitcode(status))
         return [child for child in me.children(recursive=True) if _is_alive(child)]
 
-    @property
-    def exit_code(self) -> int | None:
-        """Of the process that was started."""
-        self.living()
-        return self._process.returncode
+    def _note_own_end(self) -> None:
+        if not self._own_end_seen and (code := self._process.poll()) is not None:
+            self._own_end_seen = True
+            self.codes.append(code)
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to all its processes."""
