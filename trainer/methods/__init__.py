@@ -5,6 +5,7 @@ checkpoints, the optimizer and the step loop see only named fp32 tensors. Runs t
 process give their methods different names, and ``use`` theirs before they compute.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -57,7 +58,14 @@ class Methods:
         return [(list(member.parameters.values()), member.rate) for member in self._members]
 
     def metadata(self) -> dict[str, str]:
-        return {key: value for member in self._members for key, value in member.metadata().items()}
+        """Return the headers of all members as one, with their ``config`` by network put together."""
+        told = [member.metadata() for member in self._members]
+        merged = {key: value for each in told for key, value in each.items()}
+        if configs := [json.loads(each["config"]) for each in told if "config" in each]:
+            merged["config"] = json.dumps(
+                {k: v for config in configs for k, v in config.items()}, sort_keys=True
+            )
+        return merged
 
     def use(self) -> None:
         for member in self._members:
@@ -85,11 +93,11 @@ def attach(base: Base, family: Family, name: str = "default") -> Methods:
         name: Tells the runs apart that share the family.
 
     Raises:
-        BadInput: The targets name no module of this model.
+        BadInput: The targets name no module of this model, or the rank is above a layer's size.
     """
-    from .adapter import denoiser_adapter  # methods share this module
+    from .adapter import adapters  # methods share this module
 
-    return Methods([denoiser_adapter(base, family, name)])
+    return Methods(adapters(base, family, name))
 
 
 def restore(methods: Methods, tensors: Mapping[str, Tensor]) -> str | None:

@@ -1,21 +1,24 @@
 """Adapters through PEFT: small trained matrices beside the frozen ones of a network.
 
-LoRA is ``y = W x + (alpha / r) B A x`` (Hu et al. 2021). An adapter starts as no change at all; its other
-initial numbers are a function of the run's seed only. It is kept in fp32 whatever the base is kept in.
+    lora    y = W x + (alpha / r) B A x; rsLoRA: alpha / sqrt(r); DoRA also trains each output's magnitude
+    loha    W + (alpha / r) (A1 B1) * (A2 B2), multiplied element by element
+    lokr    W + (alpha / r) W1 ⊗ W2
+
+An adapter starts as no change at all; its other initial numbers are a function of the run's seed only. It is
+kept in fp32 whatever the base is kept in. ``configs`` says what a checkpoint's header tells of it, ``layers``
+how its tensors are named.
 """
 
-import json
-import math
-from typing import Any
+from collections.abc import Mapping
 
-import torch
-from peft import LoraConfig
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import Base
-from ..errors import BadInput
 from ..families import Family
-from ..randomness import generator
+from . import layers
+from .configs import Told, metadata_of, told_of
+from .initial import initialise
+from .targets import TEXT_TARGETS, check_ranks, convolutions, named_targets, trained_text_encoders
 
 
 class Adapter:
@@ -23,9 +26,9 @@ class Adapter:
 
     def __init__(
         self,
-        network: Any,
+        network: nn.Module,
         name: str,
-        parameters: dict[str, nn.Parameter],
+        parameters: Mapping[str, nn.Parameter],
         metadata: dict[str, str],
         rate: float = 1.0,
     ) -> None:
@@ -39,67 +42,38 @@ class Adapter:
         return self._metadata
 
     def use(self) -> None:
-        self._network.set_adapter(self._name)
-        self._network.enable_adapters()
+        layers.use(self._network, self._name)
 
     def stand_aside(self) -> None:
-        self._network.disable_adapters()
+        layers.stand_aside(self._network)
 
     def updated(self) -> None:
         pass
 
 
-def denoiser_adapter(base: Base, family: Family, name: str) -> Adapter:
-    """Attach the run's adapter to the denoiser.
+def adapters(base: Base, family: Family, name: str) -> list[Adapter]:
+    """Attach the run's adapters: to the denoiser, and to the text encoders if they are trained.
 
     Raises:
-        BadInput: The targets name no module of this model.
+        BadInput: The targets name no module of this model, or the rank is above a layer's size.
     """
     targets = named_targets(base, family)
-    network: Any = family.denoiser
-    config = LoraConfig(
-        r=base.rank,
-        lora_alpha=base.lora_alpha,
-        lora_dropout=base.lora_dropout,
-        target_modules=list(targets),
-        bias="none",
-    )
-    try:
-        network.add_adapter(config, adapter_name=name)
-    except ValueError as error:
-        raise BadInput(
-            f"base.targets {list(targets)} fit no module of {base.model}: {error}",
-            "name endings of modules such as to_q, to_k, to_v, to_out.0",
-        ) from error
-    told = {"r": base.rank, "lora_alpha": base.lora_alpha, "target_modules": sorted(targets)}
-    metadata = {"format": "pt", "method": base.adapter, "config": json.dumps(told, sort_keys=True)}
-    parameters = _initialised(network, name, f"{family.denoiser_prefix}.", base.seed, family.device)
-    return Adapter(network, name, parameters, metadata)
+    told = told_of(base, targets, convolutions(family.denoiser, targets))
+    found = [_attached(base, family.denoiser, family.denoiser_prefix, name, told)]
+    if base.train_text_encoder:
+        rate = (base.text_encoder_learning_rate or base.learning_rate) / base.learning_rate
+        for prefix, encoder in trained_text_encoders(base, family).items():
+            told = told_of(base, TEXT_TARGETS, ())
+            found.append(_attached(base, encoder, prefix, name, told, rate))
+    return found
 
 
-def named_targets(base: Base, family: Family) -> tuple[str, ...]:
-    """Return the endings of module names that ``base.targets`` stands for."""
-    return family.targets[base.targets] if isinstance(base.targets, str) else base.targets
-
-
-def _initialised(
-    network: nn.Module, name: str, prefix: str, seed: int, device: torch.device
-) -> dict[str, nn.Parameter]:
-    found = {
-        prefix + module.replace(f".{name}.", "."): parameter
-        for module, parameter in network.named_parameters()
-        if f".{name}." in module
-    }
-    parameters = {module: found[module] for module in sorted(found)}
-    for n, (module, parameter) in enumerate(parameters.items()):
-        parameter.data = _initial(module, parameter.shape, seed, n).to(device)
-    return parameters
-
-
-def _initial(name: str, shape: torch.Size, seed: int, n: int) -> Tensor:
-    """PEFT's own initial values, in fp32, but from our own randomness: B zero, A uniform by its fan-in."""
-    if ".lora_B." in name:
-        return torch.zeros(shape)
-    return nn.init.kaiming_uniform_(
-        torch.empty(shape), a=math.sqrt(5), generator=generator(seed, "adapter", n)
-    )
+def _attached(
+    base: Base, network: nn.Module, prefix: str, name: str, told: Told, rate: float = 1.0
+) -> Adapter:
+    check_ranks(base, network, prefix, told)
+    inner = layers.inject(network, name, told, dropout=base.lora_dropout)
+    initialise(inner, base.seed, "adapter" if prefix in ("unet", "transformer") else f"adapter {prefix}")
+    layers.set_magnitudes(network, name)
+    parameters = {f"{prefix}.{key}": parameter for key, parameter in inner.items()}
+    return Adapter(network, name, parameters, metadata_of(base.adapter, {prefix: told}), rate)

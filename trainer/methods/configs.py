@@ -1,0 +1,92 @@
+"""What an adapter is beside its tensors: as much as rebuilds it through PEFT, in JSON.
+
+The header of a checkpoint's ``adapter.safetensors`` holds under ``config`` one object by network
+(``unet``, ``transformer``, ``text_encoder``, ``text_encoder_2``). Each has ``peft_type`` (``LORA``, ``LOHA``,
+``LOKR``) and PEFT's own names of what follows:
+
+    all     r, target_modules, rank_pattern, alpha_pattern
+    LORA    lora_alpha, use_dora, use_rslora
+    LOHA    alpha
+    LOKR    alpha, decompose_factor
+
+The two patterns are absent where every layer has the rank and alpha named above.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
+
+from ..config import Base
+
+Told = Mapping[str, Any]
+"""What the header says of one network's adapter."""
+
+CONFIG = "config"
+"""The header's key."""
+
+
+def told_of(base: Base, targets: Iterable[str], convolutions: Iterable[str]) -> dict[str, Any]:
+    """Return what is to be told of an adapter with a run's settings.
+
+    Args:
+        targets: Endings of the names of modules that receive one.
+        convolutions: Those of them that are convolutions with kernels larger than 1, and have a rank of their
+            own.
+    """
+    told: dict[str, Any] = {
+        "peft_type": base.adapter.upper(),
+        "r": base.rank,
+        "target_modules": sorted(targets),
+    }
+    match base.adapter:
+        case "lora":
+            told |= {
+                "lora_alpha": base.lora_alpha,
+                "use_dora": base.use_dora,
+                "use_rslora": base.use_rslora,
+            }
+        case "loha":
+            told |= {"alpha": base.lora_alpha}
+        case "lokr":
+            told |= {"alpha": base.lora_alpha, "decompose_factor": base.lokr_factor}
+    if base.conv_rank and (endings := sorted(convolutions)):
+        told["rank_pattern"] = dict.fromkeys(endings, base.conv_rank)
+        told["alpha_pattern"] = dict.fromkeys(endings, base.lora_conv_alpha)
+    return told
+
+
+def peft_config(told: Told, *, dropout: float = 0.0) -> PeftConfig:
+    """Return PEFT's configuration. Initial values are ours to set, see ``initial``.
+
+    Raises:
+        ValueError: Of no kind that is known here.
+    """
+    given = {key: value for key, value in told.items() if key != "peft_type"}
+    match told.get("peft_type"):
+        case "LORA":
+            return LoraConfig(**given, lora_dropout=dropout, bias="none")
+        case "LOHA":
+            return LoHaConfig(**given)
+        case "LOKR":
+            return LoKrConfig(**given, init_weights="lycoris")
+    raise ValueError(f"adapter of an unknown kind, {told.get('peft_type')}")
+
+
+def metadata_of(kind: str, configs: Mapping[str, Told]) -> dict[str, str]:
+    """Return the header of a checkpoint's adapter, from the configurations by network."""
+    return {"format": "pt", "method": kind, CONFIG: json.dumps(configs, sort_keys=True)}
+
+
+def read_configs(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Return the configurations by network that the header of a checkpoint's adapter holds.
+
+    Raises:
+        ValueError: It holds none.
+    """
+    try:
+        configs = json.loads(metadata.get(CONFIG, ""))
+        return {network: {"peft_type": told["peft_type"], **told} for network, told in configs.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError("the header says nothing of the adapter's configuration") from error
