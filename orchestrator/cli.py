@@ -97,10 +97,13 @@ def sweep(
     from .grid.submission import is_new, submit
     from .grid.sweep import load
     from .launching import preflight
+    from .launching.data import surveys
 
     named = (*overrides, f"name={name}") if name else overrides
     planned = load(file, overrides=named)
     problems = preflight.check(planned, open_store(planned.storage.url))
+    for line in surveys(run.spec for run in planned.runs if run.spec.command is None):
+        click.echo(line, err=True)
     preflight.refuse(problems)
     for warning in problems:
         click.echo(str(warning), err=True)

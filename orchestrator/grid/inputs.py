@@ -16,7 +16,7 @@ from storage.content.store import LocalContent, store_for
 from storage.errors import Corrupt
 from storage.object_store import ObjectStore
 from trainer.rundir import Options, cache_folder
-from trainer.spec_inputs import inputs_of
+from trainer.spec_inputs import Input, inputs_of
 
 from ..amounts import size_text
 from ..errors import PreflightFailed, Problem
@@ -40,17 +40,29 @@ def local_inputs(sweep: Sweep) -> Iterator[tuple[str, LocalContent]]:
     Raises:
         PreflightFailed: One is not what it was when the sweep was made.
     """
+    from .remote import fetched, is_remote  # imports Pillow, which few callers need
+
     memory = cache_folder(Options()) / "digests"
     seen = set[str]()
     for spec in (run.spec for run in sweep.runs):
         for named in inputs_of(spec):
-            if named.digest is None or named.digest in seen or not named.is_here:
+            if named.digest is None or named.digest in seen:
+                continue
+            if named.what == "dataset" and is_remote(spec.dataset):
+                seen.add(named.digest)
+                with fetched(spec.dataset) as folder:
+                    yield _unchanged(named, folder, memory)
+            if not named.is_here:
                 continue
             seen.add(named.digest)
-            local = named.content(Path(named.path), memory)
-            if local.digest != named.digest:
-                raise _changed(f"{named.what} {named.path} has other content than the sweep was made for")
-            yield f"{named.what} {named.path}", local
+            yield _unchanged(named, Path(named.path), memory)
+
+
+def _unchanged(named: Input, path: Path, memory: Path) -> tuple[str, LocalContent]:
+    local = named.content(path, memory)
+    if local.digest != named.digest:
+        raise _changed(f"{named.what} {named.path} has other content than the sweep was made for")
+    return f"{named.what} {named.path}", local
 
 
 def store_inputs(sweep: Sweep, store: ObjectStore, *, submitted: bool, on_sent: Sent) -> None:

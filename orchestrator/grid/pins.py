@@ -96,6 +96,9 @@ def identity(spec: RunSpec, pins: Mapping[str, str], *, defaults: bool = False) 
             next(block for at, block in blocks(data, named.place.block) if at == named.at).pop(
                 named.place.path_key
             )
+    if spec.dataset.digest:  # where on the hub the content came from is not what it is
+        for key in ("revision", "split", "image_column", "caption_column"):
+            data["dataset"].pop(key, None)
     base = data["base"]
     base["model"] = base.pop("digest", None) or pins.get(spec.base.model, spec.base.model)
     # How many images a step sees decides the result; in how many passes, only its last bits.

@@ -105,6 +105,8 @@ class Draft:
 def load(path: Path, *, overrides: Sequence[str] = ()) -> Sweep:
     """Read a sweep file, and hash the datasets, local models and scripts that it names.
 
+    Datasets on the hub or in a bucket are fetched for it.
+
     Args:
         overrides: ``KEY=VALUE`` texts laid over the file: ``base.max_train_steps=10``, or ``rank=4`` for a
             key of ``base``.
@@ -113,12 +115,15 @@ def load(path: Path, *, overrides: Sequence[str] = ()) -> Sweep:
         InvalidFile: With every problem. A dataset or model that is missing is none of them: ``preflight``
             says so, and until then the runs that need it are without a digest.
     """
+    from .remote import remote_pins, with_remote  # imports Pillow, which checking a file needs not
+
     draft = validate(path, overrides=overrides)
-    pins = pins_of([spec for _, spec in draft.cells], draft.folder)
+    drafts = [spec for _, spec in draft.cells]
+    pins, remote = pins_of(drafts, draft.folder), remote_pins(drafts)
     grid = draft.grid
     runs = []
     for index, (cell, draft_spec) in enumerate(draft.cells):
-        spec = pinned(draft_spec, pins)
+        spec = with_remote(pinned(draft_spec, pins), remote)
         name = run_id(draft.name, index, spec, pins)
         runs.append(PlannedRun(run_id=name, index=index, parameters=cell.parameters, spec=spec))
     return Sweep(

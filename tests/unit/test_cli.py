@@ -143,8 +143,9 @@ def test_validate_counts_the_runs_and_looks_at_nothing(orchestrate: Orchestrate,
 def test_a_dry_run_shows_every_run_whole_and_launches_nothing(orchestrate: Orchestrate, folder: Path) -> None:
     code, printed, said = orchestrate("sweep", "grid.yaml", "--dry-run", "--name", "other")
 
-    lines = said.splitlines()
+    data, *lines = said.splitlines()
     assert (code, printed) == (0, "")
+    assert data.startswith(f"dataset {folder / 'data'}: ")
     assert lines[0].split() == ["RUN", "PARAMS", "STEPS"]
     assert [line.split()[1:] for line in lines[1:3]] == [
         ["learning_rate=0.0001", "300"],

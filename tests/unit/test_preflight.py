@@ -11,6 +11,7 @@ from PIL import Image
 from orchestrator.cli import main
 from orchestrator.errors import PreflightFailed, Problem
 from orchestrator.grid.sweep import load
+from orchestrator.launching.data import surveys
 from orchestrator.launching.preflight import check, refuse
 from storage.errors import (
     AccessDenied,
@@ -179,9 +180,17 @@ def test_49_a_dataset_that_changes_while_it_is_submitted(data: Path) -> None:
     assert [problem.code for problem in check(sweep, MemoryStore("kept"))] == ["E2203"]
 
 
-def test_a_dataset_in_a_bucket_is_not_read(problems_of: Check) -> None:
-    [problem] = problems_of(GRID.replace("path: data", "path: s3://bucket/data"))
-    assert problem.startswith("dataset.path E2201 's3://bucket/data' is not a local folder")
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("ftp://data", "E2201 dataset ftp://…: nothing is read from there — dataset.path is a local folder"),
+        ("hub://a/b/c", "E2201 dataset hub://…: not of the form hub://owner/name"),
+        ("s3://bucket/data?region=Mars", "E2201 dataset: url: 'Mars' is not a region"),
+    ],
+)
+def test_a_remote_dataset_that_cannot_be_read_is_named(path: str, expected: str, problems_of: Check) -> None:
+    [problem] = problems_of(GRID.replace("path: data", f"path: '{path}'"))
+    assert problem.startswith(f"dataset.path {expected}")
 
 
 def write_model(
@@ -206,9 +215,10 @@ def test_a_local_model_passes(data: Path, problems_of: Check) -> None:
         ("sd.ckpt", "E2302", "may contain code that runs when it is loaded — convert it to .safetensors"),
         ("owner/sd.bin", "E2302", "may contain code"),
         ("data/0.txt", "E2302", "0.txt is not a .safetensors file"),
-        ("flux", "E2303", "flux is a FluxPipeline — the trainer loads StableDiffusionPipeline"),
+        ("flux", "E2303", "flux is a FluxPipeline — the trainer loads StableDiffusionPipeline, Stable"),
         ("data", "E2303", "data has no readable model_index.json: it is not a diffusers model"),
         ("pickled", "E2304", "pickled has no safetensors weights in unet/"),
+        ("sd3", "E2304", "sd3 has no safetensors weights in transformer/"),
     ],
 )
 def test_39_a_bad_base_model_is_named(
@@ -216,9 +226,41 @@ def test_39_a_bad_base_model_is_named(
 ) -> None:
     write_model(data.parent / "flux", pipeline="FluxPipeline")
     write_model(data.parent / "pickled", weights="diffusion_pytorch_model.bin")
+    write_model(data.parent / "sd3", pipeline="StableDiffusion3Pipeline")
     [problem] = problems_of(GRID.replace("owner/model", model))
     assert problem.startswith(f"base.model {code} ")
     assert message in problem
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "stated", "asked", "said"),
+    [
+        ("StableDiffusionPipeline", "v_prediction", "prediction_type: epsilon", "that it predicts v_pred"),
+        ("StableDiffusionPipeline", "v_prediction", "zero_terminal_snr: true", None),
+        ("StableDiffusionPipeline", None, "prediction_type: v_prediction, zero_terminal_snr: true", None),
+        ("StableDiffusionPipeline", None, "zero_terminal_snr: true", "take a model with v-prediction"),
+        ("StableDiffusionPipeline", None, "clip_skip: 2", None),
+        ("StableDiffusionXLPipeline", "epsilon", "clip_skip: 2", "one fixed layer of each"),
+        ("StableDiffusion3Pipeline", None, "zero_terminal_snr: true", "leave zero_terminal_snr out"),
+    ],
+)
+def test_what_a_base_model_does_not_do_is_refused(
+    pipeline: str, stated: str | None, asked: str, said: str | None, data: Path, problems_of: Check
+) -> None:
+    model = data.parent / "model"
+    write_model(model, pipeline)
+    (model / "transformer").mkdir()
+    (model / "transformer" / "x.safetensors").write_bytes(b"")
+    (model / "scheduler").mkdir()
+    config = {} if stated is None else {"prediction_type": stated}
+    (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+
+    found = problems_of(
+        GRID.replace("owner/model", "model").replace("resolution: 32", f"resolution: 32, {asked}")
+    )
+
+    assert len(found) == (said is not None)
+    assert all("E2305" in problem and said is not None and said in problem for problem in found)
 
 
 def test_a_hub_model_without_revision_is_a_warning(problems_of: Check) -> None:
@@ -233,6 +275,31 @@ def test_37_adamw8bit_needs_bitsandbytes(problems_of: Check) -> None:
     assert problems_of(text, installed=lambda package: package == "bitsandbytes") == []
 
 
+def test_fewer_images_than_a_batch_are_refused_with_what_would_work(problems_of: Check, data: Path) -> None:
+    text = GRID.replace("resolution", "train_batch_size: 4, resolution")
+    assert problems_of(text) == [
+        "base.train_batch_size E2206 a batch has 4 images, but an epoch has 3 to train on — lower "
+        "train_batch_size (and raise gradient_accumulation_steps), add images, or let them repeat"
+    ]
+    assert problems_of(text.replace("data}", "data, concepts: {.: {repeats: 2}}}")) == []
+
+
+def test_what_the_data_sets_hold_is_told_before_anything_starts(data: Path) -> None:
+    Image.new("RGB", (40, 24)).save(data / "0.png")
+    (data / "1.txt").unlink()
+    file = data.parent / "grid.yaml"
+    file.write_text(
+        GRID.replace("data}", "data, buckets: true, bucket_min: 16, bucket_step: 8, val_fraction: 0}")
+    )
+
+    assert surveys(run.spec for run in load(file).runs) == [
+        f"dataset {data}: 4 images, 1 caption, 1 missing; 0 held out, 3 samples an epoch; "
+        "2 enlarged more than 2 times",
+        "  32×32: 2 images",
+        "  40×24: 1 image",
+    ]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "warning"),
     [
@@ -244,7 +311,7 @@ def test_37_adamw8bit_needs_bitsandbytes(problems_of: Check) -> None:
         ),
         (
             "resolution",
-            "train_batch_size: 4, resolution",
+            "train_batch_size: 2, gradient_accumulation_steps: 2, resolution",
             "base.train_batch_size W2314 a step sees 4 images, but",
         ),
         ("path: data", "path: data, val_fraction: 0", "metric W2315 nothing will rank the runs"),
@@ -366,6 +433,8 @@ def test_the_command_line_says_it_and_launches_nothing(
     assert result.exit_code == 3
     assert result.stdout == ""
     assert result.stderr == (
+        f"dataset {data}: 4 images, 1 caption, 2 missing; 1 held out, 1 sample an epoch; "
+        "2 enlarged more than 2 times\n"
         f"dataset E2202 dataset {data}: 2 of 4 images have no caption: 1.png, 3.png\n"
         "1 error. Nothing was launched.\n"
     )

@@ -66,6 +66,9 @@ class Dataset(Frozen):
     val_fraction: Fraction = 0.1
     """Share of images held out for the validation loss; at least one image if above 0."""
 
+    def __hash__(self) -> int:  # a mapping has none of its own
+        return hash(self.model_dump_json())
+
     @property
     def varied_captions(self) -> bool:
         """Whether captions are put together anew for each sample, so that there are too many to cache."""

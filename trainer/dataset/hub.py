@@ -36,7 +36,7 @@ class HubDataset:
         """
         match = _NAME.fullmatch(source.path)
         if match is None:
-            raise BadInput(f"dataset {source.path}: not of the form hub://owner/name", _HINT)
+            raise BadInput("dataset hub://…: not of the form hub://owner/name", _HINT)
         self._id, self._source = match[1], source
         _library()
         pinned = source.revision is not None and _COMMIT.fullmatch(source.revision)

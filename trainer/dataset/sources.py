@@ -21,11 +21,13 @@ from typing import Protocol
 from storage.content.cache import ContentCache, Wait
 from storage.content.hashing import hashed
 from storage.content.state import Listing
-from storage.errors import StorageError, Unavailable
+from storage.errors import InvalidName, StorageError, Unavailable
 
 from ..config import Dataset
 from ..errors import BadInput, BaseUnavailable
 from .folder import dataset_digest, files_in
+
+_FORMS = "dataset.path is a local folder, hub://owner/name, or s3://bucket/prefix?endpoint=…&region=…"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +126,7 @@ def _open(source: Source) -> Remote:
         from .bucket import BucketPrefix
 
         return BucketPrefix(source.path)
-    raise BadInput(
-        f"dataset {scheme}://…: data sets are folders, hub://owner/name or s3://bucket/prefix",
-        "download it, and give the folder",
-    )
+    raise BadInput(f"dataset {scheme}://…: nothing is read from there", _FORMS)
 
 
 @contextlib.contextmanager
@@ -148,5 +147,7 @@ def _translated(path: str) -> Iterator[None]:
         yield
     except Unavailable as error:
         raise BaseUnavailable(f"dataset {path}: {error}", "try again, or give a local folder") from error
+    except InvalidName as error:  # what was wrongly written into a url may be a secret
+        raise BadInput(f"dataset: {error}".replace("store url", "url"), _FORMS) from error
     except StorageError as error:
         raise BadInput(f"dataset {path}: {error}", "give what can be read, or a local folder") from error

@@ -82,18 +82,21 @@ def lines(name: str, found: Survey) -> list[str]:
         name: What the data set is called.
     """
     head = (
-        f"dataset {name}: {found.images} images, {found.captions} captions, {found.missing} missing; "
-        f"{found.held_out} held out, {found.samples} samples an epoch"
+        f"dataset {name}: {_count(found.images, 'image')}, {_count(found.captions, 'caption')}, "
+        f"{found.missing} missing; {found.held_out} held out, {_count(found.samples, 'sample')} an epoch"
     )
     if found.masked is not None:
-        head += f"; {found.masked} masks"
+        head += f"; {_count(found.masked, 'mask')}"
     if found.enlarged:
-        head += f"; {found.enlarged} images are enlarged more than {ENLARGED:g} times"
+        head += f"; {found.enlarged} enlarged more than {ENLARGED:g} times"
     concepts = [
-        f"  concept {name}: {images} images × {repeats}" + (f", loss × {weight:g}" if weight != 1 else "")
+        f"  concept {name}: {_count(images, 'image')} × {repeats}"
+        + (f", loss × {weight:g}" if weight != 1 else "")
         for name, (images, repeats, weight) in found.concepts.items()
     ]
-    sizes = [f"  {width}×{height}: {images} images" for (height, width), images in found.sizes.items()]
+    sizes = [
+        f"  {width}×{height}: {_count(images, 'image')}" for (height, width), images in found.sizes.items()
+    ]
     return [head, *_shortened(concepts), *(_shortened(sizes) if len(sizes) > 1 else [])]
 
 
@@ -134,6 +137,10 @@ def _concepts(contents: Contents) -> dict[str, tuple[int, int, float]]:
         images, _, _ = found.get(example.concept, (0, 0, 0.0))
         found[example.concept] = (images + 1, example.repeats, example.loss_weight)
     return {} if list(found) == [WHOLE] and found[WHOLE][1:] == (1, 1.0) else found
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _shortened(rows: list[str]) -> list[str]:
