@@ -24,7 +24,7 @@ def command_problems(command: Command, policy: CheckpointPolicy) -> Iterator[Pro
     for name, given in command.inputs.items():
         if "://" not in given.path and not Path(given.path).exists():
             message = f"input {name}: {given.path} does not exist"
-            yield Problem("E2204", message, f"command.inputs.{name}", _RELATIVE)
+            yield Problem("E2207", message, f"command.inputs.{name}", _RELATIVE)
     if command.needs_steps_between and policy.every_steps is None:
         message = "the command is told {every}, but checkpoint.every is a time"
         yield Problem("E2324", message, "checkpoint.every", "give it in steps, e.g. every: 50")

@@ -113,7 +113,7 @@ def test_a_mistake_in_the_block_is_named(folder: Path, old: str, new: str, code:
     [
         ("python train.py", "pyhton train.py", "E2321", "is not a program"),
         ("train.py", "trian.py", "E2322", "there is no file"),
-        ("data: photos", "data: fotos", "E2204", "does not exist"),
+        ("data: photos", "data: fotos", "E2207", "does not exist"),
         ("every: 50", "every: 60s", "E2324", "checkpoint.every is a time"),
         (" --resume=latest", "", "W2325", "tells it to resume"),
     ],
