@@ -14,7 +14,7 @@ from .average import Average
 from .cache import Cache, default_cache_dir
 from .config import RunSpec
 from .data import TrainingSet, split
-from .dataset_files import Example, dataset_digest, held_out, scan
+from .dataset.folder import Example, held_out
 from .encode import encode_images, encode_texts
 from .errors import BadCheckpoint, BadInput, TrainerError
 from .families import Family, load_family
@@ -29,6 +29,7 @@ from .prior import class_set, prior_of, prior_texts
 from .pulse import Pulse
 from .randomness import make_deterministic
 from .ranks import Ranks, team
+from .run_dataset import check_enough, examples_of
 from .rundir import EXIT_COMPLETE, Options, RunDir, cache_folder
 from .sample import sample_texts
 from .snapshot import Progress, load_checkpoint
@@ -86,8 +87,12 @@ def prepare(run_dir: RunDir, stop: Stop) -> Parts:
     """
     spec, options = read_spec(run_dir), read_options(run_dir)
     make_deterministic(options.threads)
+    with examples_of(spec, options, stop.alive) as examples:
+        return _prepared(run_dir, spec, options, examples, stop)
+
+
+def _prepared(run_dir: RunDir, spec: RunSpec, options: Options, examples: list[Example], stop: Stop) -> Parts:
     cache_dir = Path(options.cache_dir).expanduser() if options.cache_dir else None
-    examples = read_dataset(spec, options)
     check_inputs(spec, options)
     local = moved(spec, options.content)
     say(f"loading {spec.base.model}")
@@ -104,6 +109,7 @@ def prepare(run_dir: RunDir, stop: Stop) -> Parts:
     class_images = class_set(local, options, family, cache, texts, stop)
     family.rest_encoders(texts=is_cached(spec))
     train, validation = split(len(images), held_out(len(images), spec.dataset.val_fraction))
+    check_enough(spec, sum(images[index].repeats for index in train))
     methods = attach(local.base, family)
     return Parts(
         spec=spec,
@@ -134,22 +140,6 @@ def _texts(spec: RunSpec, family: Family, cache: Cache, examples: list[Example],
         return LiveTexts(family)
     captions = ["", *(example.caption for example in examples), *sample_texts(spec), *prior_texts(spec)]
     return CachedTexts(encode_texts(family, cache, captions, stop.alive), family.device)
-
-
-def read_dataset(spec: RunSpec, options: Options) -> list[Example]:
-    """Return the examples of the run's dataset, which must be the one that was submitted."""
-    digest = spec.dataset.digest
-    if digest and (copy := options.content.get(digest)):
-        return scan(spec.dataset, Path(copy))  # verified when it was fetched
-    folder = Path(spec.dataset.path).expanduser()
-    examples = scan(spec.dataset, folder)
-    if digest and (actual := dataset_digest(folder, _memory(options))) != digest:
-        raise BadInput(
-            f"dataset {folder} has digest {actual[:12]}, the run was submitted with "
-            f"{digest[:12]}: its files differ from those at submission",
-            "restore them, or submit a new sweep",
-        )
-    return examples
 
 
 def check_inputs(spec: RunSpec, options: Options) -> None:
