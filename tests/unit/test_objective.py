@@ -10,6 +10,7 @@ from torch import Tensor
 from trainer.config import Base
 from trainer.errors import BadInput
 from trainer.objective import Objective
+from trainer.objective.flow import FlowMatching
 from trainer.objective.noise import Draws, sample_noise, seen_noise
 from trainer.objective.process import Diffusion
 from trainer.randomness import generator
@@ -18,15 +19,20 @@ ALPHA_BAR = torch.tensor([0.999, 0.95, 0.7, 0.3, 0.05, 0.01])
 ZERO_TERMINAL = torch.tensor([1.0, 0.5, 0.0])
 SNR = ALPHA_BAR / (1 - ALPHA_BAR)
 TIMESTEPS = torch.arange(len(ALPHA_BAR))
-WEIGHTED: dict[str, Tensor] = {
-    "min_snr": SNR.clamp(max=5),
-    "soft_min_snr": 5 * SNR / (SNR + 5),
-    "debiased": SNR.sqrt(),
-    "p2": SNR / (1 + SNR),
-}
-"""The weight of the squared error of x0, by its papers."""
-PER_X0 = {"epsilon": SNR, "v_prediction": SNR + 1, "sample": torch.ones_like(SNR)}
-"""|e' - e|² = SNR |x' - x|², |v' - v|² = (SNR + 1) |x' - x|²."""
+
+
+def weighted(snr: Tensor) -> dict[str, Tensor]:
+    """The weight of the squared error of x0 by each weighting, at its default settings."""
+    return {
+        "min_snr": snr.clamp(max=5),
+        "soft_min_snr": 5 * snr / (snr + 5),
+        "debiased": snr.sqrt(),
+        "p2": snr / (1 + snr),
+    }
+
+
+WEIGHTED = weighted(SNR)
+KINDS = ("epsilon", "v_prediction", "sample")
 
 
 def objective(kind: str = "epsilon", alpha_bar: Tensor = ALPHA_BAR, **keys: Any) -> Objective:
@@ -37,7 +43,7 @@ def drawn(n: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator(0, "test", n))
 
 
-@pytest.mark.parametrize("kind", PER_X0)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weighting", WEIGHTED)
 def test_a_weighting_is_one_weight_of_x0_whatever_the_model_predicts(kind: str, weighting: str) -> None:
     """The same guess of x0, said as noise, as velocity or as itself, costs the same."""
@@ -55,7 +61,24 @@ def test_a_weighting_is_one_weight_of_x0_whatever_the_model_predicts(kind: str, 
     torch.testing.assert_close(losses, WEIGHTED[weighting] * error_of_x0, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("kind", PER_X0)
+@pytest.mark.parametrize("weighting", WEIGHTED)
+def test_it_is_the_same_weight_for_flow_matching(weighting: str) -> None:
+    process = FlowMatching(1000, shift=3.0)
+    timesteps = torch.tensor([50.0, 300, 500, 900])
+    share = (timesteps / 1000).view(-1, 1, 1, 1)
+    snr = ((1 - share) / share).square().flatten()
+    x0, noise, wrong = (drawn(n, 4, 4, 5, 5) for n in range(3))
+    guess = x0 + 0.1 * wrong
+    said = (process.add_noise(x0, noise, timesteps) - guess) / share
+
+    base = Base.model_validate({"model": "m", "loss_weighting": weighting})
+    losses = Objective(base, process).losses(said, process.target(x0, noise, timesteps), timesteps, None)
+
+    expected = weighted(snr)[weighting] * (guess - x0).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_uniform_is_the_plain_loss_of_what_is_predicted(kind: str) -> None:
     predicted, target = drawn(0, 6, 4, 5, 5), drawn(1, 6, 4, 5, 5)
 
@@ -74,7 +97,7 @@ def test_for_epsilon_the_weights_are_those_that_papers_print() -> None:
     torch.testing.assert_close(found["p2"], 1 / (1 + SNR))
 
 
-@pytest.mark.parametrize("kind", PER_X0)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weighting", WEIGHTED)
 def test_without_noise_and_without_signal_weights_are_finite(kind: str, weighting: str) -> None:
     for floor in (0.0, 0.25):
