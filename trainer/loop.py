@@ -148,14 +148,11 @@ class Loop:
         parts = self.parts
         if not parts.validation:
             return
-        parts.methods.use()
-        value = validation_loss(
-            parts.family,
-            parts.validation,
-            parts.texts,
-            timesteps=parts.spec.validation.timesteps,
-            stop=parts.stop,
-        )
+        with self._result_in_use():
+            timesteps = parts.spec.validation.timesteps
+            value = validation_loss(
+                parts.family, parts.validation, parts.texts, timesteps=timesteps, stop=parts.stop
+            )
         if not math.isfinite(value):
             raise Diverged(f"step {self.progress.step}: {METRIC} is {value}", LOWER_RATE)
         self._metrics[METRIC] = value
