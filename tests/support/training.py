@@ -32,14 +32,14 @@ def lay_out(
     resume: Path | None = None,
     cache: Path,
     every_steps: int | None = None,
+    **how: Any,
 ) -> RunDir:
-    """Write a run directory that an attempt can start from at once."""
+    """Write a run directory that an attempt can start from at once; ``how``: more of ``Options``."""
     run_dir = RunDir(root)
     run_dir.checkpoints.mkdir(parents=True)
     run_dir.spec.write_text(spec.model_dump_json())
-    options = Options(
-        threads=1, cache_dir=str(cache), checkpoint=CheckpointPolicy(every_steps=every_steps, every_s=None)
-    )
+    policy = CheckpointPolicy(every_steps=every_steps, every_s=None)
+    options = Options(threads=1, cache_dir=str(cache), checkpoint=policy, **how)
     run_dir.options.write_text(options.model_dump_json())
     run_dir.order_start(StartOrder(resume=str(resume) if resume else None))
     return run_dir

@@ -29,7 +29,15 @@ def spec_of(world: Path, **base: Any) -> RunSpec:
 
 
 @pytest.mark.parametrize(
-    "base", [{}, EIGHT_BIT, {**EIGHT_BIT, "mixed_precision": "bf16"}], ids=["adamw", "adamw8bit", "bf16"]
+    "base",
+    [
+        EIGHT_BIT,
+        {**EIGHT_BIT, "mixed_precision": "bf16", "ema_decay": 0.9},
+        {"optimizer": "adafactor"},
+        {"optimizer": "prodigy", "learning_rate": 1.0, "ema_decay": 0.9},
+        {"optimizer": "lion"},
+    ],
+    ids=["adamw8bit", "bf16-ema", "adafactor", "prodigy-ema", "lion"],
 )
 def test_stopped_twice_equals_never_stopped(world: Path, lay: Lay, base: dict[str, Any]) -> None:
     spec = spec_of(world, **base)
