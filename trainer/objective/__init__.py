@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from ..config import Base
@@ -97,14 +98,14 @@ class Objective:
         ``(1 - c) / (1 + s)^2 + c`` with ``s = 1/sqrt(SNR)``, likewise: outliers count less where noise hides
         what is one (kohya's sd-scripts).
         """
-        c, timesteps_B = self._base.huber_c, timesteps_B.float()
+        c = self._base.huber_c
         match self._base.huber_schedule:
             case "constant":
-                return timesteps_B * 0 + c
+                return torch.full_like(timesteps_B, c, dtype=torch.float32)
             case "exponential":
                 return (timesteps_B * (math.log(c) / self._process.levels)).exp()
             case "snr":
-                return (1 - c) / (1 + self._process.snr(timesteps_B.long()).rsqrt()) ** 2 + c
+                return (1 - c) / (1 + self._process.snr(timesteps_B).rsqrt()) ** 2 + c
 
 
 def _check(base: Base, process: Process) -> None:
