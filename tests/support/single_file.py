@@ -1,12 +1,14 @@
-"""Writes a diffusers folder as the single file in which Stable Diffusion 1.x checkpoints are traded.
+"""Writes a diffusers folder as the single file in which Stable Diffusion 1.x, 2.x and XL are traded.
 
-The names are those of the original latent diffusion code. Only for the layouts of ``tiny_world`` and the real
-model: two resnets per UNet level and a VAE of four levels.
+The names are those of the original code: latent diffusion, and sgm for XL. Only for the layouts of
+``tiny_models`` and the real ones: two resnets per UNet level and a VAE of four levels.
 """
 
+import json
 import re
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,6 +26,19 @@ UNET_ENDS = {
     "time_embedding.linear_2": "time_embed.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+OPEN_CLIP = {
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.token_embedding": "token_embedding",
+    "final_layer_norm": "ln_final",
+    "encoder.layers.": "transformer.resblocks.",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn": "attn",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
 }
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
@@ -31,19 +46,49 @@ VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "t
 def write_single_file(folder: Path, target: Path) -> Path:
     """Write the weights of a diffusers folder into one file and return it."""
     tensors: dict[str, Tensor] = {}
-    for name, tensor in load_file(folder / "unet" / "diffusion_pytorch_model.safetensors").items():
-        tensors["model.diffusion_model." + unet_name(name)] = tensor
+    unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    attended = {int(found[1]) for name in unet if (found := re.match(r"up_blocks\.(\d+)\.attentions", name))}
+    for name, tensor in unet.items():
+        tensors["model.diffusion_model." + unet_name(name, attended)] = tensor
     for name, tensor in load_file(folder / "vae" / "diffusion_pytorch_model.safetensors").items():
         renamed = vae_name(name)
         projection = re.search(r"mid\.attn_1\.(q|k|v|proj_out)\.weight", renamed)
         tensors["first_stage_model." + renamed] = tensor[:, :, None, None] if projection else tensor
-    for name, tensor in load_file(folder / "text_encoder" / "model.safetensors").items():
-        tensors["cond_stage_model.transformer.text_model." + name.removeprefix("text_model.")] = tensor
+    if (folder / "text_encoder_2").is_dir():
+        tensors |= clip(folder / "text_encoder", "conditioner.embedders.0.transformer.text_model.")
+        tensors |= open_clip(folder / "text_encoder_2", "conditioner.embedders.1.model.")
+    elif json.loads((folder / "unet" / "config.json").read_text())["use_linear_projection"]:
+        tensors |= open_clip(folder / "text_encoder", "cond_stage_model.model.")
+    else:
+        tensors |= clip(folder / "text_encoder", "cond_stage_model.transformer.text_model.")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target)
     return target
 
 
-def unet_name(name: str) -> str:
+def clip(folder: Path, prefix: str) -> dict[str, Tensor]:
+    encoder = load_file(folder / "model.safetensors")
+    return {prefix + name.removeprefix("text_model."): tensor for name, tensor in encoder.items()}
+
+
+def open_clip(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """OpenCLIP keeps queries, keys and values in one matrix, and its last projection transposed."""
+    encoder = clip(folder, "")
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in encoder.items():
+        renamed = name
+        for ours, theirs in OPEN_CLIP.items():
+            renamed = renamed.replace(ours, theirs)
+        if name == "text_projection.weight":
+            tensors[f"{prefix}text_projection"] = tensor.T
+        elif ".q_proj." in name:
+            three = [encoder[name.replace(".q_proj.", f".{letter}_proj.")] for letter in "qkv"]
+            tensors[prefix + renamed.replace(".q_proj.", ".in_proj_")] = torch.cat(three)
+        elif ".k_proj." not in name and ".v_proj." not in name:
+            tensors[prefix + renamed] = tensor
+    return tensors
+
+
+def unet_name(name: str, attended: set[int]) -> str:
     for ours, theirs in UNET_ENDS.items():
         if name.startswith(ours + "."):
             return theirs + name.removeprefix(ours)
@@ -61,7 +106,7 @@ def unet_name(name: str) -> str:
             return f"input_blocks.{3 * (level + 1)}.0.{rest.replace('conv.', 'op.')}"
         return f"input_blocks.{3 * level + int(index) + 1}.{place}.{rest}"
     if kind == "upsamplers":
-        return f"output_blocks.{3 * level + 2}.{1 if level == 0 else 2}.{rest}"
+        return f"output_blocks.{3 * level + 2}.{2 if level in attended else 1}.{rest}"
     return f"output_blocks.{3 * level + int(index)}.{place}.{rest}"
 
 

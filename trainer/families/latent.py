@@ -132,7 +132,10 @@ class LatentFamily:
         if base.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
             for encoder in self.text_encoders.values():
-                cast(Any, encoder).gradient_checkpointing_enable({"use_reentrant": False})
+                # transformers renamed it; both are there in between
+                old = getattr(encoder, "gradient_checkpointing_enable", None)
+                enable: Any = getattr(encoder, "activation_checkpointing_enable", old)
+                enable({"use_reentrant": False})
         if base.compile:
             # Only the blocks that come many times: one of them is compiled for all, in seconds, not minutes.
             denoiser.compile_repeated_blocks()
