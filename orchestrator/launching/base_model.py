@@ -22,7 +22,10 @@ _CLIP_SKIP, _PREDICTION, _ZERO_SNR = "base.clip_skip", "base.prediction_type", "
 
 def base_model_problems(bases: Iterable[Base]) -> Iterator[Problem]:
     """Yield what is wrong with the base models, or worth a warning."""
-    read = ("model", "revision", "prediction_type", "zero_terminal_snr", "clip_skip")
+    read = (
+        *("model", "revision", "prediction_type", "zero_terminal_snr", "clip_skip"),
+        *("min_timestep", "max_timestep"),
+    )
     for base in {tuple(getattr(base, key) for key in read): base for base in bases}.values():
         yield from _model(base)
 
@@ -69,8 +72,14 @@ def _local_model(base: Base, path: Path) -> Iterator[Problem]:
     if path.is_dir() and not any((path / denoiser).glob("*.safetensors")):
         message = f"base model {path} has no safetensors weights in {denoiser}/"
         yield Problem("E2304", message, "base.model", "save it with safe_serialization=True")
-    stated = _json(described / "scheduler" / "scheduler_config.json").get("prediction_type")
-    yield from _asked(base, kind, stated if path.is_dir() else None)
+    schedule = _json(described / "scheduler" / "scheduler_config.json")
+    yield from _asked(base, kind, schedule.get("prediction_type") if path.is_dir() else None)
+    levels = schedule.get("num_train_timesteps")
+    if isinstance(levels, int):
+        for key, least in (("min_timestep", base.min_timestep + 1), ("max_timestep", base.max_timestep or 1)):
+            if least > levels:
+                message = f"{base.model} has {levels} timesteps, 0 to {levels - 1}"
+                yield Problem("E2305", message, f"base.{key}", f"at most {levels - (key == 'min_timestep')}")
 
 
 def _asked(base: Base, kind: str, stated: str | None) -> Iterator[Problem]:

@@ -18,6 +18,7 @@ from trainer.config import Base, Evaluate
 from ..errors import STORE_DENIED, STORE_UNREACHABLE, PreflightFailed, Problem
 from ..grid.sweep import Sweep
 from .base_model import base_model_problems
+from .class_images import class_image_problems
 from .data import dataset_problems
 from .own_command import command_problems, program_problems, script_problems
 
@@ -38,6 +39,7 @@ def check(
     """
     specs = [run.spec for run in sweep.runs if run.spec.command is None]
     found = list(dataset_problems(specs))
+    found += class_image_problems(specs)
     found += base_model_problems(spec.base for spec in specs)
     for evaluate in _distinct(spec.evaluate for spec in specs if spec.evaluate):
         found += _command(evaluate)

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from trainer.config import Base
+from trainer.config import Base, RunSpec
 from trainer.errors import BadInput
 from trainer.objective import Objective
 from trainer.objective.flow import FlowMatching
@@ -172,6 +173,30 @@ def test_timesteps_beyond_the_schedule_are_refused(keys: dict[str, Any], named: 
 
     with pytest.raises(BadInput, match=named):
         objective(**keys)
+
+
+@pytest.mark.parametrize(
+    ("base", "prior", "said"),
+    [
+        ({"min_timestep": 5, "max_timestep": 5}, {}, "raise max_timestep to 6 or more"),
+        ({"noise_offset": 0.1, "multires_noise_iterations": 6}, {}, "set noise_offset to 0"),
+        ({"adaptive_noise_scale": 0.1, "multires_noise_iterations": 6}, {}, "set adaptive_noise_scale to 0"),
+        ({"loss": "huber", "huber_c": 2}, {}, "set huber_schedule to constant"),
+        ({}, {"online": True, "path": "dogs"}, "leave out prior.path"),
+        ({}, {"path": "dogs", "prompt": ["a dog", "a cat"]}, "name one, or leave out prior.path"),
+        ({}, {"path": "s3://bucket/dogs"}, "a local folder"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused(
+    base: dict[str, Any], prior: dict[str, Any], said: str
+) -> None:
+    blocks: dict[str, Any] = {"base": {"model": "m"}, "dataset": {"path": "d"}, "prior": {"prompt": "a dog"}}
+    RunSpec.model_validate(blocks)
+
+    with pytest.raises(ValidationError, match=said):
+        RunSpec.model_validate(
+            {**blocks, "base": {**blocks["base"], **base}, "prior": {**blocks["prior"], **prior}}
+        )
 
 
 def draws(n: int) -> Draws:

@@ -1,6 +1,7 @@
 """What a sweep names must be there before anything is launched: data, models, programs, the store."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -261,6 +262,37 @@ def test_what_a_base_model_does_not_do_is_refused(
 
     assert len(found) == (said is not None)
     assert all("E2305" in problem and said is not None and said in problem for problem in found)
+
+
+def test_timesteps_that_a_base_model_has_not_are_refused(data: Path, problems_of: Check) -> None:
+    model = data.parent / "model"
+    write_model(model)
+    (model / "scheduler").mkdir()
+    (model / "scheduler" / "scheduler_config.json").write_text(json.dumps({"num_train_timesteps": 500}))
+    good = GRID.replace("owner/model", "model")
+
+    assert problems_of(good.replace("resolution: 32", "resolution: 32, max_timestep: 500")) == []
+    [problem] = problems_of(good.replace("resolution: 32", "resolution: 32, max_timestep: 501"))
+    assert problem.startswith("base.max_timestep E2305")
+    assert problem.endswith("has 500 timesteps, 0 to 499 — at most 500")
+
+
+def test_class_images_are_looked_at(data: Path, problems_of: Check) -> None:
+    folder = data.parent / "dogs"
+    text = GRID + "prior: {prompt: a dog, path: dogs}\n"
+
+    [missing] = problems_of(text)
+    folder.mkdir()
+    [empty] = problems_of(text)
+    shutil.copy(data / "0.png", folder / "0.png")
+    good = problems_of(text)
+    (folder / "1.png").write_bytes(b"no image")
+    [damaged] = problems_of(text)
+
+    assert good == []
+    for problem, said in ((missing, "does not exist"), (empty, "holds no PNG"), (damaged, "not a PNG")):
+        assert problem.startswith("prior.path E2208")
+        assert said in problem
 
 
 def test_a_hub_model_without_revision_is_a_warning(problems_of: Check) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def contradictions(spec: "RunSpec") -> list[str]:
     """Return what cannot work together in a spec without a ``command``; empty: nothing."""
-    return [*_texts(spec), *_buckets(spec), *_objective(spec), *_prior(spec)]
+    return [*_texts(spec), *_buckets(spec), *_objective(spec), *_prior(spec), *_prodigy(spec)]
 
 
 def _texts(spec: "RunSpec") -> Iterator[str]:
@@ -73,8 +73,37 @@ def _objective(spec: "RunSpec") -> Iterator[str]:
 
 
 def _prior(spec: "RunSpec") -> Iterator[str]:
-    if spec.prior and spec.prior.online and spec.prior.path is not None:
+    prior = spec.prior
+    if prior is None or prior.path is None:
+        return
+    if prior.online:
         yield (
             "prior.online uses no class images: leave out prior.path, or set prior.online to false "
             "to train on them"
+        )
+    if not isinstance(prior.prompt, str):
+        yield (
+            "prior.path says nothing of which image is of which class, but prior.prompt names several: name "
+            "one, or leave out prior.path to have them drawn from the base"
+        )
+    if "://" in prior.path:
+        yield f"prior.path is a local folder, not {prior.path}: fetch it, or leave it out"
+
+
+def _prodigy(spec: "RunSpec") -> Iterator[str]:
+    base = spec.base
+    if base.optimizer != "prodigy":
+        return
+    if base.learning_rate < 0.1:
+        yield (
+            f"base.optimizer prodigy estimates the step size and multiplies it by base.learning_rate "
+            f"({base.learning_rate:g}), with which it would hardly move: set learning_rate to 1, and change "
+            "prodigy_d_coef to make it bolder or more careful"
+        )
+    own_rate = base.text_encoder_learning_rate
+    if own_rate is not None and own_rate != base.learning_rate:
+        yield (
+            "base.optimizer prodigy estimates one step size for all parameters, but "
+            f"base.text_encoder_learning_rate ({own_rate:g}) is not base.learning_rate "
+            f"({base.learning_rate:g}): leave it out, or take another optimizer"
         )
