@@ -189,7 +189,8 @@ class TrainingSet:
         n = -1 - sample.n
         if self._class_images:
             return replace(self._class_images._sample(n), weight=prior.weight)
-        return replace(sample, n=n, caption=prior.prompt, weight=prior.weight, mask_1HW=None, from_base=True)
+        caption = prior.prompts[sample.n % len(prior.prompts)]
+        return replace(sample, n=n, caption=caption, weight=prior.weight, mask_1HW=None, from_base=True)
 
     def _timestep(self, n: int) -> Tensor:
         base = self._base

@@ -39,15 +39,18 @@ PRIOR_SEED = 0
 
 
 def prior_of(spec: RunSpec) -> Prior | None:
-    """Return the run's prior with ``[trigger]`` replaced in its prompt."""
+    """Return the run's prior with ``[trigger]`` replaced in its prompts."""
     prior = spec.prior
-    return prior and prior.model_copy(update={"prompt": fill_trigger(prior.prompt, spec.dataset.trigger)})
+    if prior is None:
+        return None
+    prompts = tuple(fill_trigger(prompt, spec.dataset.trigger) for prompt in prior.prompts)
+    return prior.model_copy(update={"prompt": prompts})
 
 
 def prior_texts(spec: RunSpec) -> list[str]:
     """Every text that must be encoded to draw class images and to train on them."""
     prior = prior_of(spec)
-    return ["", prior.prompt] if prior else []
+    return ["", *prior.prompts] if prior else []
 
 
 def class_spec(spec: RunSpec) -> RunSpec:
@@ -102,12 +105,12 @@ def class_examples(spec: RunSpec, family: Family, texts: Texts, folder: Path, st
     wanted = _drawn(spec, prior, family, prior.images - len(examples), folder)
     missing = [n for n, path in enumerate(wanted) if not _is_whole(path)]
     if missing:
-        say(f"drawing {len(missing)} class images of {prior.prompt!r} from the base")
+        say(f"drawing {len(missing)} class images of {' and '.join(map(repr, prior.prompts))} from the base")
     folder.mkdir(parents=True, exist_ok=True)
     for n in missing:
         stop.check()
         _write(wanted[n], _draw(spec, prior, family, texts, n, stop))
-    return examples + [Example(path.name, path, prior.prompt) for path in wanted]
+    return examples + [Example(path.name, path, _prompt(prior, n)) for n, path in enumerate(wanted)]
 
 
 def _given(prior: Prior, folder: Path) -> Iterator[Example]:
@@ -122,8 +125,12 @@ def _given(prior: Prior, folder: Path) -> Iterator[Example]:
             f"prior.path {folder} holds no PNG, JPEG or WebP image",
             "leave it out: class images are then drawn from the base",
         )
-    for name, path in images:
-        yield Example(name, path, prior.prompt)
+    for n, (name, path) in enumerate(images):
+        yield Example(name, path, _prompt(prior, n))
+
+
+def _prompt(prior: Prior, n: int) -> str:
+    return prior.prompts[n % len(prior.prompts)]
 
 
 def _drawn(spec: RunSpec, prior: Prior, family: Family, count: int, folder: Path) -> list[Path]:
@@ -140,7 +147,7 @@ def _drawn(spec: RunSpec, prior: Prior, family: Family, count: int, folder: Path
             cache_key(
                 kind="class image",
                 base=" ".join(base),
-                prompt=prior.prompt,
+                prompt=_prompt(prior, n),
                 n=n,
                 steps=prior.steps,
                 cfg=prior.cfg,
@@ -157,7 +164,7 @@ def _drawn(spec: RunSpec, prior: Prior, family: Family, count: int, folder: Path
 def _draw(spec: RunSpec, prior: Prior, family: Family, texts: Texts, n: int, stop: Stop) -> Image.Image:
     """Draw one by itself: its last bits may depend on what is drawn together with it."""
     samples = Samples(
-        prompts=(prior.prompt,),
+        prompts=(_prompt(prior, n),),
         seeds=(key(PRIOR_SEED, "class image", n),),
         steps=prior.steps,
         cfg=prior.cfg,

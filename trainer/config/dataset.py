@@ -75,11 +75,14 @@ class Dataset(Frozen):
         return self.shuffle_caption or self.tag_dropout > 0
 
 
+Prompt = Annotated[str, Field(min_length=1)]
+
+
 class Prior(Frozen):
     """Prior preservation (Ruiz et al. 2023): what the base makes of the class's name must stay as it is."""
 
-    prompt: Annotated[str, Field(min_length=1)]
-    """The class, as in ``a photo of a dog``."""
+    prompt: Prompt | Annotated[tuple[Prompt, ...], Field(min_length=1)]
+    """The class, as in ``a photo of a dog``; several, if more than one is to stay: they take turns."""
     weight: Positive = 1.0
     """Of its loss beside that of the images."""
     online: bool = False
@@ -92,3 +95,7 @@ class Prior(Frozen):
     steps: Annotated[int, Field(ge=1)] = 25
     cfg: Annotated[float, Field(ge=0)] = 7.5
     """Denoising steps and guidance with which class images are drawn."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
