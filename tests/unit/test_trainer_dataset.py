@@ -1,6 +1,7 @@
 """Folders of images: what is read, what is refused and how that is said."""
 
 import json
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from trainer.config import Dataset
-from trainer.dataset_files import dataset_digest, problems, read_image, scan
+from trainer.config import Dataset, RunSpec
+from trainer.dataset.folder import dataset_digest, scan
+from trainer.dataset.images import read_image
+from trainer.dataset.survey import lines, problems, survey
 from trainer.errors import BadInput
 
 
@@ -218,3 +221,140 @@ def test_scanning_needs_no_torch() -> None:
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 
     assert shown.stdout.strip() == "False"
+
+
+def test_kohyas_folders_repeat_their_images_and_name_them(tmp_path: Path) -> None:
+    image(tmp_path / "10_sks dog" / "a.png")
+    image(tmp_path / "10_sks dog" / "b.png")
+    (tmp_path / "10_sks dog" / "b.txt").write_text("sks dog on grass")
+    image(tmp_path / "2_cat" / "deep" / "c.png")
+    image(tmp_path / "d.png")
+    concepts = {
+        "2_cat": {"loss_weight": 0.5},
+        "2_cat/deep": {"trigger": "whiskers", "caption": "[trigger]"},
+        ".": {"caption": "any", "repeats": 3},
+    }
+    dataset = Dataset.model_validate({"path": "x", "concepts": concepts, "val_fraction": 0})
+
+    found = [(e.name, e.caption, e.concept, e.repeats, e.loss_weight) for e in scan(dataset, tmp_path)]
+
+    assert found == [
+        ("10_sks dog/a.png", "sks dog", "10_sks dog", 10, 1.0),
+        ("10_sks dog/b.png", "sks dog on grass", "10_sks dog", 10, 1.0),
+        ("2_cat/deep/c.png", "whiskers", "2_cat/deep", 2, 0.5),
+        ("d.png", "any", ".", 3, 1.0),
+    ]
+    assert lines("photos", survey(dataset, 8, tmp_path)) == [
+        "dataset photos: 4 images, 4 captions, 0 missing; 0 held out, 25 samples an epoch",
+        "  concept 10_sks dog: 2 images × 10",
+        "  concept 2_cat/deep: 1 image × 2, loss × 0.5",
+        "  concept .: 1 image × 3",
+    ]
+
+
+def test_a_concept_without_images_is_a_mistake(tmp_path: Path) -> None:
+    good(tmp_path)
+    dataset = Dataset.model_validate({"path": str(tmp_path), "concepts": {"dgo": {"repeats": 2}}})
+
+    assert problems(dataset) == [
+        "dataset.concepts names 'dgo', but no image lies there; subfolders with images: none"
+    ]
+
+
+def test_a_table_of_captions_is_read_and_two_are_not(tmp_path: Path) -> None:
+    good(tmp_path)
+    (tmp_path / "metadata.csv").write_text('\ufefffile_name,text\r\na.png,"one, two"\r\n')
+    dataset = Dataset(path=str(tmp_path), val_fraction=0)
+    assert [example.caption for example in scan(dataset, tmp_path)] == ["one, two", "caption of b"]
+
+    metadata(tmp_path, {"file_name": "a.png", "text": "x"})
+    assert problems(dataset) == ["there are both metadata.jsonl and metadata.csv: keep one"]
+
+
+def mask(path: Path, color: int = 255, size: tuple[int, int] = (16, 8)) -> None:
+    Image.new("L", size, color).save(path)
+
+
+@pytest.mark.parametrize(
+    ("masks", "make", "said"),
+    [
+        (
+            "files",
+            lambda f: mask(f / "c.mask.png"),
+            "c.mask.png is a mask, but the image that it would belong",
+        ),
+        ("files", lambda f: mask(f / "a.mask.png", size=(8, 8)), "the mask has 8×8 pixels, its image 16×8"),
+        (
+            "files",
+            lambda f: mask(f / "a.mask.png", 0),
+            "a.mask.png: black everywhere, so nothing of the image",
+        ),
+        (
+            "files",
+            lambda f: (f / "a.mask.png").write_bytes(b"x"),
+            "a.mask.png: not a PNG, JPEG or WebP image",
+        ),
+        (
+            "files",
+            lambda f: (mask(f / "a.mask.png"), mask(f / "a.mask.jpg")),
+            "a.png has two masks, a.mask.jpg and a.mask.png: keep one",
+        ),
+        (
+            "files",
+            lambda f: None,
+            "dataset.masks is files, but there is no mask: put x.mask.png beside x.png",
+        ),
+        ("alpha", lambda f: image(f / "a.png", "#00000000", "RGBA"), "a.png: transparent everywhere"),
+    ],
+)
+def test_bad_masks(masks: str, make: Callable[[Path], None], said: str, tmp_path: Path) -> None:
+    good(tmp_path)
+    make(tmp_path)
+
+    [problem] = problems(Dataset.model_validate({"path": str(tmp_path), "masks": masks}))
+
+    assert said in problem
+
+
+def test_a_mask_is_no_image_also_where_it_is_not_used(tmp_path: Path) -> None:
+    good(tmp_path)
+    mask(tmp_path / "a.mask.png")
+    for masks, count in (("none", None), ("files", 1)):
+        dataset = Dataset.model_validate({"path": str(tmp_path), "masks": masks, "val_fraction": 0})
+        assert [example.name for example in scan(dataset, tmp_path)] == ["a.png", "b.png"]
+        assert problems(dataset) == []
+        assert survey(dataset, 8, tmp_path).masked == count
+
+
+@pytest.mark.parametrize(
+    ("base", "dataset", "said"),
+    [
+        ({}, {"cache_text": True, "shuffle_caption": True}, "but dataset.shuffle_caption makes another one"),
+        ({}, {"cache_text": True, "tag_dropout": 0.1}, "but dataset.tag_dropout makes another one"),
+        ({"train_text_encoder": True}, {"cache_text": True}, "leave cache_text at auto, or set train_text"),
+        ({"resolution": 128}, {"buckets": True}, "set dataset.bucket_min to 64 or less"),
+        ({}, {"buckets": True, "bucket_min": 512, "bucket_max": 256}, "is above dataset.bucket_max (256)"),
+    ],
+)
+def test_settings_that_contradict_each_other(
+    base: dict[str, Any], dataset: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        RunSpec.model_validate({"base": {"model": "m", **base}, "dataset": {"path": "x", **dataset}})
+
+
+def test_what_such_a_message_names_works() -> None:
+    for resolution in (8, 64, 100, 128, 256, 1000):
+        for least, step in ((256, 64), (1024, 64), (128, 256)):
+            given = {"buckets": True, "bucket_min": least, "bucket_max": 1024, "bucket_step": step}
+            spec = {
+                "base": {"model": "m", "resolution": resolution // 8 * 8},
+                "dataset": {"path": "x", **given},
+            }
+            try:
+                RunSpec.model_validate(spec)
+            except ValueError as error:
+                told = dict(re.findall(r"(bucket_\w+) to (\d+)", str(error)))
+                spec["dataset"].update({key: int(value) for key, value in told.items()})
+                assert len(told) == 3
+            RunSpec.model_validate(spec)
