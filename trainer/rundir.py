@@ -9,6 +9,7 @@
       stop.json        appears by rename before SIGTERM: until when, by the monotonic clock of this machine
       checkpoints/     step-000000100/ appears by rename, complete, with a manifest.json
       samples/         step-000000100/ appears by rename: images and index.json
+      out/             all that a foreign command writes, see ``trainer.command``
       events.jsonl     one JSON object a line, see Event
       alive            touched in long work between two events; only its time means anything
       log.txt          stdout and stderr

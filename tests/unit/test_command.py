@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -61,18 +62,26 @@ class Attempt:
     """One attempt at work on a thread of its own."""
 
     def __init__(
-        self, store: DirectoryStore, number: int, spec: RunSpec, scratch: Path, process: object
+        self,
+        store: DirectoryStore,
+        number: int,
+        spec: RunSpec,
+        scratch: Path,
+        process: TrainingProcess | None,
+        stall_timeout_s: float | None,
     ) -> None:
         self.log = run_log(store, RUN)
         self.log.append(claimed(number))
-        self.process = process if isinstance(process, TrainingProcess) else TrainingProcess(PLAYER)
+        self.process = process or TrainingProcess(PLAYER)
         self.root = scratch / f"{RUN}-a{number}-{incarnation(number)}"
         self.supervisor = Supervisor(
             store,
             Assignment(run_id=RUN, attempt=number, incarnation=incarnation(number)),
             spec,
             Options(
-                checkpoint=CheckpointPolicy(every_steps=4, every_s=None), threads=1, stall_timeout_s=None
+                checkpoint=CheckpointPolicy(every_steps=4, every_s=None),
+                threads=1,
+                stall_timeout_s=stall_timeout_s,
             ),
             scratch=scratch,
             ledger=self.log,
@@ -111,9 +120,14 @@ def begin(store: DirectoryStore, tmp_path: Path) -> Iterator[Begin]:
     """Begin attempts, and check that they leave neither files nor processes."""
     begun: list[Attempt] = []
 
-    def attempt(number: int, spec: RunSpec, process: TrainingProcess | None = None) -> Attempt:
-        # Each on a disk of its own, as on another node.
-        begun.append(Attempt(store, number, spec, tmp_path / f"node-{number}", process))
+    def attempt(
+        number: int,
+        spec: RunSpec,
+        process: TrainingProcess | None = None,
+        stall_timeout_s: float | None = None,
+    ) -> Attempt:
+        scratch = tmp_path / f"node-{number}"  # each on a disk of its own, as on another node
+        begun.append(Attempt(store, number, spec, scratch, process, stall_timeout_s))
         return begun[-1]
 
     yield attempt
@@ -253,6 +267,14 @@ from trainer import process
 process._import_everything = lambda: None  # it takes long, and is not what this is about
 os._exit(process.main())
 """
+
+
+def test_one_that_hangs_is_killed_and_says_where_it_was(begin: Begin, tmp_path: Path) -> None:
+    attempt = begin(1, light("steps", gate=tmp_path / "never"), stall_timeout_s=3.0)
+    progress = attempt.end()
+    assert progress.exit_code is not None
+    assert attributed(progress.exit_code, progress.evidence, progress.error) == "STALLED"
+    assert re.search(r"it was at foreign_script.py:\d+ in main", progress.error), progress.error
 
 
 def test_a_warm_training_process_becomes_the_command_and_dies_with_its_supervisor_all_the_same(
