@@ -15,7 +15,7 @@ from trainer.attempt import prepare, run_attempt
 from trainer.config import RunSpec
 from trainer.data import Batch
 from trainer.errors import BadInput
-from trainer.families import load_family
+from trainer.families import Family, load_family
 from trainer.objective.process import Diffusion
 from trainer.parts import Parts
 from trainer.prior import class_examples
@@ -23,7 +23,7 @@ from trainer.randomness import generator
 from trainer.rundir import EXIT_COMPLETE, EXIT_PREEMPTED
 from trainer.step import Stepper
 from trainer.stop import Stop, Stopped
-from trainer.texts import LiveTexts
+from trainer.texts import LiveTexts, Texts
 
 # Of diffusers' sampler, with NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -107,13 +107,16 @@ def one_by_one(parts: Parts, step: int) -> list[tuple[int, Batch]]:
     return [(batch.samples[0], batch) for batch in parts.training.batches(step, 1)]
 
 
-def squared_error(parts: Parts, batch: Batch) -> Tensor:
-    """Of the bare base, for its prediction of noise."""
-    family = parts.family
+def predicted(family: Family, texts: Texts, batch: Batch) -> Tensor:
     noisy = family.process.add_noise(batch.x0_BCHW, batch.noise_BCHW, batch.timesteps_B)
-    conditioning = parts.texts.conditioning(batch.captions) | family.size_conditioning(batch.sizes_B6)
-    with torch.no_grad(), parts.methods.aside():
-        return (family.predict(noisy, batch.timesteps_B, conditioning) - batch.noise_BCHW).square().mean()
+    with torch.no_grad():
+        conditioning = texts.conditioning(batch.captions) | family.size_conditioning(batch.sizes_B6)
+        return family.predict(noisy, batch.timesteps_B, conditioning)
+
+
+def squared_error(parts: Parts, batch: Batch) -> Tensor:
+    """Of the run's prediction of noise."""
+    return (predicted(parts.family, parts.texts, batch) - batch.noise_BCHW).square().mean()
 
 
 def test_images_and_class_images_each_weigh_by_their_own_timesteps(world: Path, lay: Lay) -> None:
@@ -140,7 +143,7 @@ def test_images_and_class_images_each_weigh_by_their_own_timesteps(world: Path, 
 
 
 def test_online_the_base_is_asked_about_the_same_noisy_image(world: Path, lay: Lay) -> None:
-    spec = spec_of(world, {"online": True}, lora_dropout=0.0)
+    spec = spec_of(world, {"online": True}, lora_dropout=0.0, train_text_encoder=True)
     parts = prepare(lay("run", spec), Stop())
     stepper = Stepper(parts, None)
     samples = dict(one_by_one(parts, 0))
@@ -156,7 +159,10 @@ def test_online_the_base_is_asked_about_the_same_noisy_image(world: Path, lay: L
     assert stepper._accumulate(0) == pytest.approx(alone, rel=1e-5), "what is not trained yet loses nothing"
     for parameter in parts.methods.parameters.values():
         parameter.data += 0.1
-    assert float(stepper._loss(samples[-1]).detach()) > 1e-6
+    base = load_family(spec.base)
+    change = predicted(parts.family, parts.texts, samples[-1]) - predicted(base, LiveTexts(base), samples[-1])
+    assert float(change.square().mean()) > 1e-6
+    torch.testing.assert_close(stepper._loss(samples[-1]).detach(), 0.25 * change.square().mean())
 
 
 @pytest.mark.parametrize(
