@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from storage.records import EndReason
 
+from .config import Base
 from .rundir import (
     EXIT_COMPLETE,
     EXIT_HUB_UNREACHABLE,
@@ -22,9 +23,14 @@ from .rundir import (
 ROOM_BYTES = 1_000_000
 """A disk with less room than this is full."""
 
+LOW_RESOLUTION, LOW_RANK = 256, 4
+"""Below these there is little to gain."""
+LESS_MEMORY = "to need less memory, in order of effect: "
+
 ADVICE = {
-    EndReason.OOM_GPU: "lower base.train_batch_size and raise base.gradient_accumulation_steps instead, "
-    "lower base.resolution or base.rank, use base.mixed_precision bf16, or a larger GPU",
+    EndReason.OOM_GPU: LESS_MEMORY
+    + "base.gradient_checkpointing true, resources.micro_batch 1, base.mixed_precision bf16, a lower "
+    "base.resolution, base.optimizer adamw8bit, a lower base.rank, or a larger GPU",
     EndReason.OOM_HOST: "give each run a larger resources.cpus, so that fewer share a node, lower "
     "base.resolution or the number of images, or use nodes with more memory",
     EndReason.CUDA_ERROR: "set CUDA_LAUNCH_BLOCKING=1 and train it alone to see which operation it is; if "
@@ -36,6 +42,27 @@ ADVICE = {
     EndReason.DISK_FULL: "make room on the nodes' disks, or point TMPDIR to a larger one",
 }
 """What a person can do about an end that is the run's own doing."""
+
+
+def less_memory(base: Base, micro_batch: int | None) -> str:
+    """Return what makes a run need less GPU memory, in order of effect, without what is done already.
+
+    Args:
+        micro_batch: The most images of one forward pass on this node; None: ``train_batch_size``.
+    """
+    is_8bit, states = base.optimizer == "adamw8bit", base.optimizer in ("adamw", "prodigy")
+    steps = (
+        (not base.gradient_checkpointing, "base.gradient_checkpointing true"),
+        ((micro_batch or base.train_batch_size) > 1, "resources.micro_batch 1"),
+        (base.mixed_precision == "no", "base.mixed_precision bf16"),
+        (base.train_text_encoder, "base.train_text_encoder false"),
+        (base.resolution > LOW_RESOLUTION, f"base.resolution below {base.resolution}"),
+        (states and not is_8bit, "base.optimizer adamw8bit"),
+        (base.ema_decay is not None, "no base.ema_decay"),
+        (base.rank > LOW_RANK, f"base.rank below {base.rank}"),
+    )
+    return LESS_MEMORY + ", ".join([*(said for helps, said in steps if helps), "or a larger GPU"])
+
 
 _BY_CLASS = {
     "OutOfMemoryError": EndReason.OOM_GPU,

@@ -13,7 +13,8 @@ from storage.local import DISK_UNUSABLE
 from storage.records import EndReason
 
 from .errors import TrainerError
-from .evidence import ADVICE, by_exception
+from .evidence import ADVICE, by_exception, less_memory
+from .orders import read_options, read_spec
 from .rundir import EXIT_DISK_FULL, RunDir, append_event
 
 
@@ -49,7 +50,12 @@ def guarded(
         with contextlib.suppress(OSError):  # the disk of the log may be the very one that is full
             traceback.print_exception(error)
         kind, message = type(error).__name__, str(error)
-        size = gpu_bytes() if by_exception(kind, message) is EndReason.OOM_GPU else None
+        if by_exception(kind, message) is EndReason.OOM_GPU:
+            size = gpu_bytes()
+            with contextlib.suppress(TrainerError):
+                hint = less_memory(read_spec(run_dir).base, read_options(run_dir).micro_batch)
+        else:
+            size = None
         told = {"memory_bytes": size} if size else {}
         append_event(run_dir.events, "error", type=kind, message=message, hint=hint, **told)
         return code

@@ -13,7 +13,7 @@ from collections.abc import Collection
 
 from storage.records import Ended, EndReason
 from storage.run_state import FREE_ENDS, Attempt, RunState
-from trainer.evidence import ADVICE
+from trainer.evidence import ADVICE, LESS_MEMORY
 
 OUT_OF_MEMORY = frozenset({EndReason.OOM_GPU, EndReason.OOM_HOST})
 
@@ -54,7 +54,8 @@ def proof(state: RunState, ended: Ended, suspects: Collection[str] = ()) -> str 
 def advised(reason: EndReason, detail: str) -> str:
     """Return the detail with what to do about it, unless it says so itself."""
     advice = ADVICE.get(reason)
-    return detail if advice is None or advice in detail else f"{detail}: {advice}"
+    is_said = advice is None or advice in detail or LESS_MEMORY in detail
+    return detail if is_said else f"{detail}: {advice}"
 
 
 def _too_small_again(last: Attempt, before: list[Attempt], ended: Ended) -> bool:

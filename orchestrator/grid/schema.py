@@ -104,7 +104,9 @@ class Resources(Frozen):
     """What one run needs."""
 
     gpus: Annotated[float, Field(ge=0)] = 1.0
-    """GPUs of one run. 0 trains on the CPU; a fraction lets runs share one."""
+    """GPUs of one run, all of one node. 0 trains on the CPU; a fraction lets runs share one."""
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
+    """The most images of one forward pass on these GPUs; by default ``base.train_batch_size``."""
     cpus: Annotated[float, Field(ge=1)] = 1.0
     max_concurrent: Annotated[int, Field(ge=1)] | None = None
     """Runs at the same time; by default as many as fit."""
@@ -112,6 +114,18 @@ class Resources(Frozen):
     """USD for an hour of what one run occupies."""
     notices: Notices = Notices()
     """Who tells a node that it is about to be taken away."""
+
+    @field_validator("gpus")
+    @classmethod
+    def _shared_or_whole(cls, gpus: float) -> float:
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError(f"must be a whole number, or below 1 to share a GPU, got {gpus:g}")
+        return gpus
+
+    @property
+    def processes(self) -> int:
+        """Processes that train one run together: one to a GPU."""
+        return max(1, int(self.gpus))
 
 
 class Storage(Frozen):

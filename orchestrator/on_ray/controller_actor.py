@@ -182,6 +182,8 @@ class ControllerActor:
         options = Options(
             checkpoint=sweep.checkpoint.policy,
             threads=int(sweep.resources.cpus),
+            micro_batch=sweep.resources.micro_batch,
+            processes=sweep.resources.processes,
             stall_timeout_s=sweep.recovery.stall_timeout_s,
         )
 

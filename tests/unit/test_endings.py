@@ -15,6 +15,7 @@ from support import failing_trainer
 from support.runs import claimed, incarnation
 from support.training import events
 
+from orchestrator.control.blame import advised
 from storage import layout
 from storage.log import run_log
 from storage.memory import MemoryStore
@@ -237,6 +238,7 @@ def test_the_real_exceptions_are_recognised_and_come_with_a_hint(
 
     monkeypatch.setattr("trainer.attempt.run_attempt", fail)
     run_dir = RunDir(tmp_path)
+    run_dir.spec.write_text(SPEC.model_dump_json())
 
     code = training.serve(run_dir, Stop())
 
@@ -244,6 +246,35 @@ def test_the_real_exceptions_are_recognised_and_come_with_a_hint(
     said = f"{event['type']}: {event['message']}"
     assert attributed(code, Evidence(error_type=event["type"]), said) is expected
     assert event["hint"] == ADVICE.get(expected, "see log.txt")
+
+
+def test_out_of_memory_says_what_is_left_to_do_in_order_of_effect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(run_dir: RunDir, stop: Stop) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("trainer.attempt.run_attempt", fail)
+    base = {"model": "m", "gradient_checkpointing": True, "train_batch_size": 4, "rank": 64}
+    spec = RunSpec.model_validate({"base": base, "dataset": {"path": "images"}})
+    hints = []
+    for name, options in (("run", Options()), ("split already", Options(micro_batch=1))):
+        run_dir = RunDir(tmp_path / name)
+        run_dir.root.mkdir()
+        run_dir.spec.write_text(spec.model_dump_json())
+        run_dir.options.write_text(options.model_dump_json())
+        training.serve(run_dir, Stop())
+        hints.append(events(run_dir)[0]["hint"])
+
+    after = (
+        "base.mixed_precision bf16, base.resolution below 512, base.optimizer adamw8bit, base.rank below 64, "
+        "or a larger GPU"
+    )
+    assert hints == [
+        f"to need less memory, in order of effect: resources.micro_batch 1, {after}",
+        f"to need less memory, in order of effect: {after}",
+    ]
+    assert advised(EndReason.OOM_GPU, f"the trainer exited: {hints[0]}") == f"the trainer exited: {hints[0]}"
 
 
 def test_the_kernels_own_count_is_read_somewhere() -> None:

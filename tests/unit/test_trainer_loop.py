@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from support.tiny_world import tiny_spec
 from support.training import Lay, StopAtStep, contents, newest
 
@@ -76,6 +77,21 @@ def test_an_optimizer_of_two_groups_goes_on_as_if_nothing_had_been(
     assert not torch.equal(straight["b"], torch.zeros(8, 4)), "it did not move"
     for key, parameter in second.items():
         assert torch.equal(parameter, straight[key])
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ({}, "set learning_rate to 1, and change prodigy_d_coef"),
+        (
+            {"learning_rate": 1.0, "text_encoder_learning_rate": 0.5},
+            "leave it out, or take another optimizer",
+        ),
+    ],
+)
+def test_prodigy_is_refused_what_it_cannot_do(world: Path, base: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        spec_of(world, optimizer="prodigy", **base)
 
 
 def test_a_checkpoint_delivers_the_average_which_is_no_part_of_the_training(world: Path, lay: Lay) -> None:
