@@ -167,7 +167,7 @@ def _train(spec: dict[str, Any], folder: Path) -> Outcome:
     from storage.local import complete_checkpoints
     from trainer.attempt import run_attempt
     from trainer.config import RunSpec
-    from trainer.export import export_adapter
+    from trainer.export import trained_adapter, write_weights
     from trainer.rundir import EXIT_COMPLETE, CheckpointPolicy, Options, RunDir, StartOrder
     from trainer.stop import Stop
 
@@ -188,9 +188,8 @@ def _train(spec: dict[str, Any], folder: Path) -> Outcome:
     took_s = time.monotonic() - began
     (samples,) = run_dir.samples.iterdir()
     judged = _judged(samples)
-    exported = export_adapter(
-        complete_checkpoints(run_dir.checkpoints)[0].path, checked, folder / "x", "kohya"
-    )
+    trained = trained_adapter(complete_checkpoints(run_dir.checkpoints)[0].path, checked)
+    exported = write_weights(trained, folder / "x", "kohya")
     memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return judged._replace(seconds=took_s, memory_mb=memory_mb, file_bytes=exported.stat().st_size)
 

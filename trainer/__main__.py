@@ -9,6 +9,7 @@ on another machine, exactly as the orchestrator would.
 """
 
 import contextlib
+import json
 import secrets
 import signal
 import sys
@@ -48,7 +49,12 @@ from .rundir import (
 from .supervisor import Assignment, Progress, Supervisor
 
 if TYPE_CHECKING:
-    from .export import Form
+    from .export import Dtype
+    from .export.bundle import Target
+    from .export.headers import Amount
+
+TARGETS = ("diffusers", "kohya", "comfyui", "a1111", "hf", "dir")
+"""For whom an adapter is exported: see ``export.bundle``."""
 
 spec_option = click.option(
     "--spec", "spec_path", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True
@@ -98,17 +104,34 @@ def run(
 @click.option("--checkpoint", type=click.Path(exists=True, path_type=Path), required=True)
 @spec_option
 @out_option
+@click.option("--to", type=click.Choice(TARGETS), default="diffusers", show_default=True)
+@click.option("--name", help="What the adapter is called; by default as the folder.")
+@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
 @click.option(
-    "--to", "form", type=click.Choice(["diffusers", "kohya"]), default="diffusers", show_default=True
+    "--metadata", type=click.Choice(["minimal", "full", "none"]), default="minimal", show_default=True
 )
-def export(checkpoint: Path, spec_path: Path, out: Path, form: "Form") -> None:
-    """Write a checkpoint's LoRA as a file that other programs load, verify it, and print its path."""
-    from .export import export_adapter, verify_export
+@click.option("--samples", type=click.Path(exists=True, path_type=Path), help="The run's sample images.")
+def export(
+    checkpoint: Path,
+    spec_path: Path,
+    out: Path,
+    to: "Target",
+    name: str | None,
+    dtype: "Dtype",
+    metadata: "Amount",
+    samples: Path | None,
+) -> None:
+    """Write a checkpoint's adapter as others load it, verify it, and print where, and how it is called."""
+    from .export import trained_adapter, verify_export
+    from .export.bundle import read_samples, usage, write_bundle
 
-    spec = _spec(spec_path)
-    written = export_adapter(checkpoint, spec, out, form)
-    click.echo(verify_export(written, spec, checkpoint), err=True)
-    click.echo(written)
+    trained = trained_adapter(checkpoint, _spec(spec_path))
+    shown = read_samples(samples) if samples else []
+    bundle = write_bundle(trained, out, to, name=name, dtype=dtype, metadata=metadata, samples=shown)
+    for weights in bundle.weights:
+        click.echo(f"{weights.name} verified: {json.dumps(verify_export(weights, trained))}", err=True)
+    click.echo(f"in a prompt: {usage(trained, name or out.name)}", err=True)
+    click.echo(bundle.weights[0])
 
 
 @main.command()
