@@ -40,7 +40,8 @@ def own_problems(document: Document, parameters: Mapping[str, ValuePath]) -> Ite
     text = json.dumps(block)
     for name, path in parameters.items():
         written = str(path[1])
-        if not name.startswith("command.") and f"${{parameters.{written}}}" not in text:
+        is_used = any(f"${{parameters.{known}}}" in text for known in (written, name))
+        if not name.startswith("command.") and not is_used:
             hint = f"write ${{parameters.{written}}} into command.words"
             message = f"nothing in command uses the parameter {shown(written)}"
             yield Problem("E2126", message, document.where(path, key=True), hint)
