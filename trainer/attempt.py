@@ -20,6 +20,7 @@ from .errors import BadCheckpoint, BadInput, TrainerError
 from .families import Family, load_family
 from .loop import Loop
 from .methods import attach
+from .methods.from_file import begin_with
 from .narration import say
 from .objective import Objective
 from .optim import build_optimizer
@@ -111,6 +112,8 @@ def _prepared(run_dir: RunDir, spec: RunSpec, options: Options, examples: list[E
     train, validation = split(len(images), held_out(len(images), spec.dataset.val_fraction))
     check_enough(spec, sum(images[index].repeats for index in train))
     methods = attach(local.base, family)
+    if local.base.initial_adapter:
+        begin_with(Path(local.base.initial_adapter).expanduser(), methods, family)
     return Parts(
         spec=spec,
         options=options,

@@ -33,6 +33,8 @@ from ..errors import BadInput, BaseUnavailable
 from .transfer import broke_off
 
 WHERE = "base.model is a diffusers folder, a single .safetensors file, or a hub id such as owner/name"
+NETWORKS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+"""A pipeline's networks that an adapter may be of."""
 OFFLINE_CONFIG = (
     "a single file holds weights only: put a folder of the same name without .safetensors beside it, with "
     "the configuration and tokenizer of its family (a diffusers folder without weights), or allow the hub"
@@ -66,11 +68,22 @@ _IMAGE_PROMPTS = {"feature_extractor": None, "image_encoder": None}
 
 def load_pipeline(base: Base, hub_cache: Path | None = None) -> Any:
     """Return the model as a diffusers pipeline of a class of ``FAMILIES``, without safety checker, on the
-    CPU.
+    CPU, with the base's ``merged_adapters`` in it.
 
     Raises:
         BadInput, BaseUnavailable
     """
+    pipeline = _loaded(base, hub_cache)
+    if base.merged_adapters:
+        from ..methods.from_file import merge  # methods import families
+
+        roots = {name: root for name in NETWORKS if (root := getattr(pipeline, name, None)) is not None}
+        for merged in base.merged_adapters:
+            merge(merged, roots)
+    return pipeline
+
+
+def _loaded(base: Base, hub_cache: Path | None) -> Any:
     _quiet_libraries()
     path = Path(base.model).expanduser()
     if path.is_file():

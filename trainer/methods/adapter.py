@@ -9,7 +9,7 @@ kept in fp32 whatever the base is kept in. ``configs`` says what a checkpoint's 
 how its tensors are named.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
@@ -31,8 +31,14 @@ class Adapter:
         parameters: Mapping[str, nn.Parameter],
         metadata: dict[str, str],
         rate: float = 1.0,
+        beside: Callable[[], Iterable[nn.Module]] = tuple,
     ) -> None:
+        """
+        Args:
+            beside: Further networks of the base, of which other runs may have adapters.
+        """
         self._network = network
+        self._beside = beside
         self._name = name
         self.parameters = parameters
         self.rate = rate
@@ -42,10 +48,12 @@ class Adapter:
         return self._metadata
 
     def use(self) -> None:
-        layers.use(self._network, self._name)
+        for network in (self._network, *self._beside()):
+            layers.use(network, self._name)
 
     def stand_aside(self) -> None:
-        layers.stand_aside(self._network)
+        for network in (self._network, *self._beside()):
+            layers.stand_aside(network)
 
     def updated(self) -> None:
         pass
@@ -59,7 +67,11 @@ def adapters(base: Base, family: Family, name: str) -> list[Adapter]:
     """
     targets = named_targets(base, family)
     told = told_of(base, targets, convolutions(family.denoiser, targets))
-    found = [_attached(base, family.denoiser, family.denoiser_prefix, name, told)]
+    denoiser = _attached(
+        *(base, family.denoiser, family.denoiser_prefix, name, told),
+        beside=lambda: family.text_encoders.values(),
+    )
+    found = [denoiser]
     if base.train_text_encoder:
         rate = (base.text_encoder_learning_rate or base.learning_rate) / base.learning_rate
         for prefix, encoder in trained_text_encoders(base, family).items():
@@ -69,11 +81,17 @@ def adapters(base: Base, family: Family, name: str) -> list[Adapter]:
 
 
 def _attached(
-    base: Base, network: nn.Module, prefix: str, name: str, told: Told, rate: float = 1.0
+    base: Base,
+    network: nn.Module,
+    prefix: str,
+    name: str,
+    told: Told,
+    rate: float = 1.0,
+    beside: Callable[[], Iterable[nn.Module]] = tuple,
 ) -> Adapter:
     check_ranks(base, network, prefix, told)
     inner = layers.inject(network, name, told, dropout=base.lora_dropout)
     initialise(inner, base.seed, "adapter" if prefix in ("unet", "transformer") else f"adapter {prefix}")
     layers.set_magnitudes(network, name)
     parameters = {f"{prefix}.{key}": parameter for key, parameter in inner.items()}
-    return Adapter(network, name, parameters, metadata_of(base.adapter, {prefix: told}), rate)
+    return Adapter(network, name, parameters, metadata_of(base.adapter, {prefix: told}), rate, beside)

@@ -13,10 +13,12 @@ The two patterns are absent where every layer has the rank and alpha named above
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
+from peft.utils.other import get_pattern_key
 
 from ..config import Base
 
@@ -72,6 +74,17 @@ def peft_config(told: Told, *, dropout: float = 0.0) -> PeftConfig:
         case "LOKR":
             return LoKrConfig(**given, init_weights="lycoris")
     raise ValueError(f"adapter of an unknown kind, {told.get('peft_type')}")
+
+
+def scale_of(told: Told, module: str) -> float:
+    """Return what an adapter's product is multiplied by in a module: alpha over the rank or its root."""
+
+    def own(patterns: Mapping[str, Any], value: Any) -> float:
+        return float(patterns.get(get_pattern_key(list(patterns), module), value))
+
+    rank = own(told.get("rank_pattern", {}), told["r"])
+    alpha = own(told.get("alpha_pattern", {}), told["lora_alpha" if "lora_alpha" in told else "alpha"])
+    return alpha / (math.sqrt(rank) if told.get("use_rslora") else rank)
 
 
 def metadata_of(kind: str, configs: Mapping[str, Told]) -> dict[str, str]:

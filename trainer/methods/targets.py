@@ -13,6 +13,11 @@ TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 """All of CLIP's attention and MLP: readers of kohya's files drop parts of any smaller set."""
 
 
+def networks(family: Family) -> dict[str, nn.Module]:
+    """Return the networks of a family that can be adapted, by the prefix of their names in files."""
+    return {family.denoiser_prefix: family.denoiser, **family.text_encoders}
+
+
 def named_targets(base: Base, family: Family) -> tuple[str, ...]:
     """Return the endings of the denoiser's module names that ``base.targets`` and ``conv_rank`` stand for."""
     targets = family.targets[base.targets] if isinstance(base.targets, str) else base.targets

@@ -1,0 +1,170 @@
+"""Adapter files of other programs become the start of a run, or part of its base."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import build_base
+from torch import Tensor
+
+from trainer.config import Base, MergedAdapter
+from trainer.errors import BadInput
+from trainer.families import load_family
+from trainer.methods import Methods, attach
+from trainer.methods.adapter_files import read_adapter_file
+from trainer.methods.from_file import begin_with
+from trainer.methods.module_names import sgm_names
+from trainer.methods.targets import networks
+from trainer.tensor_file import write
+
+KOHYA = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_base(tmp_path_factory.mktemp("xl"), "sdxl")
+
+
+def trained(base: Base) -> tuple[Methods, dict[str, Tensor]]:
+    """An adapter whose every number is something."""
+    methods = attach(base, load_family(base))
+    for n, parameter in enumerate(methods.parameters.values()):
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(n))
+        parameter.data += 0.05 * noise
+    return methods, {name: p.detach().clone() for name, p in methods.parameters.items()}
+
+
+def kohya(tensors: Mapping[str, Tensor], alpha: float, prefixes: Mapping[str, str]) -> dict[str, Tensor]:
+    """As kohya's scripts and LyCORIS write it."""
+    found = {}
+    for name, tensor in tensors.items():
+        network, _, rest = name.partition(".")
+        module, _, part = rest.removesuffix(".weight").rpartition(".")
+        part += ".weight" if rest.endswith(".weight") else ""
+        if part == "lora_magnitude_vector":
+            part, tensor = "dora_scale", tensor.reshape(-1, *[1] * (max(tensor.ndim, 2) - 1))
+        level = "text_model_" if network.startswith("text") and not module.startswith("text_model") else ""
+        called = prefixes[network] + level + module.replace(".", "_")
+        found[f"{called}.{KOHYA.get(part, part)}"] = tensor
+        found[f"{called}.alpha"] = torch.tensor(alpha)
+    return found
+
+
+ONE = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"targets": "linear", "train_text_encoder": True},
+    "dora": {"use_dora": True, "conv_rank": 4, "conv_alpha": 2.0},
+    "loha": {"adapter": "loha", "conv_rank": 4, "conv_alpha": 2.0},
+    "lokr": {"adapter": "lokr", "targets": "linear", "rank": 1, "alpha": 0.5, "lokr_factor": 2},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_kohyas_names_gives_back_the_adapter(world: Path, tmp_path: Path, kind: str) -> None:
+    base = Base(model=str(world / "base"), **{"rank": 4, "alpha": 2.0, **KINDS[kind]})
+    _, tensors = trained(base)
+    write(tmp_path / "a.safetensors", kohya(tensors, base.lora_alpha, ONE), {})
+    family = load_family(base)
+    methods = attach(base, family)
+    begin_with(tmp_path / "a.safetensors", methods, family)
+    for name, parameter in methods.parameters.items():
+        assert torch.equal(parameter, tensors[name]), name
+
+
+def test_stabilitys_names_of_blocks_are_known(xl: Path, tmp_path: Path) -> None:
+    base = Base(model=str(xl), rank=2, targets="linear", conv_rank=2, train_text_encoder=True)
+    _, tensors = trained(base)
+    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+    family = load_family(base)
+    sgm = sgm_names([name for name, _ in family.denoiser.named_modules()], 2)
+    assert sgm["down_blocks.1.attentions.0.proj_in"] == "input_blocks.4.1.proj_in"
+    assert sgm["up_blocks.0.upsamplers.0.conv"] == "output_blocks.2.2.conv"
+    named = {}
+    for name, tensor in tensors.items():
+        network, _, rest = name.partition(".")
+        module = next((m for m in sgm if network == "unet" and rest.startswith(f"{m}.lora")), None)
+        named[f"{network}.{sgm[module]}{rest.removeprefix(module)}" if module else name] = tensor
+    assert len(named) == len(tensors)
+    write(tmp_path / "a.safetensors", kohya(named, base.lora_alpha, prefixes), {})
+    read = read_adapter_file(tmp_path / "a.safetensors", networks(family)).tensors
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+
+def test_alpha_is_true(world: Path, tmp_path: Path) -> None:
+    """diffusers' header says it; without, it is the rank. Another alpha begins as the same change."""
+    base = Base(model=str(world / "base"), rank=4, alpha=2.0)
+    _, tensors = trained(base)
+    told = {"unet.r": 4, "unet.lora_alpha": 2.0, "unet.target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
+    write(tmp_path / "told.safetensors", tensors, {"lora_adapter_metadata": json.dumps(told)})
+    write(tmp_path / "untold.safetensors", tensors, {})
+    other = Base(model=str(world / "base"), rank=4, alpha=4.0)
+    name = next(name for name in tensors if "lora_B" in name)
+    for file, factor in (("told", 0.5), ("untold", 1.0)):
+        family = load_family(other)
+        methods = attach(other, family)
+        begin_with(tmp_path / f"{file}.safetensors", methods, family)
+        assert torch.equal(methods.parameters[name], factor * tensors[name])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"rank": 2}, "rank or base model differ"),
+        ({"targets": "linear"}, "targets differ"),
+        ({"use_dora": True}, "use_dora is False, the run's is True"),
+        ({"adapter": "loha"}, "peft_type is LORA, the run's is LOHA"),
+        ({"train_text_encoder": True}, "only the run trains one of the text_encoder"),
+    ],
+)
+def test_an_adapter_that_a_run_cannot_go_on_from_is_refused(
+    world: Path, tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
+    base = Base(model=str(world / "base"), rank=4)
+    methods, tensors = trained(base)
+    write(tmp_path / "a.safetensors", tensors, methods.metadata())
+    other = base.model_copy(update=keys)
+    family = load_family(other)
+    with pytest.raises(BadInput, match=message):
+        begin_with(tmp_path / "a.safetensors", attach(other, family), family)
+
+
+def test_a_file_of_another_base_is_refused(world: Path, xl: Path, tmp_path: Path) -> None:
+    base = Base(model=str(xl), rank=2, train_text_encoder=True)
+    methods, tensors = trained(base)
+    write(tmp_path / "a.safetensors", tensors, methods.metadata())
+    with pytest.raises(BadInput, match="this base model has no module text_encoder_2"):
+        read_adapter_file(tmp_path / "a.safetensors", networks(load_family(Base(model=str(world / "base")))))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_adapter_is_part_of_the_base(world: Path, tmp_path: Path, kind: str) -> None:
+    base = Base(model=str(world / "base"), **{"rank": 4, "alpha": 2.0, **KINDS[kind]})
+    _, tensors = trained(base)
+    write(tmp_path / "a.safetensors", kohya(tensors, base.lora_alpha, ONE), {})
+    plain = Base(model=str(world / "base"))
+    adapted = load_family(base)
+    methods = attach(base, adapted)
+    begin_with(tmp_path / "a.safetensors", methods, adapted)
+    methods.use()
+    path = str(tmp_path / "a.safetensors")
+    merged, half, untouched = (
+        load_family(plain.model_copy(update={"merged_adapters": given}))
+        for given in ((MergedAdapter(path=path),), (MergedAdapter(path=path, weight=0.5),), ())
+    )
+    ids = [untouched.token_ids("a dog")]
+    noisy = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected, found, before = (
+            family.predict(noisy, torch.tensor([500]), family.encode_tokens(ids))
+            for family in (adapted, merged, untouched)
+        )
+    assert (found - expected).abs().max() < 1e-4 * (expected - before).abs().max()
+    whole, part, none = (dict(f.denoiser.state_dict()) for f in (merged, half, untouched))
+    assert whole.keys() == none.keys(), "nothing of the adapter is left"
+    for name, weight in none.items():
+        assert torch.allclose(part[name] - weight, 0.5 * (whole[name] - weight), atol=1e-6)
+    assert (merged.text_identity() == untouched.text_identity()) == (kind != "lora")
