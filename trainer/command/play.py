@@ -1,6 +1,5 @@
 """Plays one program from its start to its end; see the package."""
 
-import contextlib
 import os
 import signal
 import threading
@@ -9,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from storage.errors import InvalidName
-from storage.local import DISK_FULL, free_superseded
+from storage.local import DISK_FULL
 
 from ..config.command import Command
 from ..errors import BadInput, CommandFailed, DiskFull
@@ -25,15 +24,13 @@ from ..rundir import (
     append_event,
 )
 from ..stop import Stop
-from .folders import Entry, Seen, entries, has_marker, is_being_written, is_complete, listing, looked
 from .output import Lines, Output, Told
 from .program import Program, end_like
-from .taking import files_of, restore, result_files, take
+from .taking import restore, result_files, take
+from .watch import Watch, tell_checkpoint
 from .words import arguments, environment
 
 POLL_S = 0.05
-LOOK_S = 0.5
-"""Between looks at its checkpoints, or a fifth of ``quiet_s`` if that is less."""
 TAKING_S = 2.0
 """So long before it is killed itself it kills a program that was asked to stop: something may be left to
 take."""
@@ -80,12 +77,10 @@ class _Play:
         self._out = out
         self._program = program
         self._stop = stop
-        self._taken_step = self._told_step = step
+        self._told_step = step
         self._told_at: float | None = None
-        self._seen: dict[Path, Seen] = {}
-        self._next_look = float("-inf")
-        self._disk_is_full = False
         self._alive = Pulse(run_dir.alive)
+        self._checkpoints = Watch(command, run_dir, out, program, step, self._alive, self._tell)
         self._output = Output(command.progress, command.steps)
         self._asked_to_dump = threading.Event()
         self._telling = threading.Lock()
@@ -105,7 +100,7 @@ class _Play:
         """Wait for the end of the process that was started, or once it is to stop, of all that it started."""
         asked = False
         while self._program.exit_code is None or (asked and self._program.living()):
-            self._look(time.monotonic())
+            self._checkpoints.look(time.monotonic())
             if self._stop.requested and not asked:
                 asked = True
                 say("asked to stop: telling the command")
@@ -120,84 +115,6 @@ class _Play:
                     time.sleep(POLL_S)
             time.sleep(POLL_S)
 
-    def _look(self, now: float) -> None:
-        """Take the newest checkpoint that is complete, if it is a new one."""
-        every_s = min(LOOK_S, self._command.quiet_s / 5)
-        if now < self._next_look:
-            return
-        self._next_look = now + every_s
-        new_ones = self._new_ones()
-        pids = [process.pid for process in self._program.living()] if new_ones else []
-        complete: list[tuple[Entry, Seen]] = []
-        for entry in new_ones:
-            before = self._seen.get(entry.path)
-            try:
-                there, written = listing(entry.path), is_being_written(entry.path, pids)
-            except OSError:  # it changes right now
-                self._seen.pop(entry.path, None)
-                continue
-            if before is None or before.listing != there:
-                self._alive()
-            seen = looked(before, there, now, written=written, longest_s=2 * every_s)
-            self._seen[entry.path] = seen
-            if is_complete(seen, quiet_s=self._command.quiet_s, marker=self._command.complete):
-                complete.append((entry, seen))
-        # Whoever had a file open a moment ago may have died since: then it is not complete.
-        if complete and self._program.exit_code is None:
-            self._take(*complete[-1])
-
-    def _new_ones(self) -> list[Entry]:
-        found = entries(self._out, self._command.checkpoints)
-        if found and found[-1].step > self._command.steps:
-            raise BadInput(
-                f"{found[-1].path.name} is beyond command.steps, {self._command.steps}",
-                "set command.steps to its last step, counted as its checkpoints are",
-            )
-        # Nothing resumes from the last step: what counts there is the result.
-        return [entry for entry in found if self._taken_step < entry.step < self._command.steps]
-
-    def _take(self, entry: Entry, seen: Seen) -> None:
-        began = time.monotonic()
-        try:
-            files = files_of(entry.path, self._out)
-            is_there = take(
-                self._run_dir.checkpoints,
-                entry.step,
-                files,
-                metrics={},
-                final=False,
-                unchanged=lambda: listing(entry.path) == seen.listing,
-            )
-        except InvalidName as error:
-            raise BadInput(f"{entry.path.name} cannot be stored: {error}") from error
-        except OSError as error:
-            self._untaken(entry, error)
-            return
-        if not is_there:
-            self._seen.pop(entry.path, None)
-            return
-        self._disk_is_full = False
-        self._taken_step = entry.step
-        self._tell(Told(step=entry.step))
-        self._alive()
-        self._told_checkpoint(entry.step, began)
-        say(f"{entry.path.name} is complete")
-
-    def _untaken(self, entry: Entry, error: OSError) -> None:
-        """It went, changed, or the disk is full: the next look shows."""
-        if error.errno in DISK_FULL:
-            free_superseded(self._run_dir.checkpoints, 1)
-            if not self._disk_is_full:
-                message = f"{entry.path.name}: {error.strerror}"
-                append_event(self._run_dir.events, "disk_full", step=entry.step, message=message)
-            self._disk_is_full = True
-
-    def _told_checkpoint(self, step: int, began: float) -> None:
-        took_s = time.monotonic() - began
-        append_event(
-            self._run_dir.events, "checkpoint", step=step, stall_s=0.0, write_s=took_s, inflation_s=0.0
-        )
-
     def _ended(self) -> int:
         codes, code = self._program.codes, self._program.exit_code
         said_so = EXIT_PREEMPTED in codes or (bool(codes) and codes[-1] == EXIT_COMPLETE)
@@ -205,19 +122,11 @@ class _Play:
         if code == EXIT_COMPLETE and (not asked or self._told_step >= self._command.steps):
             return self._finish()
         if said_so:  # whoever ends of its own will has written what it wrote
-            self._take_the_last()
+            self._checkpoints.take_the_last()
         if asked or code == EXIT_PREEMPTED:
             return EXIT_PREEMPTED
         assert code is not None
         return self._failed(code)
-
-    def _take_the_last(self) -> None:
-        for entry in reversed(self._new_ones()):
-            with contextlib.suppress(OSError):  # it cannot be read: the one before can, perhaps
-                seen = Seen(listing(entry.path), 0.0)
-                if seen.listing and has_marker(seen.listing, self._command.complete):
-                    self._take(entry, seen)
-                    return
 
     def _finish(self) -> int:
         began, command = time.monotonic(), self._command
@@ -231,7 +140,7 @@ class _Play:
                 raise DiskFull(f"DISK_FULL: {self._run_dir.checkpoints}: {error.strerror}") from error
             raise
         self._tell(Told(step=command.steps))
-        self._told_checkpoint(command.steps, began)
+        tell_checkpoint(self._run_dir, command.steps, began)
         append_event(self._run_dir.events, "complete", step=command.steps)
         say(f"the result is complete: {', '.join(files)}")
         return EXIT_COMPLETE
