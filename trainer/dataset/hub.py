@@ -75,7 +75,7 @@ def export(rows: Any, source: Source, target: Path, alive: Callable[[], None] = 
             "set dataset.image_column",
         )
     metadata = []
-    for name, row in _images(rows.cast_column(image, kind(decode=False)), source, target):
+    for name, row in _images(rows.decode(False), source, target):
         if isinstance(row.get(caption), str):
             metadata.append(json.dumps({"file_name": name, "text": row[caption]}, ensure_ascii=False))
         elif row.get(caption) is not None:
