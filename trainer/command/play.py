@@ -31,7 +31,7 @@ from .watch import Watch, tell_checkpoint
 from .words import arguments, environment
 
 POLL_S = 0.05
-TAKING_S = 2.0
+TAKING_S = 3.0
 """So long before it is killed itself it kills a program that was asked to stop: something may be left to
 take."""
 EOF_S = 5.0
