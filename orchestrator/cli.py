@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
-from .commands import operating_commands, starting, storage_commands, supervise_command
+from .commands import generating, operating_commands, starting, storage_commands, supervise_command
 from .commands.options import address_option, output_option, store_option
 from .usual_store import DEFAULT_STORE
 
@@ -22,6 +22,9 @@ insecure_option = click.option(
     "--insecure", is_flag=True, help="Use a cluster elsewhere although RAY_AUTH_MODE=token is not set."
 )
 
+
+FORMS = ("diffusers", "kohya", "comfyui", "a1111", "hf", "dir")
+"""For whom an adapter is exported: see ``trainer.export.bundle``."""
 
 LAUNCHING = ("sweep", "resume")
 """Whoever calls one of these and sees an error wants to know whether anything runs."""
@@ -279,15 +282,33 @@ def logs(run: str, attempt: int | None, previous: bool, tail: int, events: bool,
 @click.option("--best", is_flag=True, help="The best run of the sweep NAME, by its metric.")
 @click.option("--step", type=click.IntRange(min=0), help="A step's checkpoint instead of the newest.")
 @click.option(
-    "--to", "form", type=click.Choice(["diffusers", "kohya"]), default="diffusers", show_default=True
+    "--to", "form", type=click.Choice(FORMS), default="diffusers", show_default=True, help="Who reads it."
+)
+@click.option("--name", "title", help="What the adapter is called; by default after run and step.")
+@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
+@click.option(
+    "--metadata",
+    type=click.Choice(["minimal", "full", "none"]),
+    default="minimal",
+    show_default=True,
+    help="What the file tells; full: also captions and paths.",
 )
 @click.option("--out", type=click.Path(path_type=Path), default=Path("exports"), show_default=True)
 @click.option("--force", is_flag=True, help="Write over an export that is there.")
 @store_option
 def export(
-    name: str, best: bool, step: int | None, form: str, out: Path, force: bool, store_url: str
+    name: str,
+    best: bool,
+    step: int | None,
+    form: str,
+    title: str | None,
+    dtype: str,
+    metadata: str,
+    out: Path,
+    force: bool,
+    store_url: str,
 ) -> None:
-    """Write a run's LoRA as a file that other programs load, and verify that it does."""
+    """Write a run's adapter as others load it, with what they show beside it, and verify that they do."""
     from storage.url import open_store
 
     from .commands.exporting import export_run
@@ -307,7 +328,45 @@ def export(
         click.echo(best_line(found, winner), err=True)
     else:
         found, run_id = find_run(store, name)
-    click.echo(export_run(store, found.run(run_id), step=step, form=form, out=out, force=force))
+    options = ["--dtype", dtype, "--metadata", metadata, *(["--name", title] if title else [])]
+    written = export_run(
+        store,
+        found.run(run_id),
+        step=step,
+        form=form,
+        out=out,
+        force=force,
+        options=options,
+        say=lambda line: click.echo(line, err=True),
+    )
+    click.echo(written)
+
+
+@main.command()
+@click.argument("name")
+@click.option("--to", type=click.Choice(["tensorboard", "wandb"]), required=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("tracked"), show_default=True)
+@store_option
+def track(name: str, to: str, out: Path, store_url: str) -> None:
+    """Write what a sweep's runs, or one run, measured for TensorBoard, or for W&B to sync.
+
+    Called again, it goes on where it left off.
+    """
+    from storage.url import open_store
+
+    from .commands.tracking import track_run
+    from .grid.submission import find_run, load_submitted, sweep_names
+
+    store = open_store(store_url)
+    if name in sweep_names(store):
+        found = load_submitted(store, name)
+        runs = found.runs
+    else:
+        found, run_id = find_run(store, name, "sweep or run")
+        runs = (found.run(run_id),)
+    for run in runs:
+        steps = track_run(store, found.name, run, to=to, out=out)
+        click.echo(f"{run.run_id}: {steps} new steps in {out}")
 
 
 @main.command()
@@ -350,6 +409,7 @@ for command in (
     *operating_commands.COMMANDS,
     supervise_command.supervise,
     starting.init,
+    generating.generate,
 ):
     main.add_command(command)
 
