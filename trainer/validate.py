@@ -62,15 +62,16 @@ def validation_loss(
 def evaluating(family: Family) -> Iterator[None]:
     """Turn off dropout and gradients."""
     networks = [family.denoiser, *family.text_encoders.values()]
-    training = [network.training for network in networks]
+    # Module by module: of a text encoder only the adapters train, and have dropout.
+    training = [(module, module.training) for network in networks for module in network.modules()]
     for network in networks:
         network.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for network, was in zip(networks, training, strict=True):
-            network.train(was)
+        for module, was in training:
+            module.training = was
 
 
 def expanded(conditioning: Conditioning, count: int) -> Conditioning:

@@ -17,6 +17,7 @@ from trainer.config import Base, Evaluate
 
 from ..errors import STORE_DENIED, STORE_UNREACHABLE, PreflightFailed, Problem
 from ..grid.sweep import Sweep
+from .adapters import adapter_problems
 from .base_model import base_model_problems
 from .class_images import class_image_problems
 from .data import dataset_problems
@@ -41,6 +42,7 @@ def check(
     found = list(dataset_problems(specs))
     found += class_image_problems(specs)
     found += base_model_problems(spec.base for spec in specs)
+    found += adapter_problems(specs)
     for evaluate in _distinct(spec.evaluate for spec in specs if spec.evaluate):
         found += _command(evaluate)
     for spec in specs:

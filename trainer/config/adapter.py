@@ -21,12 +21,13 @@ class AdapterKeys(Frozen):
     use_rslora: bool = False
     """Scale by alpha over the square root of the rank (Kalajdzievski 2023); ``lora`` only."""
     conv_rank: Rank | None = None
-    """Rank of adapters of the convolutions (LoCon); without it they receive none."""
+    """Rank of adapters of convolutions with kernels larger than 1 (LoCon); without it, the UNet's resnets
+    receive none."""
     conv_alpha: Positive | None = None
     """Scale times rank of the convolutions; by default ``conv_rank``."""
     lora_dropout: Fraction = 0.0
     """Share of an adapter's inputs that is dropped; ``lora`` only."""
-    lokr_factor: Annotated[int, Field(ge=-1)] = -1
+    lokr_factor: Literal[-1] | Annotated[int, Field(ge=2)] = -1
     """LoKr: into what the sizes are factored; -1: as near to the square root as possible."""
     targets: TargetSet | tuple[str, ...] = "attention"
     """``attention``, ``linear`` (every linear layer of the transformer blocks), or endings of the denoiser's
@@ -36,7 +37,8 @@ class AdapterKeys(Frozen):
     text_encoder_learning_rate: Positive | None = None
     """By default ``learning_rate``."""
     initial_adapter: str | None = None
-    """An adapter file to go on from, instead of one that changes nothing. Its rank and kind must be these."""
+    """An adapter file of diffusers, kohya or LyCORIS to go on from, instead of one that changes nothing. Its
+    kind, rank and targets must be these."""
     initial_adapter_digest: Sha256 | None = None
 
     @property

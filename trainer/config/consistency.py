@@ -15,7 +15,42 @@ if TYPE_CHECKING:
 
 def contradictions(spec: "RunSpec") -> list[str]:
     """Return what cannot work together in a spec without a ``command``; empty: nothing."""
-    return [*_texts(spec), *_buckets(spec), *_objective(spec), *_prior(spec), *_prodigy(spec)]
+    return [
+        *_adapter(spec),
+        *_texts(spec),
+        *_buckets(spec),
+        *_objective(spec),
+        *_prior(spec),
+        *_prodigy(spec),
+    ]
+
+
+def _adapter(spec: "RunSpec") -> Iterator[str]:
+    base = spec.base
+    if base.adapter != "lora":
+        lora_only = {
+            "use_dora": base.use_dora,
+            "use_rslora": base.use_rslora,
+            "lora_dropout": base.lora_dropout,
+        }
+        for key, given in lora_only.items():
+            if given:
+                yield (
+                    f"base.{key} is for LoRA, and base.adapter is {base.adapter}: leave {key} out, or set "
+                    "adapter to lora"
+                )
+    if base.lokr_factor != -1 and base.adapter != "lokr":
+        yield f"base.lokr_factor is for LoKr, and base.adapter is {base.adapter}: leave lokr_factor out"
+    if base.conv_alpha is not None and base.conv_rank is None:
+        yield (
+            "base.conv_alpha is the alpha of convolutions, but without base.conv_rank they receive no "
+            "adapter: set conv_rank too, or leave conv_alpha out"
+        )
+    if base.text_encoder_learning_rate is not None and not base.train_text_encoder:
+        yield (
+            "base.text_encoder_learning_rate is given, but text encoders are not trained: set "
+            "base.train_text_encoder to true, or leave the rate out"
+        )
 
 
 def _texts(spec: "RunSpec") -> Iterator[str]:

@@ -5,7 +5,7 @@ the denoiser is kept in the precision asked for and runs under autocast.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, cast
 
@@ -19,8 +19,6 @@ from ..randomness import own_memory
 from . import Conditioning, Posterior
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-"""diffusers' names of the attention projections: what its own LoRA scripts train."""
 _READ_BY_CLIP = ("hidden_act", "num_attention_heads", "layer_norm_eps", "eos_token_id")
 
 
@@ -49,12 +47,18 @@ class LatentFamily:
         }
         self._vae = frozen(pipeline.vae, device)
         self.latent_pixels = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+        self.side_multiple = self.latent_pixels
         self.latent_channels = int(pipeline.vae.config.latent_channels)
         self._scaling = float(pipeline.vae.config.scaling_factor)
         self._shift = float(pipeline.vae.config.shift_factor or 0.0)
         self._layout = torch.channels_last if base.channels_last else torch.contiguous_format
         self.denoiser: nn.Module = frozen(parts[self.denoiser_prefix], device, self._dtype)
         self._arrange(base)
+
+    @classmethod
+    def absent(cls, tensors: Container[str]) -> tuple[str, ...]:
+        """Return which parts of its pipeline a single file with these tensors does without."""
+        return ()
 
     def token_ids(self, text: str) -> list[list[int]]:
         return [padded_ids(tokenizer, text, tokenizer.model_max_length) for tokenizer in self._tokenizers]

@@ -5,19 +5,21 @@ comes without T5, zeros take its place (Esser et al. 2024, appendix B). This fil
 ``config.families`` are all that the trainer knows of the family.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.loaders.single_file_utils import is_t5_in_single_file
 from torch import Tensor
 from torch.nn import functional
 
 from ..config import Base
+from ..config.layer_sizes import ATTENTION
 from ..errors import BadInput
 from ..objective.flow import FlowMatching
 from . import Conditioning
-from .latent import ATTENTION, LatentFamily, padded_ids
+from .latent import LatentFamily, padded_ids
 
 T5_TOKENS = 256
 """As many as diffusers' pipeline reads."""
@@ -46,10 +48,15 @@ class StableDiffusion3(LatentFamily):
             int(pipeline.scheduler.config.num_train_timesteps), float(pipeline.scheduler.config.shift)
         )
         self._t5_width = int(pipeline.transformer.config.joint_attention_dim)
+        self.side_multiple = self.latent_pixels * int(pipeline.transformer.config.patch_size)
 
     @staticmethod
     def fits(pipeline: Any) -> bool:
         return True
+
+    @classmethod
+    def absent(cls, tensors: Container[str]) -> tuple[str, ...]:
+        return () if is_t5_in_single_file(tensors) else ("text_encoder_3", "tokenizer_3")
 
     def token_ids(self, text: str) -> list[list[int]]:
         lengths = [tokenizer.model_max_length for tokenizer in self._tokenizers[:2]] + [T5_TOKENS]

@@ -8,18 +8,11 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from ..config import Base
+from ..config.layer_sizes import UNET_TARGETS
 from ..errors import BadInput
 from ..objective.process import Diffusion
-from .latent import ATTENTION, LatentFamily
+from .latent import LatentFamily
 
-TARGETS = {
-    "attention": ATTENTION,
-    "linear": (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-    "conv": (
-        *("conv1", "conv2", "conv_shortcut", "time_emb_proj"),
-        *("downsamplers.0.conv", "upsamplers.0.conv"),
-    ),
-}
 NO_SIGNAL = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 """Zero-terminal SNR for diffusers' schedulers: sampling must begin at the last timestep (Lin et al. 2024)."""
 
@@ -28,7 +21,7 @@ class UNetFamily(LatentFamily):
     """See ``Family``."""
 
     denoiser_prefix = "unet"
-    targets: Mapping[str, tuple[str, ...]] = TARGETS
+    targets: Mapping[str, tuple[str, ...]] = UNET_TARGETS
     extra_conditioning: str | None = None
     """What the UNet is told besides text, in diffusers' words."""
 

@@ -89,7 +89,7 @@ def _attached(
     rate: float = 1.0,
     beside: Callable[[], Iterable[nn.Module]] = tuple,
 ) -> Adapter:
-    check_ranks(base, network, prefix, told)
+    check_ranks(base, network, prefix, told["target_modules"])
     inner = layers.inject(network, name, told, dropout=base.lora_dropout)
     initialise(inner, base.seed, "adapter" if prefix in ("unet", "transformer") else f"adapter {prefix}")
     layers.set_magnitudes(network, name)

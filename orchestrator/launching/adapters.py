@@ -1,0 +1,67 @@
+"""What can be known of adapters before anything is launched: that their files are there, that ranks fit.
+
+The sizes of a local model's layers are read from the headers of its files. What is in an adapter's file is
+for the trainer to say, before its first step.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from trainer.config import Base, RunSpec
+from trainer.config.families import CONVOLUTIONAL, DENOISERS
+from trainer.config.layer_sizes import UNET_TARGETS, Shape, endings, misfit
+from trainer.spec_inputs import inputs_of
+
+from ..errors import Problem
+
+_LENGTH_BYTES, _MAX_HEADER_BYTES = 8, 10_000_000
+
+
+def adapter_problems(specs: Iterable[RunSpec]) -> Iterator[Problem]:
+    """Yield what is wrong with the adapters that runs begin with, merge or train."""
+    specs = list(specs)
+    files = {
+        (named.path, named.key) for spec in specs for named in inputs_of(spec) if named.place.kind == "files"
+    }
+    for path, key in sorted(files):
+        if not path.endswith(".safetensors"):
+            hint = "convert it to .safetensors first"
+            yield Problem("E2332", f"adapter {path} is no .safetensors file", key, hint)
+        elif not Path(path).is_file():
+            hint = "relative paths start at the folder of the sweep file"
+            yield Problem("E2331", f"adapter {path} does not exist", key, hint)
+    read = ("model", "adapter", "rank", "conv_rank", "targets")
+    for base in {tuple(getattr(spec.base, key) for key in read): spec.base for spec in specs}.values():
+        yield from _ranks(base)
+
+
+def _ranks(base: Base) -> Iterator[Problem]:
+    folder = Path(base.model)
+    if not folder.is_absolute() or not folder.is_dir():
+        return
+    try:
+        kind = json.loads((folder / "model_index.json").read_bytes())["_class_name"]
+        shapes = _layers(folder / DENOISERS.get(kind, "unet"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # said of the model itself
+    if kind not in CONVOLUTIONAL and base.conv_rank:
+        message = f"a {kind} has no convolutions to adapt"
+        yield Problem("E2333", message, "base.conv_rank", "leave conv_rank out")
+    elif shapes and kind in CONVOLUTIONAL and (found := misfit(base, shapes, endings(base, UNET_TARGETS))):
+        key, message, hint = found
+        yield Problem("E2333", f"{base.model}: {key} {message}", f"base.{key}", hint)
+
+
+def _layers(folder: Path) -> dict[str, Shape]:
+    """Return the shapes of the weights that a network's files hold, by module."""
+    found: dict[str, Shape] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            header = json.loads(file.read(length)) if length <= _MAX_HEADER_BYTES else {}
+        for name, tensor in header.items():
+            shape = tensor.get("shape", ())
+            if name.endswith(".weight") and len(shape) > 1:
+                found[name.removesuffix(".weight")] = tuple(shape)
+    return found
