@@ -3,6 +3,7 @@
     python -m trainer run --spec run.json --store file:///srv/loras --run-id cat
     python -m trainer export --checkpoint DIR --spec run.json --out DIR --to diffusers
     python -m trainer sample --spec run.json [--checkpoint DIR] --out DIR
+    python -m trainer generate --adapter FILE --prompt TEXT --out DIR
 
 ``run`` claims the run's next attempt in its log, so that killing it and starting it again resumes it, here or
 on another machine, exactly as the orchestrator would.
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from pydantic import ValidationError
@@ -38,6 +39,7 @@ from storage.run_state import RunState
 from storage.snapshots import hinted_log
 
 from .config import RunSpec
+from .errors import TrainerError
 from .evidence import attributed
 from .rundir import (
     EXIT_BAD_CHECKPOINT,
@@ -62,9 +64,20 @@ spec_option = click.option(
 out_option = click.option("--out", type=click.Path(path_type=Path), required=True)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Commands(click.Group):
+    """A group that tells what the trainer foresaw in one line, with its exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TrainerError as error:
+            click.echo(f"{error}; {error.hint}" if error.hint else str(error), err=True)
+            sys.exit(error.exit_code)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Train, export or sample one run, without a cluster."""
+    """Train, export or sample one run, or draw from an adapter, without a cluster."""
 
 
 @main.command()
@@ -129,9 +142,54 @@ def export(
     shown = read_samples(samples) if samples else []
     bundle = write_bundle(trained, out, to, name=name, dtype=dtype, metadata=metadata, samples=shown)
     for weights in bundle.weights:
-        click.echo(f"{weights.name} verified: {json.dumps(verify_export(weights, trained))}", err=True)
-    click.echo(f"in a prompt: {usage(trained, name or out.name)}", err=True)
+        click.echo(f"{weights.name} verified: {json.dumps(verify_export(weights, trained))}")
+    click.echo(f"in a prompt: {usage(trained, name or out.name)}")
     click.echo(bundle.weights[0])
+
+
+@main.command()
+@click.option("--adapter", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--base", "model", help="A hub id or a local model, if not what the file says.")
+@click.option("--spec", "spec_path", type=click.Path(exists=True, path_type=Path), help="Its run's spec.")
+@click.option("--prompt", "prompts", multiple=True, required=True)
+@click.option("--negative", default="")
+@click.option("--seed", "seeds", type=int, multiple=True, default=(1,))
+@click.option("--steps", type=click.IntRange(min=1), default=25)
+@click.option("--cfg", type=click.FloatRange(min=0), default=7.0)
+@click.option("--scale", type=float, default=0.8)
+@click.option("--resolution", type=click.IntRange(min=8))
+@out_option
+def generate(
+    adapter: Path,
+    model: str | None,
+    spec_path: Path | None,
+    prompts: tuple[str, ...],
+    negative: str,
+    seeds: tuple[int, ...],
+    steps: int,
+    cfg: float,
+    scale: float,
+    resolution: int | None,
+    out: Path,
+) -> None:
+    """Draw images from an adapter's file, and print theirs."""
+    from .config import Base
+    from .generate import Wish
+    from .generate import generate as drawn
+
+    spec = _spec(spec_path) if spec_path else None
+    base = Base(model=model) if model else spec.base if spec else None
+    wish = Wish(
+        prompts=prompts,
+        negative=negative,
+        seeds=seeds,
+        steps=steps,
+        cfg=cfg,
+        scale=scale,
+        resolution=resolution or (spec.base.resolution if spec else None),
+    )
+    for image in drawn(adapter, base, wish, out):
+        click.echo(image)
 
 
 @main.command()

@@ -25,7 +25,7 @@ def init(preset: str, folder: Path) -> None:
     """Write a commented grid.yaml into FOLDER, to change and to sweep. Nothing is written over."""
     target = folder / "grid.yaml"
     if target.exists():
-        raise InvalidFile([Problem("E2702", f"{target} is there already", hint="name another folder")])
+        raise InvalidFile([Problem("E2704", f"{target} is there already", hint="name another folder")])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if preset == TINY:

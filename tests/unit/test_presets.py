@@ -19,7 +19,7 @@ def written(preset: str, folder: Path) -> list[RunSpec]:
     assert checked.exit_code == 0, checked.output
     again = CliRunner().invoke(main, ["init", "--preset", preset, str(folder)])
     assert again.exit_code == 2
-    assert "E2702" in again.output
+    assert "E2704" in again.output
     return [spec for _, spec in validate(folder / "grid.yaml").cells]
 
 
@@ -39,8 +39,8 @@ def test_the_blog_s_command_option_by_option(tmp_path: Path) -> None:
     assert (base.max_train_steps, base.learning_rate, base.max_grad_norm) == (15000, 1e-4, 1.0)
     assert (base.lr_scheduler, base.lr_warmup_steps, base.seed) == ("cosine", 0, 1337)
     assert (base.rank, base.lora_alpha, base.targets, base.mixed_precision) == (4, 4.0, "attention", "fp16")
-    assert (base.optimizer, base.adam_beta1, base.adam_beta2) == ("adamw", 0.9, 0.999)
-    assert (base.adam_epsilon, base.weight_decay) == (1e-8, 1e-2)
+    assert (base.optimizer, base.adam_beta1, base.adam_epsilon) == ("adamw", 0.9, 1e-8)
+    assert base.weight_decay == 1e-2
     assert spec.dataset.random_flip
     assert spec.dataset.center_crop
     assert spec.samples

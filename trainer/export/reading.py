@@ -1,7 +1,7 @@
 """Puts an adapter's file onto a base model, as a user would: through diffusers where it reads the form.
 
 diffusers reads LoRA in its own form and in kohya's. It does not read LoHa and LoKr, and drops DoRA's
-magnitudes from kohya's form: those go through our own reader, ``methods.adapter_files``.
+magnitudes from kohya's form: those go through our own reader, ``methods.adapter_files``, as do checkpoints.
 """
 
 from pathlib import Path
@@ -38,9 +38,10 @@ def read_onto_base(path: Path, base: Base) -> tuple[Family, str]:
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
+            is_checkpoint = "config" in (file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise NotReadable(f"{path}: {error}") from error
-    own = any(part in name for name in names for part in _FOREIGN)
+    own = is_checkpoint or any(part in name for name in names for part in _FOREIGN)
     return (_by_ourselves if own else _by_diffusers)(path, base), NAME
 
 

@@ -1,0 +1,163 @@
+"""What lies beside exported weights for those who read it, and images drawn from an export."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from support.adapters import adapted_checkpoint
+from support.tiny_world import tiny_spec
+
+from trainer.config import RunSpec
+from trainer.errors import BadInput
+from trainer.export import Trained, trained_adapter
+from trainer.export.bundle import Target, read_samples, usage, write_bundle
+from trainer.export.headers import BASE_MODEL, BASE_REVISION, description
+from trainer.generate import Wish, adapter_file, base_of, generate
+from trainer.sample import sample_images
+
+# diffusers' schedulers hand torch tensors to numpy in the old way.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+SAMPLES = {"prompts": ["a [trigger] on a beach"], "negative": "blurry", "seeds": [1, 2], "steps": 2}
+
+
+@pytest.fixture(scope="module")
+def spec(world: Path) -> RunSpec:
+    base = {"alpha": 12.0, "lora_dropout": 0.0}
+    return tiny_spec(
+        world / "base", world / "images", base=base, dataset={"trigger": "rufus"}, samples=SAMPLES
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(spec: RunSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return adapted_checkpoint(spec, tmp_path_factory.mktemp("checkpoint"), size=0.1)
+
+
+@pytest.fixture(scope="module")
+def trained(spec: RunSpec, checkpoint: Path) -> Trained:
+    return trained_adapter(checkpoint, spec)
+
+
+@pytest.fixture(scope="module")
+def samples(spec: RunSpec, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sample_images(spec, checkpoint, tmp_path_factory.mktemp("drawn") / "samples")
+
+
+@pytest.mark.parametrize(
+    ("to", "files"),
+    [
+        ("diffusers", ["pytorch_lora_weights.safetensors"]),
+        ("comfyui", ["cat.metadata.json", "cat.png", "cat.safetensors"]),
+        ("a1111", ["cat.json", "cat.png", "cat.safetensors"]),
+        ("hf", ["README.md", "images/p00-s1.png", "images/p00-s2.png", "pytorch_lora_weights.safetensors"]),
+    ],
+)
+def test_each_reader_gets_what_it_reads(
+    to: Target, files: list[str], trained: Trained, samples: Path, tmp_path: Path
+) -> None:
+    write_bundle(trained, tmp_path / "cat", to, samples=read_samples(samples))
+
+    found = [path for path in (tmp_path / "cat").rglob("*") if path.is_file()]
+    assert sorted(path.relative_to(tmp_path / "cat").as_posix() for path in found) == files
+
+
+def test_the_bundle_says_how_to_use_the_adapter_and_not_where_it_was_trained(
+    trained: Trained, samples: Path, world: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cat"
+    write_bundle(trained, folder, "dir", samples=read_samples(samples))
+
+    a1111 = json.loads((folder / "cat.json").read_text())
+    assert list(a1111) == [
+        *("description", "sd version", "activation text"),
+        *("preferred weight", "negative text", "notes"),
+    ]
+    assert (a1111["sd version"], a1111["activation text"]) == ("SD1", "rufus")
+    manager = json.loads((folder / "cat.metadata.json").read_text())
+    assert (manager["base_model"], manager["preview_url"]) == ("SD 1.5", "cat.png")
+    assert manager["civitai"]["trainedWords"] == ["rufus"]
+    with Image.open(folder / "cat.png") as image:
+        assert image.text["parameters"].splitlines() == [
+            "a rufus on a beach <lora:cat:1>",
+            "Negative prompt: blurry",
+            "Steps: 2, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: 1, Size: 32x32, Model: base",
+        ]
+    card = (folder / "README.md").read_text()
+    assert "base_model: base\n" in card
+    assert "instance_prompt: rufus\n" in card
+    assert usage(trained, "cat") == "<lora:cat:0.8> rufus"
+    for path in folder.rglob("*"):
+        assert path.is_dir() or str(world).encode() not in path.read_bytes(), f"{path} tells a path"
+
+
+@pytest.mark.parametrize(
+    ("family", "prediction", "version", "architecture"),
+    [
+        ("sd1", "epsilon", "sd_v1", "stable-diffusion-v1/lora"),
+        ("sd2", "v_prediction", "sd_v2_v", "stable-diffusion-v2-768-v/lora"),
+        ("sdxl", "epsilon", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+    ],
+)
+def test_headers_name_the_family(
+    family: str, prediction: str, version: str, architecture: str, trained: Trained
+) -> None:
+    said = description(replace(trained, family=family, prediction_type=prediction), "cat", "minimal")
+
+    assert said["ss_base_model_version"] == version
+    assert said["modelspec.architecture"] == architecture
+    assert description(trained, "cat", "none") == {}
+    assert "orchestrate.spec" in description(trained, "cat", "full")
+
+
+def test_images_are_drawn_from_a_file_with_the_base_that_is_named(
+    spec: RunSpec, trained: Trained, samples: Path, tmp_path: Path
+) -> None:
+    """At full scale and with the run's settings they are the run's own samples."""
+    write_bundle(trained, tmp_path / "cat", "kohya")
+    wish = Wish(
+        prompts=("a [trigger] on a beach",), negative="blurry", seeds=(1, 2), steps=2, cfg=7.5, scale=1.0
+    )
+    with pytest.raises(BadInput, match="trained on a local model called base"):
+        generate(tmp_path / "cat", None, wish, tmp_path / "nowhere")
+
+    drawn = generate(tmp_path / "cat", spec.base, wish, tmp_path / "drawn")
+
+    assert [path.read_bytes() for path in drawn] == [
+        path.read_bytes() for path in sorted(samples.glob("*.png"))
+    ]
+    with pytest.raises(BadInput, match="is not empty"):
+        generate(tmp_path / "cat", spec.base, wish, tmp_path / "drawn")
+
+
+def test_the_base_is_found_in_the_header_or_in_the_card(tmp_path: Path) -> None:
+    file = tmp_path / "cat.safetensors"
+    named = base_of(file, {BASE_MODEL: "owner/model", BASE_REVISION: "abc", "ss_clip_skip": "2"})
+    assert (named.model, named.revision, named.clip_skip) == ("owner/model", "abc", 2)
+    with pytest.raises(BadInput, match="says only v1-5"):
+        base_of(file, {"ss_sd_model_name": "v1-5"})
+    (tmp_path / "README.md").write_text(
+        '---\ntags: [a]\nbase_model: "owner/other"\n---\n\nbase_model: no/no\n'
+    )
+    assert base_of(file, {}).model == "owner/other"
+    with pytest.raises(BadInput, match=r"found none"):
+        adapter_file(tmp_path)
+
+
+def test_the_command_draws_and_says_where_and_what_is_missing(
+    spec: RunSpec, trained: Trained, tmp_path: Path
+) -> None:
+    write_bundle(trained, tmp_path / "cat", "a1111")
+    words = [sys.executable, "-m", "orchestrator", "generate", str(tmp_path / "cat"), "--prompt", "a rufus"]
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*words, *more], cwd=tmp_path, capture_output=True, text=True)
+
+    drawn = run("--base", spec.base.model, "--steps", "1", "--seed", "4")
+    assert drawn.returncode == 0, drawn.stderr
+    assert (tmp_path / drawn.stdout.strip()).read_bytes().startswith(b"\x89PNG")
+    assert drawn.stdout == "generated/001/p00-s4.png\n"

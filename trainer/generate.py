@@ -1,0 +1,147 @@
+"""Images from an adapter's file: any form that we or diffusers can read, on the base that the file names.
+
+The base is, in this order: what the person says; what our own header says; what the model card beside the
+file says (``base_model`` in ``README.md``). Of a base that was a local folder, a header tells only the name.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from .config import Base, Dataset, RunSpec, Samples
+from .errors import BadInput
+from .export.files import DIFFUSERS_NAME
+from .export.headers import BASE_DIGEST, BASE_MODEL, BASE_REVISION, SPEC
+from .export.reading import read_onto_base, scale
+from .rundir import ADAPTER
+from .sample import draw_images, write_images
+from .stop import Stop
+from .tensor_file import read
+from .texts import LiveTexts
+
+CARD = "README.md"
+_AS_FAST_AS_IT_GOES = {
+    "mixed_precision": "fp16" if torch.cuda.is_available() else "no",
+    "gradient_checkpointing": False,
+    "compile": False,
+}
+"""Of a base, whatever it was trained in: an image differs by no more than rounding."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What is to be drawn."""
+
+    prompts: tuple[str, ...]
+    negative: str = ""
+    seeds: tuple[int, ...] = (1,)
+    steps: int = 25
+    cfg: float = 7.0
+    scale: float = 0.8
+    """Multiplies what the adapter changes, as the number in ``<lora:name:0.8>`` does."""
+    resolution: int | None = None
+    """Side of the square image; by default that of the training images, else 512, SDXL and SD3 1024."""
+
+
+def generate(path: Path, base: Base | None, wish: Wish, out: Path) -> list[Path]:
+    """Draw images into a new or empty folder and return their files.
+
+    Args:
+        path: A ``.safetensors`` file, or the folder of an export or a checkpoint.
+        base: By default what the file or its card says.
+
+    Raises:
+        BadInput: Says what is missing.
+        NotReadable: The file does not become an adapter of this base.
+    """
+    file = adapter_file(path)
+    header = _header(file)
+    base = (base or base_of(file, header)).model_copy(update=_AS_FAST_AS_IT_GOES)
+    if out.exists() and any(out.iterdir()):
+        raise BadInput(f"{out} is not empty", "give a new folder with --out")
+    family, _ = read_onto_base(file, base)
+    scale(family, wish.scale)
+    side = wish.resolution or _trained_side(header) or (1024 if family.name in ("sdxl", "sd3") else 512)
+    spec = RunSpec(
+        base=base.model_copy(update={"resolution": side}),
+        dataset=Dataset(path="", trigger=header.get("modelspec.trigger_phrase")),
+        samples=Samples(
+            prompts=wish.prompts, negative=wish.negative, seeds=wish.seeds, steps=wish.steps, cfg=wish.cfg
+        ),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    write_images(out, draw_images(family, spec, LiveTexts(family), Stop()))
+    return sorted(out.glob("*.png"))
+
+
+def adapter_file(path: Path) -> Path:
+    """Return the file of weights that a path means.
+
+    Raises:
+        BadInput: There is none, or several.
+    """
+    if path.is_file():
+        return path
+    for name in (ADAPTER, DIFFUSERS_NAME):
+        if (path / name).is_file():
+            return path / name
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        listed = ", ".join(file.name for file in found) or "none"
+        raise BadInput(f"{path}: one .safetensors file is expected there, found {listed}", "name the file")
+    return found[0]
+
+
+def base_of(file: Path, header: Mapping[str, str]) -> Base:
+    """Return the base that a file was trained on, by its header or by the card beside it.
+
+    Raises:
+        BadInput: Neither says it, or it was a model on another machine.
+    """
+    if SPEC in header:
+        return RunSpec.model_validate_json(header[SPEC]).base
+    name = header.get(BASE_MODEL) or _of_card(file.parent / CARD)
+    if name is None:
+        version = header.get("ss_sd_model_name") or header.get("ss_base_model_version")
+        known = f"; it says only {version}" if version else ""
+        raise BadInput(
+            f"{file}: neither its header nor a {CARD} beside it says which base model it is for{known}",
+            "give --base, a hub id or a local model",
+        )
+    if "/" not in name and not Path(name).exists():
+        digest = header.get(BASE_DIGEST)
+        raise BadInput(
+            f"{file} was trained on a local model called {name}"
+            + (f" (sha256 {digest[:12]}…)" if digest else ""),
+            "say with --base where that model is",
+        )
+    skip = header.get("ss_clip_skip", "None")
+    settings: dict[str, Any] = {"clip_skip": int(skip)} if skip.isdecimal() else {}
+    return Base(model=name, revision=header.get(BASE_REVISION), **settings)
+
+
+def _header(file: Path) -> dict[str, str]:
+    try:
+        return read(file)[1]
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{file}: {error}", "give the .safetensors file of an adapter") from error
+
+
+def _of_card(card: Path) -> str | None:
+    """Return ``base_model`` of a card's header. Plain text in one line, as the hub writes it."""
+    try:
+        header = card.read_text(encoding="utf-8").partition("---")[2].partition("---")[0]
+    except (OSError, UnicodeDecodeError):
+        return None
+    found = re.search(r"""^base_model:\s*["']?([^"'\s]+)["']?\s*$""", header, re.MULTILINE)
+    return found[1] if found else None
+
+
+def _trained_side(header: Mapping[str, str]) -> int | None:
+    found = re.fullmatch(r"(\d+)x\1", header.get("modelspec.resolution", ""))
+    return int(found[1]) if found else None
