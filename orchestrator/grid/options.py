@@ -164,7 +164,7 @@ LOOKING = (
     Option(("validation_epochs", "sample_every_n_epochs"), "samples.every", "in steps"),
     Option(("validation_split",), "dataset.val_fraction"),
     Option(("validate_every_n_steps",), "validation.every"),
-    Option(("report_to", "log_with"), "track", "`[tensorboard]` or `[wandb]`"),
+    Option(("report_to", "log_with"), "", "`orchestrate track NAME --to tensorboard`, or `wandb`"),
     Option(("logging_dir", "wandb_run_name", "log_tracker_name"), "", "named after the run"),
 )
 
@@ -181,7 +181,7 @@ SAVING = (
     Option(
         ("push_to_hub", "hub_model_id", "hub_token"), "", "`orchestrate export --to hf`, then `hf upload`"
     ),
-    Option(("multi_gpu", "num_processes"), "", "see docs/grid.md"),
+    Option(("multi_gpu", "num_processes"), "resources.gpus", "GPUs of one run"),
 )
 
 SUBJECTS: dict[str, tuple[Option, ...]] = {
