@@ -19,7 +19,7 @@ from torch import Tensor
 from storage.local import remove_stale, step_dir, temporary_dir
 
 from .config import RunSpec, Samples
-from .dataset_files import fill_trigger
+from .dataset.folder import fill_trigger
 from .errors import BadCheckpoint, BadInput
 from .families import Family, load_family
 from .methods import attach, restore

@@ -111,7 +111,7 @@ class Input:
         """
         match self.place.kind:
             case "images":
-                from .dataset_files import dataset_content  # imports Pillow, which few callers need
+                from .dataset.folder import dataset_content  # imports Pillow, which few callers need
 
                 return dataset_content(path, memory)
             case "model":

@@ -21,7 +21,7 @@ from storage.directory import DirectoryStore
 from storage.log import run_log
 from storage.object_store import ObjectStore
 from storage.records import EndReason, Finished, Outcome
-from trainer.dataset_files import dataset_content
+from trainer.dataset.folder import dataset_content
 from trainer.interval import UNMEASURED
 
 

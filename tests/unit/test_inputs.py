@@ -17,7 +17,7 @@ from storage.log import run_log
 from storage.memory import MemoryStore
 from trainer.attempt import run_attempt
 from trainer.config import RunSpec
-from trainer.dataset_files import dataset_content
+from trainer.dataset.folder import dataset_content
 from trainer.errors import BadInput
 from trainer.inputs import with_inputs
 from trainer.model_files import model_content

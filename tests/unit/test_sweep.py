@@ -17,7 +17,7 @@ from orchestrator.errors import InvalidFile, Unknown
 from orchestrator.grid.schema import BLOCKS, Checkpoint, Grid, Metric, Notices, Recovery, Resources, Storage
 from orchestrator.grid.sweep import Sweep, differences, load, validate
 from trainer.config import RunSpec
-from trainer.dataset_files import dataset_digest
+from trainer.dataset.folder import dataset_digest
 from trainer.model_files import model_digest
 
 GRID = """\

@@ -217,7 +217,7 @@ def test_scanning_needs_no_torch() -> None:
     import subprocess
     import sys
 
-    program = "import sys, trainer.dataset_files; print('torch' in sys.modules)"
+    program = "import sys, trainer.dataset.sources, trainer.dataset.survey; print('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 
     assert shown.stdout.strip() == "False"

@@ -16,7 +16,7 @@ from storage.local import Manifest
 from trainer.attempt import prepare, run_attempt
 from trainer.cache import Cache, cache_key
 from trainer.config import Base, RunSpec
-from trainer.dataset_files import dataset_digest
+from trainer.dataset.folder import dataset_digest
 from trainer.errors import BadInput, Diverged, EvaluationFailed
 from trainer.evaluate import evaluate, scores
 from trainer.families import load_family
