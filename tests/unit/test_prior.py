@@ -1,5 +1,6 @@
 """Prior preservation: class images, what they weigh, and the online form."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +13,10 @@ from support.training import Lay, StopAtStep, contents, newest
 from torch import Tensor
 
 from trainer.attempt import prepare, run_attempt
-from trainer.config import RunSpec
-from trainer.data import Batch
+from trainer.config import Base, Dataset, Prior, RunSpec
+from trainer.data import Batch, EncodedImage, TrainingSet, View
 from trainer.errors import BadInput
-from trainer.families import Family, load_family
+from trainer.families import Family, Posterior, load_family
 from trainer.objective.process import Diffusion
 from trainer.parts import Parts
 from trainer.prior import class_examples
@@ -100,6 +101,49 @@ def test_given_class_images_come_first(world: Path, tmp_path: Path) -> None:
         spec = spec_of(world, {"path": str(tmp_path / path)})
         with pytest.raises(BadInput, match=said):
             class_examples(spec, family, LiveTexts(family), tmp_path / "drawn", Stop())
+
+
+def training_set(kind: str, count: int, **beside: Any) -> TrainingSet:
+    zero = Posterior(torch.zeros(4, 5, 5), torch.ones(4, 5, 5))
+    images = [
+        EncodedImage(name=f"{n}", caption=f"{kind} {n}", views=(View(zero),), original=(40, 40), shape=(4, 4))
+        for n in range(count)
+    ]
+    base = Base(model="m", train_batch_size=2, gradient_accumulation_steps=2, seed=5)
+    process = Diffusion(torch.linspace(0.99, 0.01, 100), "epsilon")
+    return TrainingSet(images, base, Dataset(path=""), process, latent_pixels=8, **beside)
+
+
+def test_a_prior_changes_nothing_of_the_images_own_samples() -> None:
+    """Class images have samples of their own, and come as evenly as images do."""
+    prior = Prior(prompt=PROMPT, weight=0.5)
+    alone = training_set("image", 5)
+    beside = training_set("image", 5, prior=prior, class_images=training_set("class", 3))
+    class_captions: list[str] = []
+    for step in range(3):
+        own, class_pass = beside.batches(step, 4)
+        (expected,) = alone.batches(step, 4)
+        for name in ("samples", "captions"):
+            assert getattr(own, name) == getattr(expected, name)
+        for name in ("x0_BCHW", "noise_BCHW", "timesteps_B", "weights_B"):
+            assert torch.equal(getattr(own, name), getattr(expected, name))
+        assert class_pass.samples == tuple(-1 - n for n in own.samples)
+        assert class_pass.weights_B.tolist() == [0.5] * 4
+        assert not torch.equal(class_pass.noise_BCHW, own.noise_BCHW)
+        class_captions += class_pass.captions
+    assert Counter(class_captions) == {"class 0": 4, "class 1": 4, "class 2": 4}
+
+
+def test_several_classes_take_turns() -> None:
+    prior = Prior(prompt=("a cat", "a dog", "a fox"), online=True)
+    _, twins = training_set("image", 5, prior=prior).batches(1, 4)
+
+    assert dict(zip(twins.samples, twins.captions, strict=True)) == {
+        -5: "a dog",
+        -6: "a fox",
+        -7: "a cat",
+        -8: "a dog",
+    }
 
 
 def one_by_one(parts: Parts, step: int) -> list[tuple[int, Batch]]:
