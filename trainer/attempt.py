@@ -98,11 +98,7 @@ def _prepared(run_dir: RunDir, spec: RunSpec, options: Options, examples: list[E
     local = moved(spec, options.content)
     say(f"loading {spec.base.model}")
     family = load_family(local.base, cache_dir / "hub" if cache_dir else None)
-    if spec.base.resolution % family.latent_pixels:
-        raise BadInput(
-            f"base.resolution {spec.base.resolution} is not a multiple of {family.latent_pixels}, "
-            f"the pixels of a latent of {spec.base.model}"
-        )
+    _check_sides(spec, family)
     cache = Cache(cache_dir or default_cache_dir())
     texts = _texts(spec, family, cache, examples, stop)
     say("encoding the images that no run here has met yet")
@@ -143,6 +139,19 @@ def _texts(spec: RunSpec, family: Family, cache: Cache, examples: list[Example],
         return LiveTexts(family)
     captions = ["", *(example.caption for example in examples), *sample_texts(spec), *prior_texts(spec)]
     return CachedTexts(encode_texts(family, cache, captions, stop.alive), family.device)
+
+
+def _check_sides(spec: RunSpec, family: Family) -> None:
+    sides = {"base.resolution": spec.base.resolution}
+    if spec.dataset.buckets:
+        sides["dataset.bucket_step"] = spec.dataset.bucket_step
+    for key, side in sides.items():
+        if side % family.side_multiple:
+            raise BadInput(
+                f"{key} {side} is not a multiple of {family.side_multiple}, the pixels of what "
+                f"{spec.base.model} sees as one piece",
+                f"set it to {family.side_multiple * max(1, round(side / family.side_multiple))}",
+            )
 
 
 def check_inputs(spec: RunSpec, options: Options) -> None:

@@ -10,6 +10,15 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "StableDiffusionXLPipeline": ("sdxl",),
     "StableDiffusion3Pipeline": ("sd3",),
 }
+FILE_KINDS = {
+    "v1": "StableDiffusionPipeline",
+    "v2": "StableDiffusionPipeline",
+    "xl_base": "StableDiffusionXLPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "sd35_medium": "StableDiffusion3Pipeline",
+    "sd35_large": "StableDiffusion3Pipeline",
+}
+"""diffusers' names of what it takes a single file for, by the pipeline that it then builds."""
 DENOISERS = {"StableDiffusion3Pipeline": "transformer"}
 """The folder of the network that is trained, where it is not ``unet``."""
 SKIPPING_LAYERS = ("StableDiffusionPipeline",)

@@ -36,6 +36,8 @@ class Family(Protocol):
     device: torch.device
     latent_pixels: int
     """Pixels per latent, along each side."""
+    side_multiple: int
+    """The sides of images are multiples of so many pixels."""
     latent_channels: int
     denoiser: nn.Module
     """The network that receives the adapter."""

@@ -28,8 +28,9 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
 from ..config import Base
-from ..config.families import FAMILIES
+from ..config.families import FAMILIES, FILE_KINDS
 from ..errors import BadInput, BaseUnavailable
+from . import family_class
 from .transfer import broke_off
 
 WHERE = "base.model is a diffusers folder, a single .safetensors file, or a hub id such as owner/name"
@@ -40,15 +41,6 @@ OFFLINE_CONFIG = (
     "the configuration and tokenizer of its family (a diffusers folder without weights), or allow the hub"
 )
 SUPPORTED = f"the trainer loads {', '.join(FAMILIES)}"
-_FILE_KINDS = {
-    "v1": "StableDiffusionPipeline",
-    "v2": "StableDiffusionPipeline",
-    "xl_base": "StableDiffusionXLPipeline",
-    "sd3": "StableDiffusion3Pipeline",
-    "sd35_medium": "StableDiffusion3Pipeline",
-    "sd35_large": "StableDiffusion3Pipeline",
-}
-"""diffusers' names of what it takes a single file for, by the pipeline that it then builds."""
 _LEFT_OUT: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": {
         "safety_checker": None,
@@ -139,12 +131,15 @@ def _load_file(path: Path, hub_cache: Path | None) -> Any:
     config = path.with_suffix("")
     where: dict[str, Any] = {"config": str(config)} if config.is_dir() else {"cache_dir": hub_cache}
     try:
+        shapes = _shapes(path)
         index = (
             diffusers.DiffusionPipeline.load_config(str(config))
             if config.is_dir()
-            else {"_class_name": _kind_of_file(path)}
+            else {"_class_name": _kind_of_file(path, shapes)}
         )
         pipeline_class, left_out = _pipeline_class(str(path), index)
+        for name in FAMILIES[pipeline_class.__name__]:
+            left_out |= dict.fromkeys(family_class(name).absent(shapes))
         return pipeline_class.from_single_file(str(path), **left_out, **where)
     except BadInput:
         raise
@@ -162,15 +157,19 @@ def _load_file(path: Path, hub_cache: Path | None) -> Any:
         raise BadInput(f"base model {path} cannot be loaded: {error}", hint) from error
 
 
-def _kind_of_file(path: Path) -> str:
-    """Return the pipeline class by which diffusers would read a single file. Reads its header only.
+def _shapes(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file without their numbers: its header only is read."""
+    with safe_open(path, framework="pt") as file:
+        names = file.keys()
+        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
+
+
+def _kind_of_file(path: Path, shapes: dict[str, torch.Tensor]) -> str:
+    """Return the pipeline class by which diffusers would read a single file.
 
     Raises:
         BadInput: It holds no model that can be trained.
     """
-    with safe_open(path, framework="pt") as file:
-        names = file.keys()
-        shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
     kind = infer_diffusers_model_type(shapes)
     if kind == "v1" and CHECKPOINT_KEY_NAMES["v1"] not in shapes:  # what it says when it knows nothing better
         raise BadInput(
@@ -178,9 +177,9 @@ def _kind_of_file(path: Path) -> str:
             f"{len(shapes)} tensors such as {min(shapes, default='none')}",
             "an adapter is no base model: it belongs into base.initial_adapter or base.merged_adapters",
         )
-    if kind not in _FILE_KINDS:
+    if kind not in FILE_KINDS:
         raise BadInput(f"base model {path} is of the kind {kind}; no such model can be trained", SUPPORTED)
-    return _FILE_KINDS[kind]
+    return FILE_KINDS[kind]
 
 
 def _probe_hub(base: Base, hub_cache: Path | None) -> None:
