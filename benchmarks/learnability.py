@@ -36,6 +36,7 @@ OLD = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
 FORGETFUL = {"learning_rate": 3e-3}
 """So fast that the old digits suffer: what prior preservation is for."""
 PRIOR = {"prompt": [f"a handwritten {word}" for word in OLD], "images": 72, "steps": 15, "cfg": 3.0}
+ONLINE = {"prompt": PRIOR["prompt"], "online": True}
 
 Change = dict[str, Any]
 ROWS: dict[str, tuple[str, Change]] = {
@@ -65,7 +66,7 @@ ROWS: dict[str, tuple[str, Change]] = {
     "v prediction, min-SNR": ("objective", {"taught": "v_prediction", "base": {"loss_weighting": "min_snr"}}),
     "DreamBooth, no prior": ("DreamBooth", {"base": FORGETFUL}),
     "DreamBooth, class images": ("DreamBooth", {"base": FORGETFUL, "prior": PRIOR}),
-    "DreamBooth, online prior": ("DreamBooth", {"base": FORGETFUL, "prior": {**PRIOR, "online": True}}),
+    "DreamBooth, online prior": ("DreamBooth", {"base": FORGETFUL, "prior": ONLINE}),
 }
 WITHOUT_PRIOR = "DreamBooth, no prior"
 SAMPLES = {
