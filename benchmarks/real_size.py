@@ -165,8 +165,8 @@ def _diffusers(wanted: dict[str, Any]) -> list[float]:
             network.requires_grad_(False)
     chosen = ADAPTERS[wanted["adapter"]]
     targets = [
-        *TARGETS[chosen.get("targets", "attention")],
-        *(TARGETS["conv"] if "conv_rank" in chosen else ()),
+        *UNET_TARGETS[chosen.get("targets", "attention")],
+        *(UNET_TARGETS["conv"] if "conv_rank" in chosen else ()),
     ]
     config = LoraConfig(r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=targets)
     pipeline.unet.add_adapter(config)
