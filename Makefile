@@ -85,8 +85,8 @@ bench-control: $(READY) ## ticks of the controller over 1,000 to 100,000 runs on
 bench-newest: $(READY) ## starting from a snapshot of long logs and many runs, beside reading them
 	@$(BIN)/python benchmarks/newest.py $(ARGS)
 
-bench-recovery: $(BENCH) ## work and time lost to one kill, ours beside others
-	@$(BIN)/python benchmarks/recovery.py $(ARGS)
+bench-recovery: $(BENCH) ## work and time lost to each fault, ours beside Ray Tune; without root to a kill
+	@PYTHONPATH=tests $(BIN)/python benchmarks/recovery.py $(ARGS)
 
 bench-stall: $(BENCH) ## how long a checkpoint holds up the training step
 	@$(BIN)/python benchmarks/stall.py $(ARGS)

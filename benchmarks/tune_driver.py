@@ -1,11 +1,12 @@
 """The other side of ``recovery.py``: the same training under Ray Tune, on the same cluster.
 
-    python tune_driver.py ADDRESS FOLDER EVERY
+    python tune_driver.py ADDRESS FOLDER EVERY [restore]
 
 The trainable calls the trainer's own modules in the trial's process: the same preparation, step and
 checkpoint files; the run is FOLDER/spec.json. A checkpoint is reported to Tune at the first step after it was
 written; a trial that was restarted restores the last one that was reported. Run directories appear under
-FOLDER/tries, each with the id of its node.
+FOLDER/tries, each with the id and the address of its node. With ``restore`` it goes on with what an earlier
+driver left.
 """
 
 import secrets
@@ -42,6 +43,7 @@ def train(config: dict[str, Any]) -> None:
 
     run_dir = RunDir(Path(config["folder"], "tries", secrets.token_hex(4)))
     run_dir.checkpoints.mkdir(parents=True)
+    (run_dir.root / "address").write_text(ray.util.get_node_ip_address())
     (run_dir.root / "node").write_text(ray.get_runtime_context().get_node_id())
     run_dir.spec.write_text(config["spec"])
     options = Options(
@@ -64,9 +66,14 @@ def main() -> None:
     address, folder, every = sys.argv[1], sys.argv[2], int(sys.argv[3])
     spec = Path(folder, "spec.json").read_text()
     local_ray.connect(address)
+    trainable = tune.with_resources(train, {"cpu": 1})
+    space = {"folder": folder, "cache": f"{folder}/cache", "spec": spec, "every": every}
+    if sys.argv[4:] == ["restore"]:
+        tune.Tuner.restore(f"{folder}/tune/recovery", trainable, param_space=space).fit()
+        return
     tuner = tune.Tuner(
-        tune.with_resources(train, {"cpu": 1}),
-        param_space={"folder": folder, "cache": f"{folder}/cache", "spec": spec, "every": every},
+        trainable,
+        param_space=space,
         run_config=tune.RunConfig(
             name="recovery",
             storage_path=f"{folder}/tune",
