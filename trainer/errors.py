@@ -43,7 +43,7 @@ class BadCheckpoint(TrainerError):
 
 
 class BaseUnavailable(TrainerError):
-    """The base model could not be fetched now."""
+    """The base model or the data set could not be fetched now."""
 
     exit_code = EXIT_HUB_UNREACHABLE
 

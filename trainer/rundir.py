@@ -187,7 +187,8 @@ def append_event(path: Path, event: str, **fields: Any) -> None:
 
     ``started step checkpoint interval validation samples score disk_full preempted complete error``
 
-    ``started`` carries ``step`` (resumed from); ``step`` carries ``step``, ``loss``, ``lr``, ``step_s``;
+    ``started`` carries ``step`` (resumed from); ``step`` carries ``step``, ``loss``, ``lr``, ``step_s``,
+    ``first_sample`` (global index) and ``samples`` (how many);
     ``checkpoint`` carries ``step``, ``stall_s``, ``write_s``, ``inflation_s``; ``interval`` carries
     ``every_s``, ``why``; ``error`` carries ``type``, ``message``, ``hint``, ``memory_bytes``.
     One write of one line: a reader never sees two lines mixed. On a full disk the event is lost: a run must

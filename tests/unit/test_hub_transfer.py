@@ -17,7 +17,7 @@ from support.tiny_world import build_base
 from trainer.config import Base
 from trainer.errors import BadInput, BaseUnavailable
 from trainer.families.source import load_pipeline
-from trainer.families.transfer import broke_off
+from trainer.hub_transfer import broke_off
 
 # What diffusers asks of huggingface_hub in vain.
 pytestmark = pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")

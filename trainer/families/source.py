@@ -30,8 +30,8 @@ from transformers.utils import logging as transformers_logging
 from ..config import Base
 from ..config.families import FAMILIES, FILE_KINDS
 from ..errors import BadInput, BaseUnavailable
+from ..hub_transfer import broke_off
 from . import family_class
-from .transfer import broke_off
 
 WHERE = "base.model is a diffusers folder, a single .safetensors file, or a hub id such as owner/name"
 NETWORKS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")

@@ -1,5 +1,0 @@
-"""See ``trainer.hub_transfer``."""
-
-from ..hub_transfer import broke_off
-
-__all__ = ["broke_off"]
