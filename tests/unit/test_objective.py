@@ -1,13 +1,17 @@
 """What a prediction costs: weights of noise levels, pseudo-Huber, masks, and the noise itself."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from support.tiny_world import tiny_spec
+from support.training import Lay
 from torch import Tensor
 
+from trainer.attempt import prepare
 from trainer.config import Base, RunSpec
 from trainer.errors import BadInput
 from trainer.objective import Objective
@@ -15,6 +19,8 @@ from trainer.objective.flow import FlowMatching
 from trainer.objective.noise import Draws, sample_noise, seen_noise
 from trainer.objective.process import Diffusion
 from trainer.randomness import generator
+from trainer.step import Stepper
+from trainer.stop import Stop
 
 ALPHA_BAR = torch.tensor([0.999, 0.95, 0.7, 0.3, 0.05, 0.01])
 ZERO_TERMINAL = torch.tensor([1.0, 0.5, 0.0])
@@ -244,6 +250,23 @@ def test_a_perturbed_input_is_not_what_is_predicted() -> None:
         0.3, rel=0.02
     )
     assert seen_noise(Base(model="m"), plain[0], draws(0)) is None
+
+
+def test_the_model_sees_the_perturbed_noise_and_should_predict_the_plain_one(world: Path, lay: Lay) -> None:
+    base = {"input_perturbation": 0.9, "lora_dropout": 0.0}
+    parts = prepare(lay("run", tiny_spec(world / "base", world / "images", base=base)), Stop())
+    family, (batch, *_) = parts.family, parts.training.batches(0, 1)
+    assert batch.seen_noise_BCHW is not None
+    noisy = family.process.add_noise(batch.x0_BCHW, batch.seen_noise_BCHW, batch.timesteps_B)
+
+    loss = Stepper(parts, None)._loss(batch)
+
+    with torch.no_grad():
+        predicted = family.predict(noisy, batch.timesteps_B, parts.texts.conditioning(batch.captions))
+    assert float((batch.seen_noise_BCHW - batch.noise_BCHW).std()) > 0.5
+    assert float(loss.detach()) == pytest.approx(
+        float((predicted - batch.noise_BCHW).square().mean()), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("sampling", ["auto", "uniform", "logit_normal"])
