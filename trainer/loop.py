@@ -25,7 +25,7 @@ from .parts import Parts
 from .rundir import EXIT_COMPLETE, EXIT_PREEMPTED, append_event
 from .sample import draw_images, write_samples
 from .snapshot import Progress
-from .step import LOWER_RATE, Stepper
+from .step import LOWER_RATE, Stepper, in_training
 from .stop import Stopped
 from .validate import METRIC, validation_loss
 from .writing import CheckpointWriter
@@ -80,7 +80,7 @@ class Loop:
 
     def begin(self) -> None:
         """Do what the checkpoint was taken before."""
-        self.parts.family.denoiser.train()
+        in_training(self.parts)
         self._validate_if_due()
         self._sample_if_due()
 

@@ -31,10 +31,17 @@ REST_SHARE = 0.5
 
 def follow(parts: Parts, progress: Progress) -> None:
     """Take the rest of a run's steps beside the process that leads."""
-    parts.family.denoiser.train()
+    in_training(parts)
     stepper = Stepper(parts, progress.scaler)
     for step in range(progress.step, parts.spec.base.max_train_steps):
         stepper.take(step)
+
+
+def in_training(parts: Parts) -> None:
+    """Let what this run trains behave as in training: dropout, gradients computed from checkpoints."""
+    parts.methods.use()
+    for network in (parts.family.denoiser, *parts.family.text_encoders.values()):
+        network.train(any(parameter.requires_grad for parameter in network.parameters()))
 
 
 class Stepper:

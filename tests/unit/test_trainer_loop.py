@@ -23,6 +23,7 @@ from trainer.stop import Stop
 from trainer.tensor_file import read, write
 
 DECAY = 0.9
+SLOW_TEXTS = {"train_text_encoder": True, "text_encoder_learning_rate": 0.5}
 
 
 def spec_of(world: Path, **base: Any) -> RunSpec:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from support.open_files import no_files_to_open
-from support.tiny_world import tiny_spec
+from support.tiny_world import build_images, tiny_spec
 from support.training import Lay, StopAtStep, contents, events, newest
 from torch import Tensor
 
@@ -28,32 +29,48 @@ def spec_of(world: Path, **base: Any) -> RunSpec:
     return tiny_spec(world / "base", world / "images", base=base)
 
 
+def several_shapes(folder: Path) -> Path:
+    """Images of which some are wide and some are tall."""
+    for file in sorted(build_images(folder, size=(48, 24)).glob("*.png"))[::2]:
+        with Image.open(file) as image:
+            turned = image.rotate(90, expand=True)
+        turned.save(file)
+    return folder
+
+
 @pytest.mark.parametrize(
-    "base",
+    ("stops", "base"),
     [
-        EIGHT_BIT,
-        {**EIGHT_BIT, "mixed_precision": "bf16", "ema_decay": 0.9},
-        {"optimizer": "adafactor"},
-        {"optimizer": "prodigy", "learning_rate": 1.0, "ema_decay": 0.9},
-        {"optimizer": "lion"},
+        ((1, 4), EIGHT_BIT),
+        ((2,), {**EIGHT_BIT, "mixed_precision": "bf16", "ema_decay": 0.9}),
+        ((4,), {"optimizer": "adafactor", "train_text_encoder": True, "text_encoder_learning_rate": 5e-4}),
+        ((6,), {"optimizer": "prodigy", "learning_rate": 1.0, "ema_decay": 0.9}),
+        ((3,), {"optimizer": "lion"}),
     ],
-    ids=["adamw8bit", "bf16-ema", "adafactor", "prodigy-ema", "lion"],
+    ids=["adamw8bit", "bf16-ema", "adafactor-text", "prodigy-ema-buckets", "lion"],
 )
-def test_stopped_twice_equals_never_stopped(world: Path, lay: Lay, base: dict[str, Any]) -> None:
+def test_stopped_equals_never_stopped(
+    world: Path, lay: Lay, tmp_path: Path, stops: tuple[int, ...], base: dict[str, Any]
+) -> None:
     spec = spec_of(world, **base)
+    if base.get("optimizer") == "prodigy":
+        shapes = several_shapes(tmp_path / "images")
+        buckets = {"buckets": True, "bucket_step": 8, "bucket_min": 16, "bucket_max": 64, "val_fraction": 0.0}
+        spec = tiny_spec(world / "base", shapes, base=base, dataset=buckets)
     straight = lay("straight", spec)
     assert run_attempt(straight, Stop()) == EXIT_COMPLETE
 
-    first = lay("first", spec)
-    assert run_attempt(first, StopAtStep(first, 1)) == EXIT_PREEMPTED
-    second = lay("second", spec, resume=newest(first))
-    assert run_attempt(second, StopAtStep(second, 4)) == EXIT_PREEMPTED
-    third = lay("third", spec, resume=newest(second))
-    assert run_attempt(third, Stop()) == EXIT_COMPLETE
+    parts, newest_of = [], None
+    for number, step in enumerate(stops):
+        parts.append(lay(f"part {number}", spec, resume=newest_of))
+        assert run_attempt(parts[-1], StopAtStep(parts[-1], step)) == EXIT_PREEMPTED
+        newest_of = newest(parts[-1])
+        assert newest_of.name == f"step-{step:09}"
+    parts.append(lay("end", spec, resume=newest_of))
+    assert run_attempt(parts[-1], Stop()) == EXIT_COMPLETE
 
-    assert newest(second).name == "step-000000004"
-    assert contents(newest(third)) == contents(newest(straight))
-    seen = [event for run_dir in (first, second, third) for event in events(run_dir, "step")]
+    assert contents(newest(parts[-1])) == contents(newest(straight))
+    seen = [event for run_dir in parts for event in events(run_dir, "step")]
     assert without_times(seen) == without_times(events(straight, "step"))
 
 
