@@ -256,6 +256,11 @@ def test_what_a_model_does_not_do_is_refused(
     assert said in f"{caught.value} {caught.value.hint}"
 
 
+def test_zero_terminal_snr_with_another_prediction_is_no_spec(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs v-prediction, but"):
+        tiny_spec(tmp_path, tmp_path, base={"zero_terminal_snr": True, "prediction_type": "epsilon"})
+
+
 def test_a_single_files_kind_of_prediction_is_the_runs_to_say(model: Model, tmp_path: Path) -> None:
     file = write_single_file(model("sd2"), tmp_path / "model.safetensors")
     shutil.copytree(model("sd2"), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
@@ -288,6 +293,39 @@ def test_half_precision_and_channels_last_predict_nearly_the_same(name: str, mod
 
     assert predicted[1].dtype == torch.float32
     torch.testing.assert_close(predicted[1], predicted[0], rtol=0.1, atol=0.1 * float(predicted[0].std()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore")  # torch's own compiler
+@pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "sd3"])
+def test_compiled_blocks_predict_and_learn_as_the_plain_ones(name: str, precision: str, model: Model) -> None:
+    found = []
+    for keys in ({}, {"compile": True, "channels_last": True}):
+        base = Base(model=str(model(name)), mixed_precision=precision, rank=4, targets="linear", **keys)
+        family = load_family(base)
+        noisy, timesteps, conditioning = (
+            {key: part.to(family.device) for key, part in given.items()}
+            if isinstance(given, dict)
+            else given.to(family.device)
+            for given in inputs(family)
+        )
+        methods = attach(base, family)
+        methods.use()
+        family.denoiser.train()
+        predicted = family.predict(noisy, timesteps, conditioning)
+        predicted.square().mean().backward()
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in methods.parameters.values() if p.grad is not None]
+        )
+        found.append((predicted.detach(), norm, list(methods.parameters)))
+
+    (plain, plain_norm, names), (compiled, norm, compiled_names) = found
+    rough = 1e-3 if precision == "no" else 0.1
+    assert compiled_names == names
+    torch.testing.assert_close(compiled, plain, rtol=rough, atol=rough * float(plain.std()))
+    torch.testing.assert_close(norm, plain_norm, rtol=rough, atol=0.0)
 
 
 def test_encoders_are_freed_and_images_can_still_be_decoded(model: Model) -> None:

@@ -94,6 +94,11 @@ def _objective(spec: "RunSpec") -> Iterator[str]:
             f"no timestep lies from base.min_timestep ({base.min_timestep}) to below base.max_timestep "
             f"({base.max_timestep}): raise max_timestep to {base.min_timestep + 1} or more"
         )
+    if base.zero_terminal_snr and base.prediction_type not in (None, "v_prediction"):
+        yield (
+            f"base.zero_terminal_snr needs v-prediction, but base.prediction_type is {base.prediction_type}: "
+            "set zero_terminal_snr to false, and noise_offset to 0.05 for very dark and bright images"
+        )
     if base.multires_noise_iterations and (base.noise_offset or base.adaptive_noise_scale):
         key = "noise_offset" if base.noise_offset else "adaptive_noise_scale"
         yield (
