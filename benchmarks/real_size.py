@@ -152,7 +152,7 @@ def _diffusers(wanted: dict[str, Any]) -> list[float]:
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
-    from trainer.config.layer_sizes import UNET_TARGETS as TARGETS
+    from trainer.config.layer_sizes import UNET_TARGETS
 
     accelerator = Accelerator(mixed_precision=_precision())
     dtype = torch.bfloat16 if _precision() == "bf16" else torch.float32
