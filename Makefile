@@ -16,7 +16,7 @@ MINUTES ?= 10
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help wheel venv demo test check format e2e schedules simulate race gpu netns storm bench-control bench-newest bench-recovery bench-stall bench-steps bench-storage lock clean
+.PHONY: help wheel venv demo test check format e2e schedules simulate race gpu learnability netns storm bench-control bench-newest bench-recovery bench-stall bench-steps bench-storage lock clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [ARGS='...'] [PYTHON=python3.12]"
@@ -70,8 +70,12 @@ simulate: $(READY) ## N random histories of a sweep from SEED on; the last line 
 race: $(READY) ## eight writers for SECONDS on each real store; the last line is one JSON object
 	@PYTHONPATH=tests $(BIN)/python -m proof.race --seconds $(SECONDS) $(ARGS)
 
-gpu: $(READY) ## tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+gpu: $(READY) ## tests that need a CUDA device, and real-size memory and speed; the last line is JSON
+	$(BIN)/python -m pytest -m gpu
+	@$(BIN)/python benchmarks/real_size.py $(ARGS)
+
+learnability: $(READY) ## does each adapter and objective learn? half an hour; the last line is JSON
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/learnability.py $(ARGS)
 
 netns: $(READY) ## real faults on network namespaces, a row each; needs root; the last line is JSON
 	$(BIN)/python -m pytest tests/netns -m netns $(ARGS)
@@ -91,7 +95,8 @@ bench-recovery: $(BENCH) ## work and time lost to each fault, ours beside Ray Tu
 bench-stall: $(BENCH) ## how long a checkpoint holds up the training step
 	@$(BIN)/python benchmarks/stall.py $(ARGS)
 
-bench-steps: $(BENCH) ## steps per second, ours beside diffusers' own script
+bench-steps: $(BENCH) ## steps per second, ours beside diffusers' own script; families and adapters
+	@$(BIN)/python benchmarks/real_size.py --family digits --family small-sdxl --adapter all
 	@$(BIN)/python benchmarks/steps.py $(ARGS)
 
 bench-storage: $(BENCH) ## uploads and downloads beside other tools, slow uplinks, age of the newest commit

@@ -13,7 +13,7 @@ LENGTH = 77
 
 
 def build(family: str, target: Path) -> Path:
-    """Write a model of ``sd1`` or ``sdxl`` and return its folder: 2 or 7 GB."""
+    """Write a model of ``sd1``, ``sdxl`` or ``small-sdxl`` and return its folder: 2 GB, 7 GB or 30 MB."""
     import torch
     from diffusers import (
         DDPMScheduler,
@@ -29,8 +29,8 @@ def build(family: str, target: Path) -> Path:
         tokenizer = CLIPTokenizer.from_pretrained(DIGITS / "base" / "tokenizer", model_max_length=LENGTH)
         parts: dict[str, Any] = {
             "unet": UNet2DConditionModel(**UNETS[family]),
-            "vae": _autoencoder(0.18215 if family == "sd1" else 0.13025),
-            "text_encoder": _text_encoder(tokenizer, "small"),
+            "vae": _autoencoder(0.18215 if family == "sd1" else 0.13025, small="small" in family),
+            "text_encoder": _text_encoder(tokenizer, 96 if "small" in family else 768),
             "tokenizer": tokenizer,
             "scheduler": DDPMScheduler(
                 beta_start=0.00085,
@@ -45,7 +45,7 @@ def build(family: str, target: Path) -> Path:
                 **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
             )
         else:
-            second = _text_encoder(tokenizer, "large")
+            second = _text_encoder(tokenizer, 160 if "small" in family else 1280, projected=True)
             pipeline = StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=tokenizer)
         pipeline.save_pretrained(target)
     finally:
@@ -79,12 +79,21 @@ UNETS: dict[str, dict[str, Any]] = {
     },
 }
 
+UNETS["small-sdxl"] = {
+    **UNETS["sdxl"],
+    "block_out_channels": (32, 64, 128),
+    "cross_attention_dim": 256,
+    "attention_head_dim": (2, 4, 8),
+    "addition_time_embed_dim": 32,
+    "projection_class_embeddings_input_dim": 6 * 32 + 160,
+}
 
-def _autoencoder(scaling_factor: float) -> Any:
+
+def _autoencoder(scaling_factor: float, *, small: bool) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
+        block_out_channels=(32, 32, 32, 32) if small else (128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2,
@@ -94,22 +103,21 @@ def _autoencoder(scaling_factor: float) -> Any:
     )
 
 
-def _text_encoder(tokenizer: Any, size: str) -> Any:
-    """CLIP's ViT-L/14 or, with a projection, OpenCLIP's ViT-bigG/14."""
+def _text_encoder(tokenizer: Any, width: int, *, projected: bool = False) -> Any:
+    """CLIP's ViT-L/14 at width 768; with a projection and width 1280, OpenCLIP's ViT-bigG/14."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    large = size == "large"
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=1280 if large else 768,
-        intermediate_size=5120 if large else 3072,
-        num_hidden_layers=32 if large else 12,
-        num_attention_heads=20 if large else 12,
-        projection_dim=1280 if large else 768,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers={768: 12, 1280: 32}.get(width, 2),
+        num_attention_heads=20 if width == 1280 else 12 if width == 768 else 4,
+        projection_dim=width,
         max_position_embeddings=LENGTH,
-        hidden_act="gelu" if large else "quick_gelu",
+        hidden_act="gelu" if projected else "quick_gelu",
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return (CLIPTextModelWithProjection if large else CLIPTextModel)(config)
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)

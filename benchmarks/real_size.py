@@ -1,7 +1,9 @@
-"""Peak memory and steps per second at the real sizes of SD 1.5 and SDXL, with random weights: needs a GPU.
+"""Peak memory and steps per second by family and adapter, beside diffusers' recipe.
 
-    python benchmarks/real_size.py [--family sd1 --family sdxl] [--steps 20] [--save]
-    python benchmarks/real_size.py --family digits        # the same on any machine, as a check of this script
+    python benchmarks/real_size.py [--family sd1 --family sdxl] [--steps 20] [--save]   # needs a GPU
+    python benchmarks/real_size.py --family digits --family small-sdxl --adapter all    # on any machine
+
+SD 1.5 and SDXL have their real sizes and random weights, see ``random_base.py``.
 
 Ours beside diffusers' recipe: what its LoRA training scripts do (``examples/text_to_image`` there),
 with the same adapter, batch and precision. Ours has latents and text states cached and the encoders freed,
@@ -23,30 +25,43 @@ import click
 from harness import DIGITS, BenchmarkFailed, conclude, run, show
 from random_base import build
 
-RESOLUTION = {"sd1": 512, "sdxl": 1024, "digits": 32}
-ADAPTERS: dict[str, dict[str, Any]] = {"LoRA": {}, "LoCon": {"targets": "linear", "conv_rank": 8}}
-BATCHES = (1, 4)
 WARM_UP = 5
+RANK = 4
+RESOLUTION = {"sd1": 512, "sdxl": 1024, "digits": 32, "small-sdxl": 64}
+ON_ANY_MACHINE = {"digits", "small-sdxl"}
+LINEAR = {"targets": "linear"}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "LoCon": {**LINEAR, "conv_rank": RANK},
+    "DoRA": {"use_dora": True},
+    "LoHa": {**LINEAR, "adapter": "loha"},
+    "LoKr": {**LINEAR, "adapter": "lokr"},
+}
+BATCHES = (1, 4)
 
 
 @click.group(invoke_without_command=True)
 @click.option("--family", "families", multiple=True, type=click.Choice(list(RESOLUTION)))
+@click.option("--adapter", "adapters", multiple=True, type=click.Choice([*ADAPTERS, "all"]))
 @click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True)
 @click.option("--save", is_flag=True, help="Keep the figures under benchmarks/results/.")
 @click.pass_context
-def main(context: click.Context, families: tuple[str, ...], steps: int, save: bool) -> None:
+def main(
+    context: click.Context, families: tuple[str, ...], adapters: tuple[str, ...], steps: int, save: bool
+) -> None:
     import torch
 
     if context.invoked_subcommand:
         return
     wanted = families or ("sd1", "sdxl")
-    if not torch.cuda.is_available() and set(wanted) != {"digits"}:
-        raise BenchmarkFailed("the real sizes need a CUDA device; --family digits runs everywhere")
+    if not torch.cuda.is_available() and not set(wanted) <= ON_ANY_MACHINE:
+        raise BenchmarkFailed(f"the real sizes need a CUDA device; {sorted(ON_ANY_MACHINE)} run everywhere")
+    chosen = list(ADAPTERS) if "all" in adapters else (adapters or ("LoRA", "LoCon"))
     rows = []
     with tempfile.TemporaryDirectory(prefix="real-size-") as scratch:
         for family in wanted:
             base = DIGITS / "base" if family == "digits" else build(family, Path(scratch) / family)
-            for adapter in ADAPTERS:
+            for adapter in chosen:
                 for batch in BATCHES:
                     case = {"family": family, "adapter": adapter, "batch": batch}
                     rows.append({**case, **_compared(base, case, steps, Path(scratch))})
@@ -111,6 +126,7 @@ def _ours(wanted: dict[str, Any]) -> list[float]:
                     "resolution": side,
                     "train_batch_size": wanted["batch"],
                     "max_train_steps": WARM_UP + wanted["steps"],
+                    "rank": RANK,
                     **ADAPTERS[wanted["adapter"]],
                 },
                 "dataset": {"path": str(images), "val_fraction": 0.0},
@@ -150,9 +166,6 @@ def _diffusers(wanted: dict[str, Any]) -> list[float]:
     from accelerate import Accelerator
     from diffusers import DDPMScheduler, DiffusionPipeline
     from diffusers.training_utils import cast_training_params
-    from peft import LoraConfig
-
-    from trainer.config.layer_sizes import UNET_TARGETS
 
     accelerator = Accelerator(mixed_precision=_precision())
     dtype = torch.bfloat16 if _precision() == "bf16" else torch.float32
@@ -163,13 +176,7 @@ def _diffusers(wanted: dict[str, Any]) -> list[float]:
     for network in networks:
         if network is not None:
             network.requires_grad_(False)
-    chosen = ADAPTERS[wanted["adapter"]]
-    targets = [
-        *UNET_TARGETS[chosen.get("targets", "attention")],
-        *(UNET_TARGETS["conv"] if "conv_rank" in chosen else ()),
-    ]
-    config = LoraConfig(r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=targets)
-    pipeline.unet.add_adapter(config)
+    pipeline.unet.add_adapter(_peft_config(ADAPTERS[wanted["adapter"]]))
     if dtype is not torch.float32:
         cast_training_params(pipeline.unet, dtype=torch.float32)
     trained = [parameter for parameter in pipeline.unet.parameters() if parameter.requires_grad]
@@ -198,6 +205,29 @@ def _diffusers(wanted: dict[str, Any]) -> list[float]:
         float(loss)
         took_s.append(time.perf_counter() - began)
     return took_s
+
+
+def _peft_config(chosen: dict[str, Any]) -> Any:
+    from peft import LoHaConfig, LoKrConfig, LoraConfig
+
+    from trainer.config.layer_sizes import UNET_TARGETS
+
+    targets = [
+        *UNET_TARGETS[chosen.get("targets", "attention")],
+        *(UNET_TARGETS["conv"] if "conv_rank" in chosen else ()),
+    ]
+    match chosen.get("adapter", "lora"):
+        case "loha":
+            return LoHaConfig(r=RANK, alpha=RANK, target_modules=targets)
+        case "lokr":
+            return LoKrConfig(r=RANK, alpha=RANK, target_modules=targets)
+    return LoraConfig(
+        r=RANK,
+        lora_alpha=RANK,
+        init_lora_weights="gaussian",
+        target_modules=targets,
+        use_dora="use_dora" in chosen,
+    )
 
 
 def _encoded(pipeline: Any, batch: int, side: int) -> tuple[Any, dict[str, Any]]:
