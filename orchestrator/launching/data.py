@@ -37,7 +37,7 @@ def dataset_problems(specs: Iterable[RunSpec]) -> Iterator[Problem]:
 
 def surveys(specs: Iterable[RunSpec]) -> list[str]:
     """Return what the data sets of specs hold, for a person to read; nothing of those that cannot be read."""
-    shown_lines = []
+    blocks: list[tuple[str, ...]] = []
     for dataset, resolution in dict.fromkeys(
         (_alike(spec.dataset, *_OF_CAPTIONS), spec.base.resolution) for spec in specs
     ):
@@ -47,8 +47,8 @@ def surveys(specs: Iterable[RunSpec]) -> list[str]:
         except TrainerError:
             continue
         if found.images:
-            shown_lines += lines(dataset.path, found)
-    return list(dict.fromkeys(shown_lines)) if len(shown_lines) > 1 else shown_lines
+            blocks.append(tuple(lines(dataset.path, found)))
+    return [line for block in dict.fromkeys(blocks) for line in block]
 
 
 def _looked_at(dataset: Dataset) -> tuple[list[Problem], int]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -192,6 +193,15 @@ def test_49_a_dataset_that_changes_while_it_is_submitted(data: Path) -> None:
 def test_a_remote_dataset_that_cannot_be_read_is_named(path: str, expected: str, problems_of: Check) -> None:
     [problem] = problems_of(GRID.replace("path: data", f"path: '{path}'"))
     assert problem.startswith(f"dataset.path {expected}")
+
+
+def test_a_hub_dataset_needs_a_package_of_its_own(
+    problems_of: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    [problem] = problems_of(GRID.replace("path: data", "path: hub://owner/name"))
+    assert problem.startswith("dataset.path E2205 data sets on the hub need the package datasets")
+    assert "pip install 'orchestrate-loras[hub]'" in problem
 
 
 def write_model(

@@ -228,7 +228,7 @@ def test_kohyas_folders_repeat_their_images_and_name_them(tmp_path: Path) -> Non
     image(tmp_path / "10_sks dog" / "b.png")
     (tmp_path / "10_sks dog" / "b.txt").write_text("sks dog on grass")
     image(tmp_path / "2_cat" / "deep" / "c.png")
-    image(tmp_path / "d.png")
+    image(tmp_path / "2024_paris" / "d.png")
     concepts = {
         "2_cat": {"loss_weight": 0.5},
         "2_cat/deep": {"trigger": "whiskers", "caption": "[trigger]"},
@@ -241,14 +241,14 @@ def test_kohyas_folders_repeat_their_images_and_name_them(tmp_path: Path) -> Non
     assert found == [
         ("10_sks dog/a.png", "sks dog", "10_sks dog", 10, 1.0),
         ("10_sks dog/b.png", "sks dog on grass", "10_sks dog", 10, 1.0),
+        ("2024_paris/d.png", "any", ".", 3, 1.0),
         ("2_cat/deep/c.png", "whiskers", "2_cat/deep", 2, 0.5),
-        ("d.png", "any", ".", 3, 1.0),
     ]
     assert lines("photos", survey(dataset, 8, tmp_path)) == [
         "dataset photos: 4 images, 4 captions, 0 missing; 0 held out, 25 samples an epoch",
         "  concept 10_sks dog: 2 images × 10",
-        "  concept 2_cat/deep: 1 image × 2, loss × 0.5",
         "  concept .: 1 image × 3",
+        "  concept 2_cat/deep: 1 image × 2, loss × 0.5",
     ]
 
 

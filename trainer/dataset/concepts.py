@@ -12,7 +12,8 @@ from typing import Any
 
 from ..config import Concept, Dataset
 
-REPEATS = re.compile(r"([1-9][0-9]{0,3})_(.+)")
+REPEATS = re.compile(r"([1-9][0-9]{0,2})_(.+)")
+"""Up to 999: ``2024_paris`` is a year."""
 WHOLE = "."
 """The data set's own folder, as a concept."""
 

@@ -93,6 +93,11 @@ def local_folder(
         BadInput: There is no such data set, or it may not be read.
         BaseUnavailable: It cannot be reached now, or there is no room for it.
     """
+
+    def patient(seconds: float) -> bool:
+        alive()
+        return Event().wait(seconds)
+
     source = Source.of(dataset)
     if not source.is_remote:
         yield Path(dataset.path).expanduser()
@@ -100,7 +105,7 @@ def local_folder(
     with contextlib.ExitStack() as held:
         with _translated(dataset.path):
             remote = _open(source)
-            yielded = held.enter_context(_kept(remote, cache / "content", alive, wait or Event().wait))
+            yielded = held.enter_context(_kept(remote, cache / "content", alive, wait or patient))
         yield yielded
 
 
