@@ -58,7 +58,7 @@ def misfit(
     sizes = {name: shapes[name] for name in matched(shapes, targets)}
     if not sizes:
         hint = "name endings of modules such as to_q, to_k, to_v, to_out.0"
-        return "targets", f"{list(targets)} fit no module", hint
+        return "targets", f"{list(targets)} fit no module of it", hint
     if keys.adapter == "lokr":
         return None  # a rank that is too large means whole matrices there
     for name, shape in sorted(sizes.items(), key=lambda item: min(item[1][0], prod(item[1][1:]))):
