@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 from support.tiny_world import tiny_spec
 
 from orchestrator.launching.adapters import adapter_problems
 from trainer.config import RunSpec
 from trainer.config.layer_sizes import misfit
+from trainer.tensor_file import write
 
 
 @pytest.mark.parametrize(
@@ -60,3 +62,14 @@ def test_the_largest_rank_that_works_is_named(world: Path) -> None:
         "64 is above the size of c.conv1, 18",
         "the largest conv_rank that works with this model and these targets is 18",
     )
+
+
+def test_an_adapter_of_another_base_is_told_by_the_width_of_its_text_states(
+    world: Path, tmp_path: Path
+) -> None:
+    module = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    for width, codes in ((32, []), (64, ["E2334"])):
+        path = tmp_path / f"{width}.safetensors"
+        write(path, {f"{module}.lora_down.weight": torch.zeros(4, width)}, {})
+        spec = tiny_spec(world / "base", world / "images", base={"initial_adapter": str(path)})
+        assert [problem.code for problem in adapter_problems([spec])] == codes
