@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 
@@ -18,6 +17,8 @@ class Average:
     """The moving averages of named parameters, fp32, where the parameters are."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        from diffusers.training_utils import EMAModel
+
         self._parameters = dict(parameters)
         self._model = EMAModel(self._parameters.values(), decay=decay, foreach=True)
 

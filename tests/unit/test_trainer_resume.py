@@ -55,7 +55,7 @@ def test_stopped_equals_never_stopped(
     spec = spec_of(world, **base)
     if base.get("optimizer") == "prodigy":
         shapes = several_shapes(tmp_path / "images")
-        buckets = {"buckets": True, "bucket_step": 8, "bucket_min": 16, "bucket_max": 64, "val_fraction": 0.0}
+        buckets = {"buckets": True, "bucket_step": 8, "bucket_min": 16, "bucket_max": 64}
         spec = tiny_spec(world / "base", shapes, base=base, dataset=buckets)
     straight = lay("straight", spec)
     assert run_attempt(straight, Stop()) == EXIT_COMPLETE
