@@ -44,6 +44,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_script_of_ones_own_is_swept_killed_and_resumed(home: Path) -> None:
     shutil.copytree(EXAMPLE, home / "mine")
+    script, go = home / "mine" / "train.py", home / "go"
+    pause = "        time.sleep(args.step_s)\n"
+    assert pause in script.read_text()
+    held = f"        while step > 30 and not Path({str(go)!r}).exists():\n    {pause}"
+    script.write_text(script.read_text().replace(pause, held))
     one, short = "parameters.lr={value: 0.01}", "command.steps=100"
     only = ("--set", one, "--set", short, "--set", "name=own")
     orchestrate(home, "sweep", "mine/grid.yaml", "-y", "--detach", *only)
@@ -55,6 +60,7 @@ def test_a_script_of_ones_own_is_swept_killed_and_resumed(home: Path) -> None:
     assert cluster is not None
     player = wait_for("the process that plays it", lambda: playing(cluster.host_pid), 60)
     player.kill()
+    go.touch()
     wait_for("its end", lambda: log.refresh().finished, 240)
     (end,) = json.loads(orchestrate(home, "status", "own", "-o", "json"))["runs"]
     assert (end["status"], end["step"], end["attempts"]) == ("SUCCEEDED", 100, 2)
