@@ -18,7 +18,7 @@ from orchestrator.grid.sweep import load
 from storage.log import run_log
 from storage.url import open_store
 
-EVERY = 20
+EVERY = 10
 """Steps between checkpoints."""
 STEPS = 1_000_000
 """More than any turn trains."""
