@@ -91,6 +91,10 @@ def main() -> None:
     help="Seconds between checkpoints; 120 if neither is given.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch.")
+@click.option("--micro-batch", type=click.IntRange(min=1), help="The most images of one forward pass.")
+@click.option(
+    "--processes", type=click.IntRange(min=1), default=1, show_default=True, help="One to a GPU, together."
+)
 @click.option("--grace-s", type=float, default=25.0, show_default=True, help="From SIGTERM to SIGKILL.")
 def run(
     spec_path: Path,
@@ -99,12 +103,14 @@ def run(
     every_steps: int | None,
     every_s: float | None,
     threads: int | None,
+    micro_batch: int | None,
+    processes: int,
     grace_s: float,
 ) -> None:
     """Train one run to its end, resuming from its newest checkpoint in the store."""
     spec = _spec(spec_path)
     policy = CheckpointPolicy(every_steps=every_steps, every_s=every_s if every_s or every_steps else 120.0)
-    options = Options(checkpoint=policy, threads=threads)
+    options = Options(checkpoint=policy, threads=threads, micro_batch=micro_batch, processes=processes)
     try:
         layout.check_name("run", run_id)
         code = _run(open_probed(store_url), run_id, spec, options, grace_s)

@@ -138,7 +138,8 @@ class Team(Ranks):
         self._over.set()
         for process in self._others:
             process.kill()
-        if torch.distributed.is_initialized():
+        # NCCL would wait for processes that are gone; its group ends with this process.
+        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
             torch.distributed.destroy_process_group()
         PartialState._reset_state()
 

@@ -93,7 +93,7 @@ def spec(world: Path, gate: Gate) -> RunSpec:
     return tiny_spec(
         world / "base",
         world / "images",
-        base={"max_train_steps": 8, "optimizer": "adamw8bit", "adam8bit_min_size": 64},
+        base={"max_train_steps": 8, "optimizer": "adamw8bit", "adam8bit_min_size": 64, "ema_decay": 0.9},
         **gate.blocks,
     )
 
