@@ -1,16 +1,25 @@
 """What lies beside exported weights for those who read it, and images drawn from an export."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 from PIL import Image
 from support.adapters import adapted_checkpoint
+from support.runs import claimed, incarnation
 from support.tiny_world import tiny_spec
 
+from orchestrator.cli import main
+from orchestrator.grid.schema import Storage
+from orchestrator.grid.submission import submit
+from orchestrator.grid.sweep import PlannedRun, Sweep
+from storage import layout
+from storage.checkpoints import CheckpointStore
+from storage.directory import DirectoryStore
+from storage.local import read_checkpoint
+from storage.log import run_log
 from trainer.config import RunSpec
 from trainer.errors import BadInput
 from trainer.export import Trained, trained_adapter
@@ -148,16 +157,35 @@ def test_the_base_is_found_in_the_header_or_in_the_card(tmp_path: Path) -> None:
         adapter_file(tmp_path)
 
 
-def test_the_command_draws_and_says_where_and_what_is_missing(
-    spec: RunSpec, trained: Trained, tmp_path: Path
+def test_a_run_is_exported_with_its_samples_and_drawn_from(
+    spec: RunSpec, checkpoint: Path, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_bundle(trained, tmp_path / "cat", "a1111")
-    words = [sys.executable, "-m", "orchestrator", "generate", str(tmp_path / "cat"), "--prompt", "a rufus"]
+    monkeypatch.chdir(tmp_path)
+    store = DirectoryStore(tmp_path / "store")
+    run = PlannedRun(run_id="cat-000-00000000", index=0, parameters={}, spec=spec)
+    submit(Sweep(name="cat", storage=Storage(url=store.url), runs=(run,)), store)
+    log = run_log(store, run.run_id)
+    log.append(claimed())
+    local = read_checkpoint(checkpoint)
+    assert local is not None
+    CheckpointStore(store, run.run_id, log).publish(local, 1, incarnation(1))
+    for file in samples.iterdir():
+        store.create(layout.sample_key(run.run_id, 3, file.name), file.read_bytes())
 
-    def run(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*words, *more], cwd=tmp_path, capture_output=True, text=True)
+    def orchestrate(*words: str) -> Result:
+        return CliRunner().invoke(main, [*words, "--store", store.url])
 
-    drawn = run("--base", spec.base.model, "--steps", "1", "--seed", "4")
-    assert drawn.returncode == 0, drawn.stderr
-    assert (tmp_path / drawn.stdout.strip()).read_bytes().startswith(b"\x89PNG")
-    assert drawn.stdout == "generated/001/p00-s4.png\n"
+    exported = orchestrate("export", "cat/0", "--to", "a1111", "--dtype", "fp16", "--name", "rufus-v1")
+    drawn = orchestrate("generate", "cat/0", "--prompt", "a [trigger]", "--steps", "1", "--seed", "4")
+    nothing = orchestrate("generate", "dog/0", "--prompt", "a")
+
+    assert exported.exit_code == 0, exported.output
+    file = Path("exports/cat-000-00000000-step00000003-a1111/rufus-v1.safetensors")
+    assert exported.stdout == f"{file}\n"
+    assert "in a prompt: <lora:rufus-v1:0.8> rufus" in exported.stderr
+    assert sorted(path.name for path in file.parent.iterdir()) == [
+        *("rufus-v1.json", "rufus-v1.png", "rufus-v1.safetensors")
+    ]
+    assert (drawn.exit_code, drawn.stdout) == (0, "generated/001/p00-s4.png\n"), drawn.output
+    assert nothing.exit_code == 4
+    assert "dog/0 is no file or folder here" in nothing.stderr
