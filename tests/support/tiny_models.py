@@ -122,6 +122,7 @@ def _sdxl(folder: Path, prediction_type: str | None) -> Any:
 
 
 def _sd3(folder: Path, prediction_type: str | None, *, with_t5: bool = True) -> Any:
+    import torch
     from diffusers import (
         FlowMatchEulerDiscreteScheduler,
         SD3Transformer2DModel,
@@ -133,6 +134,8 @@ def _sd3(folder: Path, prediction_type: str | None, *, with_t5: bool = True) -> 
     tokenizer_2 = build_tokenizer(folder / "tokenizer_2", pad="!")
     text_encoder = _clip(tokenizer, "quick_gelu", projected=True)
     text_encoder_2 = _clip(tokenizer_2, "gelu", TEXT_WIDTH_2, projected=True)
+    # A single file has none for the first encoder: diffusers takes it to be this one.
+    torch.nn.init.eye_(text_encoder.text_projection.weight)
     tokenizer_3, text_encoder_3 = _t5() if with_t5 else (None, None)
     transformer = SD3Transformer2DModel(
         sample_size=8,

@@ -9,8 +9,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.single_file import write_single_file
+from support.single_file_sd3 import write_sd3_file
 from support.tiny_world import build_base, tiny_spec
 from support.training import Lay, StopAtStep, contents, newest
 
@@ -166,14 +167,17 @@ def test_sdxl_is_told_the_true_sizes_in_the_order_of_diffusers(model: Model, wor
     assert crops == {(0, 0), (0, 8)}
 
 
-@pytest.mark.parametrize("name", ["sd2", "sdxl"])
+@pytest.mark.parametrize("name", ["sd2", "sdxl", "sd3", "sd3-without-t5"])
 def test_a_single_file_is_the_same_model_as_its_folder(name: str, model: Model, tmp_path: Path) -> None:
-    file = write_single_file(model(name), tmp_path / "model.safetensors")
-    shutil.copytree(model(name), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    write = write_sd3_file if name.startswith("sd3") else write_single_file
+    file = write(model(name), tmp_path / "model.safetensors")
+    config = model("sd3") if name == "sd3-without-t5" else model(name)  # the hub's names T5
+    shutil.copytree(config, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
 
     single, folder = loaded(file), loaded(model(name))
 
-    assert single.name == folder.name == name
+    assert single.name == folder.name == name.removesuffix("-without-t5")
+    assert single.token_ids(PROMPT) == folder.token_ids(PROMPT)
     assert single.text_identity() == folder.text_identity()
     assert single.image_identity() == folder.image_identity()
     weights, expected = single.denoiser.state_dict(), folder.denoiser.state_dict()
@@ -212,6 +216,17 @@ def test_a_size_that_a_transformer_cannot_cut_into_pieces_is_refused(
 ) -> None:
     with pytest.raises(BadInput, match=said):
         prepare(lay("run", tiny_spec(model("sd3"), world / "images", base=keys, dataset=data)), Stop())
+
+
+def test_a_single_file_that_lacks_a_tensor_is_refused(model: Model, tmp_path: Path) -> None:
+    file = write_single_file(model("sd2"), tmp_path / "model.safetensors")
+    shutil.copytree(model("sd2"), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = load_file(file)
+    del tensors["model.diffusion_model.middle_block.0.in_layers.2.weight"]
+    save_file(tensors, file)
+
+    with pytest.raises(BadInput, match="lacks weights that its family has"):
+        loaded(file)
 
 
 def test_clip_skip_reads_an_earlier_layer(model: Model) -> None:

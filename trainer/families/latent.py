@@ -183,6 +183,10 @@ def _check_finite(base: Base, pipeline: Any) -> None:
         if not isinstance(network, nn.Module):
             continue
         for name, weight in network.named_parameters():
+            if weight.is_meta:  # diffusers says nothing of what a single file lacks
+                raise BadInput(
+                    f"base model {base.model} lacks the weights of {part} {name}", "fetch it again"
+                )
             if not torch.isfinite(weight).all():
                 raise BadInput(
                     f"base model {base.model}: {part} {name} holds NaN or infinity", "fetch it again"

@@ -140,7 +140,11 @@ def _load_file(path: Path, hub_cache: Path | None) -> Any:
         pipeline_class, left_out = _pipeline_class(str(path), index)
         for name in FAMILIES[pipeline_class.__name__]:
             left_out |= dict.fromkeys(family_class(name).absent(shapes))
-        return pipeline_class.from_single_file(str(path), **left_out, **where)
+        pipeline = pipeline_class.from_single_file(str(path), **left_out, **where)
+        for part in pipeline.components.values():
+            if hasattr(part, "tie_weights"):  # T5 has its embedding under two names, a file perhaps under one
+                part.tie_weights()
+        return pipeline
     except BadInput:
         raise
     except LocalEntryNotFoundError as error:
@@ -154,6 +158,10 @@ def _load_file(path: Path, hub_cache: Path | None) -> Any:
         *(SafetensorError, SingleFileComponentError),
     ) as error:
         hint = WHERE if config.is_dir() else OFFLINE_CONFIG
+        if "meta tensor" in str(error):  # what torch says of a weight that nothing was loaded into
+            raise BadInput(
+                f"base model {path} lacks weights that its family has", "fetch it again"
+            ) from error
         raise BadInput(f"base model {path} cannot be loaded: {error}", hint) from error
 
 
