@@ -29,6 +29,7 @@ from .layers import MAGNITUDE
 from .module_names import Module, known_names
 
 _OTHER_BASE = "an adapter fits only the kind of base model that it was trained on"
+_ONLY_LORA = "DoRA is read where it goes with LoRA"
 _PARTS = {
     "lora_A.weight": (
         "lora_A.weight",
@@ -169,6 +170,10 @@ def _kind(path: Path, name: str, parts: Mapping[str, Tensor]) -> str:
         ("LOKR", ({"lokr_w1", "lokr_w1_b"}, {"lokr_w2", "lokr_w2_b"})),
     ):
         if all(choices & parts.keys() for choices in needed):
+            if kind != "LORA" and MAGNITUDE in parts:
+                raise BadInput(
+                    f"adapter {path}: {name} has magnitudes (dora_scale) beside {kind}", _ONLY_LORA
+                )
             return kind
     raise BadInput(
         f"adapter {path}: of {name} there is only {', '.join(sorted(parts))}", "the file is damaged"
