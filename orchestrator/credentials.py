@@ -14,8 +14,11 @@ _KEYS = re.compile(
     r"(?:^|_)(?:secret|password|passwd|token|api_?key|access_?key|secret_?key|private_?key|credential)s?(?:$|_)"
 )
 _REFERENCE = re.compile(r"_(?:env|file)$")
+_TAGS = re.compile(r"(?:^|\.|-)keep_tokens$")
+"""Tokens of a caption."""
 
 
 def names_secret(key: str) -> bool:
     """True if a value under this key would be a secret. ``token_env`` only says where one is."""
-    return _KEYS.search(key.lower()) is not None and not _REFERENCE.search(key.lower())
+    key = key.lower()
+    return _KEYS.search(key) is not None and not _REFERENCE.search(key) and not _TAGS.search(key)

@@ -389,13 +389,24 @@ ROOT = Path(__file__).parents[2]
 REFERENCE = (ROOT / "docs" / "grid.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "text", re.findall(r"```yaml\n(.*?)```", REFERENCE, re.DOTALL), ids=["least", "whole"]
-)
+WHOLE_FILES = [
+    text for text in re.findall(r"```yaml\n(.*?)```", REFERENCE, re.DOTALL) if "parameters:" in text
+]
+
+
+@pytest.mark.parametrize("text", WHOLE_FILES, ids=["least", "whole"])
 def test_the_files_in_the_reference_are_right(text: str, write: Write) -> None:
     path = write(text)
     (path.parent / "score.py").write_text("")
     assert len(validate(path).cells) in (2, 9)
+
+
+def test_the_examples_of_data_are_right(write: Write) -> None:
+    examples = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+    assert len(examples) > 5
+    for text in examples:
+        path = write(f"parameters: {{rank: {{values: [1, 2]}}}}\n{text}")
+        assert len(validate(path, overrides=["base.model=owner/model"]).cells) == 2
 
 
 def test_the_reference_names_every_key() -> None:
