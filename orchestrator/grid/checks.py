@@ -1,9 +1,11 @@
 """Rules of a sweep file that concern more than one value."""
 
+from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from storage.errors import InvalidName
 from storage.url import open_store
+from trainer.config import RunSpec
 
 from ..errors import Problem, shown, suggest
 from .file import Document
@@ -69,6 +71,17 @@ def _storage(document: Document, grid: Grid) -> list[Problem]:
         where = document.where(("storage", "credentials"))
         return [Problem("E2125", message, where, "use s3://bucket/prefix, or leave credentials out")]
     return []
+
+
+def idle_gpus(document: Document, grid: Grid, specs: Iterable[RunSpec]) -> list[Problem]:
+    """Return what is wrong if a step has fewer images than there are GPUs to share them."""
+    processes = grid.resources.processes
+    fewest = min((s.base.samples_per_step for s in specs if s.command is None), default=processes)
+    if fewest >= processes:
+        return []
+    message = f"resources.gpus is {processes}, but a step has {fewest} image(s) to share among them"
+    hint = "raise base.train_batch_size or base.gradient_accumulation_steps, or lower resources.gpus"
+    return [Problem("E2111", message, document.where(("resources", "gpus")), hint)]
 
 
 def url_problem(url: str) -> str | None:

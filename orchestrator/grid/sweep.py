@@ -23,7 +23,7 @@ from trainer.spec_inputs import pinned
 
 from ..errors import InvalidFile, Problem, Unknown, closest, shown
 from ..usual_store import DEFAULT_STORE
-from .checks import grid_problems
+from .checks import grid_problems, idle_gpus
 from .errors import explain
 from .expansion import Cell, Expansion, comparable, expand
 from .file import Document, read
@@ -157,7 +157,7 @@ def validate(path: Path, *, overrides: Sequence[str] = ()) -> Draft:
     expansion = expand(document, grid) if can_expand else Expansion()
     folder = path.absolute().parent
     specs, wrong = run_specs(document, expansion.cells, folder, broken)
-    problems += [*expansion.problems, *wrong]
+    problems += [*expansion.problems, *wrong, *idle_gpus(document, grid, specs)]
     if problems:
         raise InvalidFile(in_file_order(problems))
     storage = grid.storage or Storage(url=os.environ.get("ORCHESTRATE_STORE") or DEFAULT_STORE)

@@ -305,8 +305,10 @@ TRAINING = [
         based("optimizer: adam"),
         "4:39",
         "E2111",
-        "'adamw' or 'adamw8bit', got 'adam' — did you mean 'adamw'?",
+        "'prodigy' or 'lion', got 'adam' — did you mean 'adamw'?",
     ),
+    Case("-", added("resources: {gpus: 1.5}"), "6:19", "E2111", "or below 1 to share a GPU, got 1.5"),
+    Case("-", added("resources: {gpus: 2}"), "6:19", "E2111", "a step has 1 image(s) to share among them"),
     Case("38", based("lr_scheduler: cosin"), "4:42", "E2111", "— did you mean 'cosine'?"),
     Case("-", based("lr_warmup_steps: 1000"), "4:45", "E2111", "base.lr_warmup_steps (1000) must be below"),
     Case(
