@@ -31,7 +31,9 @@ def test_the_docs_say_what_the_program_accepts() -> None:
 def test_kohya_s_names_are_accepted_in_every_block_and_place(tmp_path: Path) -> None:
     (tmp_path / "grid.yaml").write_text("""
 parameters: {network_dim: {values: [4, 8]}, caption_tag_dropout_rate: {value: 0.1}}
-base: {pretrained_model_name_or_path: owner/model, network_alpha: 2, text_encoder_lr: 1e-5, conv_dim: 4}
+base:
+  {pretrained_model_name_or_path: owner/model, network_alpha: 2, conv_dim: 4, text_encoder_lr: 1e-5,
+   train_text_encoder: true}
 dataset: {train_data_dir: photos, caption_dropout_rate: 0.2, enable_bucket: true}
 prior: {class_prompt: a dog, prior_loss_weight: 0.5}
 """)
