@@ -15,7 +15,8 @@ from trainer.errors import BadInput
 from trainer.families import load_family
 from trainer.methods import Methods, attach
 from trainer.methods.adapter_files import read_adapter_file
-from trainer.methods.from_file import begin_with
+from trainer.methods.from_file import begin_with, put_onto
+from trainer.methods.layers import adapted
 from trainer.methods.module_names import sgm_names
 from trainer.methods.targets import networks
 from trainer.tensor_file import write
@@ -168,3 +169,30 @@ def test_a_merged_adapter_is_part_of_the_base(world: Path, tmp_path: Path, kind:
     for name, weight in none.items():
         assert torch.allclose(part[name] - weight, 0.5 * (whole[name] - weight), atol=1e-6)
     assert (merged.text_identity() == untouched.text_identity()) == (kind != "lora")
+
+
+@pytest.mark.parametrize(
+    "made", [{"algo": "loha", "use_tucker": True}, {"algo": "lokr", "decompose_both": True, "factor": -1}]
+)
+def test_a_file_that_lycoris_wrote_changes_weights_as_lycoris_does(
+    world: Path, tmp_path: Path, made: dict[str, Any]
+) -> None:
+    lycoris = pytest.importorskip("lycoris")
+    root = load_family(Base(model=str(world / "base"))).denoiser
+    lycoris.LycorisNetwork.apply_preset({"target_module": ["Transformer2DModel", "ResnetBlock2D"]})
+    network = lycoris.create_lycoris(
+        root, 1.0, linear_dim=2, linear_alpha=1.0, conv_dim=2, conv_alpha=0.5, **made
+    )
+    network.apply_to()
+    for n, parameter in enumerate(network.parameters()):
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(n))
+    saved = {k.replace("lycoris_", "lora_unet_"): t.detach() for k, t in network.state_dict().items()}
+    network.restore()
+    write(tmp_path / "a.safetensors", saved, {})
+    put_onto(read_adapter_file(tmp_path / "a.safetensors", {"unet": root}), {"unet": root}, "x", tmp_path)
+    layers = {name.replace(".", "_"): layer for name, layer in adapted(root)}
+    assert len(layers) == len(network.loras) > 100
+    for module in network.loras:
+        found = layers[module.lora_name.removeprefix("lycoris_")].get_delta_weight("x")
+        expected = module.get_weight(found.shape).reshape(found.shape)
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
