@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from .config import Base, Dataset, RunSpec, Samples
 from .errors import BadInput
 from .export.files import DIFFUSERS_NAME
-from .export.headers import BASE_DIGEST, BASE_MODEL, BASE_REVISION, SPEC
+from .export.headers import BASE_DIGEST, BASE_MODEL, BASE_REVISION, MERGED, SPEC
 from .export.reading import read_onto_base, scale
 from .rundir import ADAPTER
 from .sample import draw_images, write_images
@@ -112,6 +112,11 @@ def base_of(file: Path, header: Mapping[str, str]) -> Base:
         raise BadInput(
             f"{file}: neither its header nor a {CARD} beside it says which base model it is for{known}",
             "give --base, a hub id or a local model",
+        )
+    if merged := header.get(MERGED):
+        raise BadInput(
+            f"{file} belongs onto {name} with {merged} merged into it",
+            "say with --base where such a model is, or draw from the run itself",
         )
     if "/" not in name and not Path(name).exists():
         digest = header.get(BASE_DIGEST)

@@ -20,10 +20,11 @@ from storage.checkpoints import CheckpointStore
 from storage.directory import DirectoryStore
 from storage.local import read_checkpoint
 from storage.log import run_log
-from trainer.config import RunSpec
+from trainer.config import MergedAdapter, RunSpec
 from trainer.errors import BadInput
 from trainer.export import Trained, trained_adapter
 from trainer.export.bundle import Target, read_samples, usage, write_bundle
+from trainer.export.card import card
 from trainer.export.headers import BASE_MODEL, BASE_REVISION, description
 from trainer.generate import Wish, adapter_file, base_of, generate
 from trainer.sample import sample_images
@@ -121,6 +122,17 @@ def test_headers_name_the_family(
     assert said["modelspec.architecture"] == architecture
     assert description(trained, "cat", "none") == {}
     assert "orchestrate.spec" in description(trained, "cat", "full")
+
+
+def test_what_was_merged_into_the_base_is_said(trained: Trained, tmp_path: Path) -> None:
+    merged = {"merged_adapters": (MergedAdapter(path="/home/me/style.safetensors", weight=0.5),)}
+    spec = trained.spec.model_copy(update={"base": trained.spec.base.model_copy(update=merged)})
+    over_style = replace(trained, spec=spec)
+
+    header = description(over_style, "cat", "minimal")
+    assert "with style.safetensors × 0.5 merged into it" in card(over_style, "cat", "x.safetensors", [])
+    with pytest.raises(BadInput, match=r"onto base with style\.safetensors × 0\.5 merged"):
+        base_of(tmp_path / "cat.safetensors", header)
 
 
 def test_images_are_drawn_from_a_file_with_the_base_that_is_named(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .headers import is_local, public_name
+from .headers import is_local, merged_names, public_name
 from .trained import Trained
 
 _PIPELINES = {
@@ -39,6 +39,8 @@ def card(trained: Trained, name: str, weights: str, images: Sequence[tuple[str, 
         f"{f'[{base}](https://huggingface.co/{base})' if not is_local(spec.base.model) else base}, "
         f"trained for {trained.step} steps at {spec.base.resolution} pixels."
     )
+    if merged := merged_names(spec):
+        parts.append(f"It belongs onto that model with {merged} merged into it.")
     if trigger:
         parts.append(f"Use **{trigger}** in the prompt.")
     prompt = images[0][0] if images else f"a photo of {trigger or 'a cat'}"

@@ -21,6 +21,8 @@ BASE_MODEL = "orchestrate.base_model"
 BASE_REVISION = "orchestrate.base_revision"
 BASE_DIGEST = "orchestrate.base_sha256"
 """Of a local model, as ``trainer.model_files`` computes it."""
+MERGED = "orchestrate.merged_adapters"
+"""What was merged into the base before training, and belongs to it when the adapter is used."""
 SPEC = "orchestrate.spec"
 ADAPTER_METADATA = "lora_adapter_metadata"
 """diffusers' key."""
@@ -69,9 +71,19 @@ def public_name(model: str) -> str:
     return PurePath(model).name if is_local(model) else model
 
 
+def merged_names(spec: RunSpec) -> str:
+    """Return what was merged into the base, as ``name × weight``; empty if nothing was."""
+    return ", ".join(f"{PurePath(one.path).name} × {one.weight:g}" for one in spec.base.merged_adapters)
+
+
 def _base(spec: RunSpec) -> dict[str, str]:
     base = spec.base
-    said = {BASE_MODEL: public_name(base.model), BASE_REVISION: base.revision, BASE_DIGEST: base.digest}
+    said = {
+        BASE_MODEL: public_name(base.model),
+        BASE_REVISION: base.revision,
+        BASE_DIGEST: base.digest,
+        MERGED: merged_names(spec),
+    }
     return {key: value for key, value in said.items() if value}
 
 
