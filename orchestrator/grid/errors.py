@@ -44,6 +44,8 @@ def explain(
     problems: dict[tuple[str | None, str], Problem] = {}
     for details in errors:
         problem = _problem(details, model, document, locate)
+        if problem.code == NOT_A_LIST:  # a name or a list: what is no such name was meant as a list of one
+            problems.pop((problem.where, BAD_VALUE), None)
         # The branches of a union each report the same value: the first says enough.
         problems.setdefault((problem.where, problem.code), problem)
     return list(problems.values())
@@ -127,10 +129,14 @@ def _without_branches(loc: tuple[int | str, ...], document: Document, locate: Lo
     """Drop what pydantic appends for the branch of a union ("str", "constrained-int")."""
     while len(loc) > 1 and locate(loc) not in document.values and locate(loc[:-1]) in document.values:
         parent = document.values.get(locate(loc[:-1]))
-        if parent is None or _is_block(locate(loc[:-1]), document) or loc[-1] not in _BRANCHES:
+        if parent is None or _is_block(locate(loc[:-1]), document) or not _is_branch(loc[-1]):
             break
         loc = loc[:-1]
     return loc
+
+
+def _is_branch(part: int | str) -> bool:
+    return part in _BRANCHES or str(part).startswith(("tuple[", "literal["))
 
 
 _BRANCHES = frozenset(
