@@ -153,7 +153,7 @@ def light(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 def use(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     program = (sys.executable, light_trainer.__file__, mode)
-    monkeypatch.setattr("trainer.supervisor.TrainingProcess", lambda: TrainingProcess(program))
+    monkeypatch.setattr("trainer.supervisor.TrainingProcess", lambda *given: TrainingProcess(program))
 
 
 def invoke(folder: Path, *more: str, spec: RunSpec = LIGHT_SPEC) -> tuple[int, str]:
