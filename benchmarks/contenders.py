@@ -34,7 +34,7 @@ class Cost:
     """To the first new step."""
     lost_steps: int
     detect_s: float | None = None
-    """Until it was known and on record (ours), or the next process was there (Ray Tune)."""
+    """Until it was known and on record (ours), or the next process had imported what it needs (Ray Tune)."""
     gap_s: float | None = None
     """The time without any training, where there was no cut-off machine that trained on for nothing."""
     restarts: int = 1

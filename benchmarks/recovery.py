@@ -76,7 +76,7 @@ def inflict(faults: tuple[str, ...], *, save: bool) -> None:
             print(verdict(gap_s / start_up_s, GOAL))
     if save and faults and (RESULTS / "recovery.json").exists():  # the other faults keep their figures
         kept = json.loads((RESULTS / "recovery.json").read_text())
-        figures["faults"] = kept["faults"] | figures["faults"]
+        figures["faults"] = kept.get("faults", {}) | figures["faults"]
     conclude("recovery", figures, save=save)
     if failures := figures.get("failures"):
         raise BenchmarkFailed("; ".join(failures))
