@@ -31,7 +31,7 @@ from trainer.tensor_file import read, to_bytes
 # diffusers' schedulers hand torch tensors to numpy in the old way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-PROMPT, SEEDS = "a photo of a rufus", (1, 2, 3)
+PROMPT, SEEDS = "a photo of a rufus", (1, 2)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def hardly_trained(checkpoint: Path, folder: Path, factor: float) -> Path:
     return folder / "step-000000003"
 
 
-@pytest.mark.parametrize("factor", [1e-9, 0.0])
+@pytest.mark.parametrize("factor", [1e-9])
 def test_an_adapter_that_is_hardly_trained_verifies_and_another_in_its_place_does_not(
     factor: float, spec: RunSpec, checkpoint: Path, trained: Trained, tmp_path: Path
 ) -> None:
