@@ -62,7 +62,7 @@ checkpoint: {{every: 10}}
         orchestrate(cluster, "drain", left, "--deadline", "60", "--store", store)
         wait_for("its run on the third node", lambda: moved(cluster, store, run_ids, left), 120)
         wait_for("the end's reason as a metric", lambda: has_ended(cluster, "DRAINED"), 60)
-        assert "ray_orch_spend_usd{" in metrics(cluster)
+        wait_for("what it costs", lambda: "ray_orch_spend_usd{" in metrics(cluster), 60)
         told = run([sys.executable, "-m", "orchestrator", "events", "day", "--store", store])
         assert f"node {left} is to be left alone: attempts there get 60 s to end" in told
         assert "DRAINED" in told
