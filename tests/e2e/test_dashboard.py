@@ -31,7 +31,7 @@ parameters: {{seed: {{values: [1, 2]}}}}
 base: {{model: {world / "base"}, resolution: 32, max_train_steps: 20, train_batch_size: 2, rank: 2}}
 dataset: {{path: {world / "images"}}}
 storage: {{url: {store}}}
-resources: {{gpus: 0, cpus: 1, max_concurrent: 2}}
+resources: {{gpus: 0, cpus: 1, max_concurrent: 2, price_per_hour: 0.5}}
 checkpoint: {{every: 10}}
 {gate.grid}""")
     with running_cluster(tmp_path / "home", nodes=3, cpus=1) as cluster:
