@@ -4,6 +4,7 @@
     python -m trainer export --checkpoint DIR --spec run.json --out DIR --to diffusers
     python -m trainer sample --spec run.json [--checkpoint DIR] --out DIR
     python -m trainer generate --adapter FILE --prompt TEXT --out DIR
+    python -m trainer lora TOOL …
 
 ``run`` claims the run's next attempt in its log, so that killing it and starting it again resumes it, here or
 on another machine, exactly as the orchestrator would.
@@ -49,6 +50,7 @@ from .rundir import (
     Options,
 )
 from .supervisor import Assignment, Progress, Supervisor
+from .weights.running import lora
 
 if TYPE_CHECKING:
     from .export import Dtype
@@ -179,12 +181,10 @@ def generate(
     out: Path,
 ) -> None:
     """Draw images from an adapter's file, and print theirs."""
-    from .config import Base
     from .generate import Wish
     from .generate import generate as drawn
 
     spec = _spec(spec_path) if spec_path else None
-    base = Base(model=model) if model else spec.base if spec else None
     wish = Wish(
         prompts=prompts,
         negative=negative,
@@ -193,8 +193,10 @@ def generate(
         cfg=cfg,
         scale=scale,
         resolution=resolution or (spec.base.resolution if spec else None),
+        model=model,
+        trigger=spec.dataset.trigger if spec else None,
     )
-    for image in drawn(adapter, base, wish, out):
+    for image in drawn(adapter, spec.base if spec else None, wish, out):
         click.echo(image)
 
 
@@ -210,6 +212,9 @@ def sample(spec_path: Path, checkpoint: Path | None, out: Path) -> None:
 
     sample_images(_spec(spec_path), checkpoint, out)
     click.echo(out)
+
+
+main.add_command(lora)
 
 
 def open_probed(store_url: str) -> ObjectStore:

@@ -2,6 +2,8 @@
 
 The base is, in this order: what the person says; what our own header says; what the model card beside the
 file says (``base_model`` in ``README.md``). Of a base that was a local folder, a header tells only the name.
+How the base was used in training (``clip_skip``, what it predicts, its last noise level) is the header's, or
+the run's, whoever says where the base is.
 """
 
 import re
@@ -25,6 +27,8 @@ from .tensor_file import read
 from .texts import LiveTexts
 
 CARD = "README.md"
+_CLIP_SKIPS = tuple(map(str, range(1, 13)))
+_PREDICTION = {"epsilon": "epsilon", "v": "v_prediction"}
 _AS_FAST_AS_IT_GOES = {
     "mixed_precision": "fp16" if torch.cuda.is_available() else "no",
     "gradient_checkpointing": False,
@@ -46,6 +50,10 @@ class Wish:
     """Multiplies what the adapter changes, as the number in ``<lora:name:0.8>`` does."""
     resolution: int | None = None
     """Side of the square image; by default that of the training images, else 512, SDXL and SD3 1024."""
+    model: str | None = None
+    """Where the base model is, if not where the file or its run says."""
+    trigger: str | None = None
+    """What ``[trigger]`` in a prompt stands for; by default what the file says."""
 
 
 def generate(path: Path, base: Base | None, wish: Wish, out: Path) -> list[Path]:
@@ -53,7 +61,7 @@ def generate(path: Path, base: Base | None, wish: Wish, out: Path) -> list[Path]
 
     Args:
         path: A ``.safetensors`` file, or the folder of an export or a checkpoint.
-        base: By default what the file or its card says.
+        base: Of the run; by default what the file or its card says.
 
     Raises:
         BadInput: Says what is missing.
@@ -61,7 +69,11 @@ def generate(path: Path, base: Base | None, wish: Wish, out: Path) -> list[Path]
     """
     file = adapter_file(path)
     header = _header(file)
-    base = (base or base_of(file, header)).model_copy(update=_AS_FAST_AS_IT_GOES)
+    base = _elsewhere(base, wish.model) if base else base_of(file, header, wish.model)
+    base = base.model_copy(update=_AS_FAST_AS_IT_GOES)
+    trigger = wish.trigger or header.get("modelspec.trigger_phrase")
+    if trigger is None and any("[trigger]" in prompt for prompt in wish.prompts):
+        raise BadInput(f"{file} does not say what [trigger] stands for", "write the word itself")
     if out.exists() and any(out.iterdir()):
         raise BadInput(f"{out} is not empty", "give a new folder with --out")
     family, _ = read_onto_base(file, base)
@@ -69,7 +81,7 @@ def generate(path: Path, base: Base | None, wish: Wish, out: Path) -> list[Path]
     side = wish.resolution or _trained_side(header) or (1024 if family.name in ("sdxl", "sd3") else 512)
     spec = RunSpec(
         base=base.model_copy(update={"resolution": side}),
-        dataset=Dataset(path="", trigger=header.get("modelspec.trigger_phrase")),
+        dataset=Dataset(path="", trigger=trigger),
         samples=Samples(
             prompts=wish.prompts, negative=wish.negative, seeds=wish.seeds, steps=wish.steps, cfg=wish.cfg
         ),
@@ -97,14 +109,19 @@ def adapter_file(path: Path) -> Path:
     return found[0]
 
 
-def base_of(file: Path, header: Mapping[str, str]) -> Base:
+def base_of(file: Path, header: Mapping[str, str], model: str | None = None) -> Base:
     """Return the base that a file was trained on, by its header or by the card beside it.
+
+    Args:
+        model: Where it is, if not where they say.
 
     Raises:
         BadInput: Neither says it, or it was a model on another machine.
     """
     if SPEC in header:
-        return RunSpec.model_validate_json(header[SPEC]).base
+        return _elsewhere(RunSpec.model_validate_json(header[SPEC]).base, model)
+    if model:
+        return Base(model=model, **_settings(header))
     name = header.get(BASE_MODEL) or _of_card(file.parent / CARD)
     if name is None:
         version = header.get("ss_sd_model_name") or header.get("ss_base_model_version")
@@ -125,9 +142,27 @@ def base_of(file: Path, header: Mapping[str, str]) -> Base:
             + (f" (sha256 {digest[:12]}…)" if digest else ""),
             "say with --base where that model is",
         )
-    skip = header.get("ss_clip_skip", "None")
-    settings: dict[str, Any] = {"clip_skip": int(skip)} if skip.isdecimal() else {}
-    return Base(model=name, revision=header.get(BASE_REVISION), **settings)
+    return Base(model=name, revision=header.get(BASE_REVISION), **_settings(header))
+
+
+def _elsewhere(base: Base, model: str | None) -> Base:
+    """The base with another place, at which it is as it was trained on, with whatever was merged into it."""
+    moved = {"model": model, "revision": None, "digest": None, "merged_adapters": ()}
+    return base.model_copy(update=moved) if model else base
+
+
+def _settings(header: Mapping[str, str]) -> dict[str, Any]:
+    """How the base was used in training, as far as a header tells."""
+    found: dict[str, Any] = {}
+    skip = header.get("ss_clip_skip", "")
+    # kohya's scripts write down what was asked for, also where it means nothing: SDXL
+    if skip in _CLIP_SKIPS and header.get("ss_base_model_version", "").startswith("sd_v"):
+        found["clip_skip"] = int(skip)
+    if BASE_MODEL in header:  # of other programs' files nobody knows what they mean by it
+        if told := _PREDICTION.get(header.get("modelspec.prediction_type", "")):
+            found["prediction_type"] = told
+        found["zero_terminal_snr"] = header.get("ss_zero_terminal_snr") == "True"
+    return found
 
 
 def _header(file: Path) -> dict[str, str]:

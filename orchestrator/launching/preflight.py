@@ -25,6 +25,8 @@ from .own_command import command_problems, program_problems, script_problems
 
 T = TypeVar("T")
 
+_PACKAGES = {"adamw8bit": "bitsandbytes", "lion": "bitsandbytes", "prodigy": "prodigyopt"}
+"""What optimizers need beside torch and transformers."""
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -75,9 +77,10 @@ def _command(evaluate: Evaluate) -> Iterator[Problem]:
 
 def _training(base: Base, sweep: Sweep, installed: Callable[[str], bool]) -> Iterator[Problem]:
     every = sweep.checkpoint.policy.every_steps
-    if base.optimizer == "adamw8bit" and not installed("bitsandbytes"):
-        message = "optimizer adamw8bit needs bitsandbytes, which is not installed"
-        yield Problem("E2311", message, "base.optimizer", "pip install bitsandbytes, or use adamw")
+    package = _PACKAGES.get(base.optimizer)
+    if package and not installed(package):
+        message = f"optimizer {base.optimizer} needs {package}, which is not installed"
+        yield Problem("E2311", message, "base.optimizer", f"pip install {package}, or use adamw")
     if base.learning_rate > 1:
         message = f"learning rate {base.learning_rate:g} is above 1, adapters train at about 1e-4"
         yield Problem("W2312", message, "base.learning_rate")

@@ -20,7 +20,7 @@ from storage.checkpoints import CheckpointStore
 from storage.directory import DirectoryStore
 from storage.local import read_checkpoint
 from storage.log import run_log
-from trainer.config import MergedAdapter, RunSpec
+from trainer.config import Base, MergedAdapter, RunSpec
 from trainer.errors import BadInput
 from trainer.export import Trained, trained_adapter
 from trainer.export.bundle import Target, read_samples, usage, write_bundle
@@ -157,7 +157,8 @@ def test_images_are_drawn_from_a_file_with_the_base_that_is_named(
 
 def test_the_base_is_found_in_the_header_or_in_the_card(tmp_path: Path) -> None:
     file = tmp_path / "cat.safetensors"
-    named = base_of(file, {BASE_MODEL: "owner/model", BASE_REVISION: "abc", "ss_clip_skip": "2"})
+    header = {BASE_REVISION: "abc", "ss_clip_skip": "2", "ss_base_model_version": "sd_v1"}
+    named = base_of(file, {BASE_MODEL: "owner/model", **header})
     assert (named.model, named.revision, named.clip_skip) == ("owner/model", "abc", 2)
     with pytest.raises(BadInput, match="says only v1-5"):
         base_of(file, {"ss_sd_model_name": "v1-5"})
@@ -167,6 +168,30 @@ def test_the_base_is_found_in_the_header_or_in_the_card(tmp_path: Path) -> None:
     assert base_of(file, {}).model == "owner/other"
     with pytest.raises(BadInput, match=r"found none"):
         adapter_file(tmp_path)
+
+
+def test_a_base_that_lies_elsewhere_is_used_as_in_training(trained: Trained, tmp_path: Path) -> None:
+    """Else its schedule or its text states would be others, and no error would say so."""
+    used = {"clip_skip": 2, "prediction_type": "v_prediction", "zero_terminal_snr": True}
+    base = trained.spec.base.model_copy(update={**used, "merged_adapters": (MergedAdapter(path="/x"),)})
+    as_v = replace(
+        trained, prediction_type="v_prediction", spec=trained.spec.model_copy(update={"base": base})
+    )
+    for amount in ("minimal", "full"):
+        found = base_of(tmp_path / "cat.safetensors", description(as_v, "cat", amount), "here/model")
+        assert found.model_dump(include={"model", "merged_adapters", *used}) == {
+            "model": "here/model",
+            "merged_adapters": (),
+            **used,
+        }
+    foreign = {"ss_base_model_version": "sdxl_base_v1-0", "ss_clip_skip": "2", "ss_zero_terminal_snr": "True"}
+    assert base_of(tmp_path / "cat.safetensors", foreign, "here/xl") == Base(model="here/xl")
+
+
+def test_a_trigger_that_nothing_tells_is_no_word(trained: Trained, tmp_path: Path) -> None:
+    write_bundle(trained, tmp_path / "cat", "kohya", metadata="none")
+    with pytest.raises(BadInput, match=r"does not say what \[trigger\] stands for"):
+        generate(tmp_path / "cat", trained.spec.base, Wish(prompts=("a [trigger]",)), tmp_path / "drawn")
 
 
 def test_a_run_is_exported_with_its_samples_and_drawn_from(
@@ -199,5 +224,6 @@ def test_a_run_is_exported_with_its_samples_and_drawn_from(
         *("rufus-v1.json", "rufus-v1.png", "rufus-v1.safetensors")
     ]
     assert (drawn.exit_code, drawn.stdout) == (0, "generated/001/p00-s4.png\n"), drawn.output
+    assert json.loads(Path("generated/001/index.json").read_text())[0]["prompt"] == "a rufus"
     assert nothing.exit_code == 4
     assert "dog/0 is no file or folder here" in nothing.stderr

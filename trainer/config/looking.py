@@ -1,6 +1,6 @@
 """What is measured and drawn while a run trains, and at its end."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
@@ -36,7 +36,3 @@ class Evaluate(Frozen):
     """Arguments; ``{samples}`` becomes the folder of images, whose ``index.json`` names each one's prompt and
     seed."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
-
-
-Tracker = Literal["tensorboard", "wandb"]
-"""Where losses and sample images are shown while a run trains."""

@@ -106,6 +106,7 @@ def _kohya(trained: Trained, name: str) -> dict[str, str]:
         "ss_network_alpha": str(base.lora_alpha),
         "ss_resolution": f"({base.resolution}, {base.resolution})",
         "ss_clip_skip": str(base.clip_skip) if base.clip_skip > 1 else "None",
+        "ss_zero_terminal_snr": str(base.zero_terminal_snr),
         "ss_steps": str(trained.step),
         "ss_seed": str(base.seed),
     }
