@@ -133,6 +133,19 @@ def test_an_adapter_that_a_run_cannot_go_on_from_is_refused(
         begin_with(tmp_path / "a.safetensors", attach(other, family), family)
 
 
+def test_an_adapter_of_text_encoders_too_is_not_taken_for_another_bases(world: Path, tmp_path: Path) -> None:
+    """A run that trains no text encoder has freed them by then."""
+    base = Base(model=str(world / "base"), rank=4, train_text_encoder=True)
+    _, tensors = trained(base)
+    write(tmp_path / "a.safetensors", kohya(tensors, base.lora_alpha, ONE), {})
+    plain = base.model_copy(update={"train_text_encoder": False})
+    family = load_family(plain)
+    family.rest_encoders(texts=True)
+    with pytest.raises(BadInput, match="adapts text encoders too") as refused:
+        begin_with(tmp_path / "a.safetensors", attach(plain, family), family)
+    assert "train_text_encoder" in refused.value.hint
+
+
 def test_a_file_of_another_base_is_refused(world: Path, xl: Path, tmp_path: Path) -> None:
     base = Base(model=str(xl), rank=2, train_text_encoder=True)
     methods, tensors = trained(base)

@@ -49,9 +49,9 @@ def rows(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> datasets.Dat
     return datasets.load_from_disk(str(saved))
 
 
-def exported(rows: Any, target: Path, **changes: Any) -> list[tuple[str, str]]:
+def exported(rows: Any, target: Path, within: str = "hf://", **changes: Any) -> list[tuple[str, str]]:
     target.mkdir()
-    export(rows, source(**changes), target)
+    export(rows, source(**changes), target, within=within)
     return [(e.name, e.caption) for e in scan(Dataset(path="x", caption="none", val_fraction=0), target)]
 
 
@@ -73,7 +73,9 @@ def test_a_table_is_exported_row_by_row_with_the_very_bytes(
 def test_a_folder_of_files_is_streamed(folder: Path, tmp_path: Path) -> None:
     rows = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train", streaming=True)
 
-    assert exported(rows, tmp_path / "out") == NUMBERED
+    assert exported(rows, tmp_path / "out", within=str(folder)) == NUMBERED
+    with pytest.raises(BadInput, match="row 0 names an image outside of the data set"):
+        exported(rows, tmp_path / "none")
 
 
 def test_other_columns(rows: datasets.Dataset, tmp_path: Path) -> None:

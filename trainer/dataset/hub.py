@@ -19,6 +19,8 @@ from .sources import Source
 
 _NAME = re.compile(r"hub://([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB = "hf://datasets/"
+"""How ``datasets`` names files on the hub, perhaps behind ``zip://name::``."""
 _HINT = "dataset.path is a local folder, hub://owner/name, or s3://bucket/prefix"
 
 
@@ -59,8 +61,17 @@ class HubDataset:
             raise _translated(source.path, error) from error
 
 
-def export(rows: Any, source: Source, target: Path, alive: Callable[[], None] = lambda: None) -> None:
+def export(
+    rows: Any,
+    source: Source,
+    target: Path,
+    alive: Callable[[], None] = lambda: None,
+    within: str = _HUB,
+) -> None:
     """Write each row of a ``datasets.IterableDataset`` as an image file, and the captions as metadata.
+
+    Args:
+        within: How the places begin at which a row may say that its image lies.
 
     Raises:
         BadInput: There are no such columns, or a row has no image that can be trained on.
@@ -75,7 +86,7 @@ def export(rows: Any, source: Source, target: Path, alive: Callable[[], None] = 
             "set dataset.image_column",
         )
     metadata = []
-    for name, row in _images(rows.decode(False), source, target):
+    for name, row in _images(rows.decode(False), source, target, within):
         if isinstance(row.get(caption), str):
             metadata.append(json.dumps({"file_name": name, "text": row[caption]}, ensure_ascii=False))
         elif row.get(caption) is not None:
@@ -88,9 +99,17 @@ def export(rows: Any, source: Source, target: Path, alive: Callable[[], None] = 
         (target / METADATA[0]).write_text("\n".join(metadata) + "\n", "utf-8")
 
 
-def _images(rows: Any, source: Source, target: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _images(rows: Any, source: Source, target: Path, within: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for index, row in enumerate(rows):
-        body = _body(row[source.image_column])
+        image = row[source.image_column] or {}
+        place = str(image.get("path") or "")
+        # Whoever made the data set wrote this: a path of this machine, or any address, is none of theirs.
+        if image.get("bytes") is None and place and not place.rpartition("::")[2].startswith(within):
+            raise BadInput(
+                f"dataset {source.path}: row {index} names an image outside of the data set, {place[:200]}",
+                "export it yourself, and give the folder",
+            )
+        body = _body(image)
         suffix = _suffix(body)
         if suffix is None:
             raise BadInput(
@@ -102,11 +121,9 @@ def _images(rows: Any, source: Source, target: Path) -> Iterator[tuple[str, dict
         yield name, row
 
 
-def _body(image: dict[str, Any] | None) -> bytes:
-    if image is None:
-        return b""
-    if image.get("bytes") is not None:
-        return bytes(image["bytes"])
+def _body(image: dict[str, Any]) -> bytes:
+    if image.get("bytes") is not None or not image.get("path"):
+        return bytes(image.get("bytes") or b"")
     from datasets.utils.file_utils import xopen  # opens what lies beside a data set's own files on the hub
 
     with xopen(image["path"], "rb") as file:

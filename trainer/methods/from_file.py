@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..config import MergedAdapter
@@ -17,6 +18,7 @@ from .layers import adapted, inject
 from .targets import networks
 
 _MERGED = "merged"
+_TEXTS = ("text_encoder", "lora_te")
 
 
 def put_onto(adapter: AdapterFile, roots: Mapping[str, nn.Module], name: str, path: Path) -> None:
@@ -84,13 +86,28 @@ def begin_with(path: Path, methods: Methods, family: Family) -> None:
     Raises:
         BadInput: It is of another kind or rank, or adapts other modules. Names the first misfit.
     """
+    hint = (
+        "set adapter, rank, conv_rank, targets and train_text_encoder as the file has them, or merge it: "
+        "merged_adapters"
+    )
+    if not family.text_encoders and _is_of_texts(path):  # they were freed: the file would seem another base's
+        problem = "it adapts text encoders too, which this run does not train"
+        raise BadInput(f"base.initial_adapter {path}: {problem}", hint)
     given = read_adapter_file(path, networks(family))
     configs = read_configs(methods.metadata())
     trained = AdapterFile({name: p.data for name, p in methods.parameters.items()}, configs)
-    if problem := misfit(given, trained):
-        hint = "set adapter, rank, conv_rank and targets as the file has them, or merge it: merged_adapters"
-        raise BadInput(f"base.initial_adapter {path}: {problem}", hint)
+    if found := misfit(given, trained):
+        raise BadInput(f"base.initial_adapter {path}: {found}", hint)
     fill(methods.parameters, rescaled(given, configs))
+
+
+def _is_of_texts(path: Path) -> bool:
+    """Whether a file names modules of text encoders; False too for one that cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return any(name.startswith(_TEXTS) for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return False
 
 
 def misfit(given: AdapterFile, trained: AdapterFile) -> str | None:
