@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
-from .commands import generating, operating_commands, starting, storage_commands, supervise_command
+from .commands import generating, lora, operating_commands, starting, storage_commands, supervise_command
 from .commands.options import address_option, output_option, store_option
 from .usual_store import DEFAULT_STORE
 
@@ -410,6 +410,7 @@ for command in (
     supervise_command.supervise,
     starting.init,
     generating.generate,
+    lora.lora,
 ):
     main.add_command(command)
 

@@ -55,11 +55,11 @@ def write_weights(
     if form == "diffusers":
         tensors = diffusers_tensors(trained.modules, fold=fold)
         header = {**diffusers_header(trained, fold=fold), **description(trained, name, metadata)}
-        return put(folder, DIFFUSERS_NAME, to_bytes(_cast(tensors, dtype), header))
-    cast = _cast(kohya_tensors(trained.modules, trained.family), dtype)
+        return put(folder, DIFFUSERS_NAME, to_bytes(in_dtype(tensors, dtype), header))
+    cast = in_dtype(kohya_tensors(trained.modules, trained.family), dtype)
     header = description(trained, name, metadata)
     if header:
-        header["sshs_model_hash"] = _hash_of_data(cast)
+        header["sshs_model_hash"] = hash_of_data(cast)
     return put(folder, f"{name}.safetensors", to_bytes(cast, header))
 
 
@@ -88,14 +88,18 @@ def put(folder: Path, name: str, body: bytes) -> Path:
     return folder / name
 
 
-def _hash_of_data(tensors: Mapping[str, Tensor]) -> str:
-    """The hash by which A1111 recognises a network whatever its header says."""
+def hash_of_data(tensors: Mapping[str, Tensor]) -> str:
+    """Return the hash by which A1111 recognises a network whatever its header says."""
     bare = to_bytes(tensors, {})
     return hashlib.sha256(bare[8 + int.from_bytes(bare[:8], "little") :]).hexdigest()
 
 
-def _cast(tensors: Mapping[str, Tensor], dtype: Dtype) -> dict[str, Tensor]:
-    """Alphas stay fp32: a rounded scale scales everything."""
+def in_dtype(tensors: Mapping[str, Tensor], dtype: Dtype) -> dict[str, Tensor]:
+    """Return the tensors in a type; alphas stay fp32: a rounded scale scales everything.
+
+    Raises:
+        BadInput: A number is too large for it.
+    """
     cast = {
         name: tensor if name.endswith(".alpha") else tensor.to(DTYPES[dtype])
         for name, tensor in tensors.items()

@@ -11,7 +11,7 @@ A file means something for one base model only: every module that it names must 
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from .module_names import Module, known_names
 
 _OTHER_BASE = "an adapter fits only the kind of base model that it was trained on"
 _ONLY_LORA = "DoRA is read where it goes with LoRA"
-_PARTS = {
+PARTS = {
     "lora_A.weight": (
         "lora_A.weight",
         "lora_down.weight",
@@ -77,8 +77,8 @@ def read_adapter_file(path: Path, networks: Mapping[str, nn.Module]) -> AdapterF
         tensors, metadata = read(path)
     except (OSError, SafetensorError, InvalidName) as error:
         raise BadInput(f"adapter {path}: {error}", "give a .safetensors file of an adapter") from error
-    modules = _by_module(path, tensors, known_names(networks))
-    told = _told_in_header(path, metadata)
+    modules = by_module(path, tensors, known_names(networks).get)
+    told = told_in_header(path, metadata)
     found: dict[str, Tensor] = {}
     configs: dict[str, Told] = {}
     for network in sorted({network for network, _ in modules}):
@@ -89,12 +89,24 @@ def read_adapter_file(path: Path, networks: Mapping[str, nn.Module]) -> AdapterF
     return AdapterFile(found, configs)
 
 
-def _by_module(
-    path: Path, tensors: Mapping[str, Tensor], names: Mapping[str, Module]
+def by_module(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    named: Callable[[str], Module | None],
+    *,
+    among: str = "this base model has",
 ) -> dict[Module, dict[str, Tensor]]:
-    """Sort the tensors of a file by module and part."""
+    """Sort the tensors of a file by module and part.
+
+    Args:
+        named: The module that a file calls so.
+        among: Who has no module that is not found, for the message.
+
+    Raises:
+        BadInput: A tensor is no part of an adapter, or of a module that is not found.
+    """
     found: dict[Module, dict[str, Tensor]] = defaultdict(dict)
-    endings = {f".{called}": part for part, those in _PARTS.items() for called in those}
+    endings = {f".{called}": part for part, those in PARTS.items() for called in those}
     for key, tensor in tensors.items():
         ending = max((e for e in endings if key.endswith(e)), key=len, default=None)
         if ending is None:
@@ -102,18 +114,16 @@ def _by_module(
                 f"adapter {path}: {key} belongs to no kind of adapter that is known here",
                 "LoRA, DoRA, LoHa and LoKr files of diffusers, kohya and LyCORIS can be read",
             )
-        module = names.get(key.removesuffix(ending))
+        module = named(key.removesuffix(ending))
         if module is None:
-            raise BadInput(
-                f"adapter {path}: this base model has no module {key.removesuffix(ending)}", _OTHER_BASE
-            )
+            raise BadInput(f"adapter {path}: {among} no module {key.removesuffix(ending)}", _OTHER_BASE)
         found[module][endings[ending]] = tensor
     if not found:
         raise BadInput(f"adapter {path} is empty")
     return found
 
 
-def _told_in_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Told]:
+def told_in_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Told]:
     """Return the configurations that a header holds, in our form or in diffusers'."""
     if "config" in metadata:
         try:
@@ -135,12 +145,12 @@ def _told_in_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Told]:
 
 def _told_by_tensors(path: Path, parts: Mapping[str, Mapping[str, Tensor]], root: nn.Module) -> Told:
     """Return the configuration that tensors say themselves: ranks by their shapes, alpha by its own."""
-    kinds = {_kind(path, name, those) for name, those in parts.items()}
+    kinds = {kind_of(path, name, those) for name, those in parts.items()}
     if len(kinds) > 1:
         raise BadInput(f"adapter {path} mixes {' and '.join(sorted(kinds))}", "use one file for each")
     (kind,) = kinds
-    ranks = {name: _rank(those) for name, those in parts.items()}
-    alphas = {name: _alpha(those, ranks[name]) for name, those in parts.items()}
+    ranks = {name: rank_of(those) for name, those in parts.items()}
+    alphas = {name: alpha_of(those, ranks[name]) for name, those in parts.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     told: dict[str, Any] = {
         "peft_type": kind,
@@ -163,7 +173,12 @@ def _told_by_tensors(path: Path, parts: Mapping[str, Mapping[str, Tensor]], root
     return told | {"alpha": alpha, "decompose_both": split, "decompose_factor": factor}
 
 
-def _kind(path: Path, name: str, parts: Mapping[str, Tensor]) -> str:
+def kind_of(path: Path, name: str, parts: Mapping[str, Tensor]) -> str:
+    """Return ``LORA``, ``LOHA`` or ``LOKR``.
+
+    Raises:
+        BadInput: Parts of the module ``name`` are missing.
+    """
     for kind, needed in (
         ("LORA", ({"lora_A.weight"}, {"lora_B.weight"})),
         ("LOHA", ({"hada_w1_a"}, {"hada_w1_b"}, {"hada_w2_a"}, {"hada_w2_b"})),
@@ -180,7 +195,8 @@ def _kind(path: Path, name: str, parts: Mapping[str, Tensor]) -> str:
     )
 
 
-def _rank(parts: Mapping[str, Tensor]) -> int:
+def rank_of(parts: Mapping[str, Tensor]) -> int:
+    """Return the rank that the shapes of a module's parts say."""
     for part in ("lora_A.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
         if part in parts:
             return len(parts[part])
@@ -188,7 +204,7 @@ def _rank(parts: Mapping[str, Tensor]) -> int:
     return int(max((*parts["lokr_w1"].shape, *parts["lokr_w2"].shape[:2])))
 
 
-def _alpha(parts: Mapping[str, Tensor], rank: int) -> float:
+def alpha_of(parts: Mapping[str, Tensor], rank: int) -> float:
     """Return alpha. Without one the scale is 1; so it is for LoKr with two whole factors, as in LyCORIS."""
     if {"lokr_w1", "lokr_w2"} <= parts.keys() or "alpha" not in parts:
         return float(rank)

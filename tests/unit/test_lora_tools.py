@@ -1,0 +1,318 @@
+"""``orchestrate lora``: what a tool writes is, for programs that load it, what it promises."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from support.tiny_models import build_base
+from torch import Tensor
+
+from orchestrator.cli import main
+from trainer.config import Base
+from trainer.errors import BadInput
+from trainer.export.modules import adapted_modules
+from trainer.export.reading import read_onto_base
+from trainer.families import load_family
+from trainer.methods import attach
+from trainer.methods.module_names import known_names, sgm_names
+from trainer.methods.targets import networks
+from trainer.tensor_file import write
+from trainer.weights.combining import Ranks, mixed, read_weighted, relative_error, resized
+from trainer.weights.extracting import extract
+from trainer.weights.inspecting import in_lines, inspect
+from trainer.weights.lora_file import read_lora
+from trainer.weights.merging import merge
+from trainer.weights.names import module_of
+from trainer.weights.writing import convert, write_lora
+
+LOCON = {"rank": 4, "alpha": 2.0, "conv_rank": 3, "conv_alpha": 1.0, "targets": "linear"}
+KINDS: dict[str, dict[str, Any]] = {
+    "locon": {**LOCON, "train_text_encoder": True},
+    "rslora": {"rank": 4, "alpha": 2.0, "use_rslora": True},
+    "dora": {**LOCON, "use_dora": True, "train_text_encoder": True},
+    "loha": {**LOCON, "adapter": "loha"},
+    "lokr": {"adapter": "lokr", "rank": 2, "alpha": 1.0, "targets": "linear"},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, built: Path) -> Mapping[str, Path]:
+    return {"sd1": built / "base", "sdxl": build_base(tmp_path_factory.mktemp("xl"), "sdxl")}
+
+
+def adapter(model: Path, file: Path, *, seed: int = 0, **keys: Any) -> Path:
+    """Write an adapter as a checkpoint has it, every number of which is something."""
+    base = Base(model=str(model), **keys)
+    methods = attach(base, load_family(base))
+    numbers = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: (p + 0.05 * torch.randn(p.shape, generator=numbers)).detach()
+        for name, p in methods.parameters.items()
+    }
+    write(file, tensors, methods.metadata())
+    return file
+
+
+def changes(file: Path) -> dict[tuple[str, str], Tensor]:
+    return {(m.network, m.name): m.change_OI() for m in read_lora(file).modules}
+
+
+def weights(model: Path) -> dict[str, Tensor]:
+    return {
+        f"{n}.{k}": t
+        for n, root in networks(load_family(Base(model=str(model)))).items()
+        for k, t in root.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_every_module_is_found_again_by_every_name(models: Mapping[str, Path], family: str) -> None:
+    roots = networks(load_family(Base(model=str(models[family]))))
+    table = known_names(roots)
+    assert len(table) > 500
+    for called, module in table.items():
+        assert module_of(called) == module, called
+    assert len(sgm_names([n for n, _ in roots["unet"].named_modules()], 2)) > 90
+    for called in ("lora_unet_single_blocks_0_linear1", "lora_te1_", "lora_unet_to_q_", "unet."):
+        assert module_of(called) in (None, ("unet", "to_q"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forms_round_trip_without_any_error(models: Mapping[str, Path], tmp_path: Path, kind: str) -> None:
+    ours = adapter(models["sd1"], tmp_path / "ours.safetensors", **KINDS[kind])
+    through: list[Any] = ["kohya"] if kind in ("loha", "lokr") else ["kohya", "diffusers"]
+    file = ours
+    for form in (*through, *reversed(through)):
+        file = convert(file, tmp_path / f"{file.stem}-{form}.safetensors", form)
+        assert read_lora(file).form == form
+    first, last = read_lora(ours), read_lora(file)
+    assert [(m.network, m.name, m.rank) for m in first.modules] == [
+        (m.network, m.name, m.rank) for m in last.modules
+    ]
+    for before, after in zip(first.modules, last.modules, strict=True):
+        assert torch.equal(before.change_OI(), after.change_OI())
+        assert before.magnitude is after.magnitude is None or torch.equal(before.magnitude, after.magnitude)
+    if kind != "lokr":
+        back = convert(file, tmp_path / "back.safetensors", "ours")
+        expected, found = load_file(ours), load_file(back)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+@pytest.mark.parametrize(("family", "form"), [("sd1", "kohya"), ("sdxl", "kohya"), ("sdxl", "diffusers")])
+def test_diffusers_reads_what_was_converted(
+    models: Mapping[str, Path], tmp_path: Path, family: str, form: Any
+) -> None:
+    keys = {**KINDS["locon"]}
+    ours = adapter(models[family], tmp_path / "ours.safetensors", **keys)
+    file = convert(ours, tmp_path / "other.safetensors", form)
+    read, name = read_onto_base(file, Base(model=str(models[family])))
+    on_base = {(m.network, m.name): m for m in adapted_modules(networks(read), name)}
+    expected = changes(ours)
+    assert on_base.keys() == expected.keys()
+    for place, change in expected.items():
+        assert torch.allclose(on_base[place].change_OI(), change, rtol=1e-6, atol=1e-8), place
+
+
+def test_a_folded_file_needs_no_header(models: Mapping[str, Path], tmp_path: Path) -> None:
+    ours = adapter(models["sd1"], tmp_path / "ours.safetensors", **LOCON)
+    folded = convert(ours, tmp_path / "folded.safetensors", "diffusers", fold=True)
+    write(tmp_path / "bare.safetensors", load_file(folded), {})
+    for place, change in changes(tmp_path / "bare.safetensors").items():
+        assert torch.allclose(change, changes(ours)[place], rtol=1e-6, atol=1e-9)
+
+
+def test_inspect_says_what_is_there(models: Mapping[str, Path], tmp_path: Path) -> None:
+    ours = adapter(models["sdxl"], tmp_path / "a.safetensors", **KINDS["dora"])
+    found = inspect(convert(ours, tmp_path / "k.safetensors", "kohya", dtype="bf16"))
+    assert (found["form"], found["family"], found["kind"], found["dtype"]) == (
+        "kohya",
+        "sdxl",
+        "dora",
+        "bfloat16",
+    )
+    assert set(found["networks"]) == {"unet", "text_encoder", "text_encoder_2"}
+    assert found["networks"]["unet"]["ranks"].keys() == {"4", "3"}
+    assert found["networks"]["unet"]["alphas"].keys() == {"2", "1"}
+    assert "to_out.0" in found["networks"]["unet"]["trained"]
+    assert found["modules"][
+        "unet.conv_in" if "unet.conv_in" in found["modules"] else "unet.mid_block.resnets.0.conv1"
+    ]
+    assert any("rank 4" in line for line in in_lines(found, keys=True))
+
+
+def test_a_mix_is_the_weighted_sum(models: Mapping[str, Path], tmp_path: Path) -> None:
+    a = adapter(models["sd1"], tmp_path / "a.safetensors", seed=1, **KINDS["locon"])
+    b = adapter(models["sd1"], tmp_path / "b.safetensors", seed=2, rank=2, alpha=6.0)
+    b = convert(b, tmp_path / "b-kohya.safetensors", "kohya")
+    exact = mixed([read_weighted(f"{a}:0.7"), read_weighted(f"{b}:-0.4")])
+    file = write_lora(exact, tmp_path / "mix.safetensors", "kohya")
+    one, other, sum_ = changes(a), changes(b), changes(file)
+    assert sum_.keys() == one.keys() | other.keys()
+    for place, change in sum_.items():
+        expected = 0.7 * one.get(place, torch.zeros(())) - 0.4 * other.get(place, torch.zeros(()))
+        assert torch.allclose(change, expected, rtol=1e-4, atol=1e-6), place
+    smaller = resized(exact, Ranks(rank=5))
+    assert max(m.rank for m in smaller.modules) == 5
+    assert 0 < relative_error(exact, smaller) < 0.5
+
+
+def test_resizing_reaches_the_least_error_there_is(models: Mapping[str, Path], tmp_path: Path) -> None:
+    lora = read_lora(adapter(models["sd1"], tmp_path / "a.safetensors", **{**LOCON, "rank": 8}))
+    smaller = resized(lora, Ranks(rank=2))
+    missed = total = 0.0
+    for before, after in zip(lora.modules, smaller.modules, strict=True):
+        squares = torch.linalg.svdvals(before.change_OI().double()).square()
+        error = (before.change_OI().double() - after.change_OI().double()).square().sum()
+        assert error.sqrt() == pytest.approx(squares[2:].sum().sqrt().item(), rel=1e-4)
+        missed, total = missed + squares[2:].sum().item(), total + squares.sum().item()
+    assert relative_error(lora, smaller) == pytest.approx((missed / total) ** 0.5, rel=1e-4)
+    for ranks in (Ranks(ratio=0.5), Ranks(cumulative=0.6), Ranks(frobenius=0.8, rank=6)):
+        found = resized(lora, ranks)
+        assert len({m.rank for m in found.modules}) > 1
+        assert all(m.scale == 1.0 for m in found.modules)
+    again = read_lora(write_lora(found, tmp_path / "dynamic.safetensors", "diffusers"))
+    assert [m.rank for m in again.modules] == [m.rank for m in found.modules]
+    assert [m.scale for m in again.modules] == [1.0] * len(found.modules)
+
+
+def test_a_merged_base_is_the_base_with_its_adapters(models: Mapping[str, Path], tmp_path: Path) -> None:
+    ours = adapter(models["sd1"], tmp_path / "a.safetensors", **KINDS["locon"])
+    kohya = convert(ours, tmp_path / "k.safetensors", "kohya")
+    merged = merge(str(models["sd1"]), [f"{kohya}:0.5"], tmp_path / "merged")
+    before, after = weights(models["sd1"]), weights(merged)
+    expected = {f"{n}.{m}.weight": 0.5 * change for (n, m), change in changes(ours).items()}
+    for key, weight in after.items():
+        change = expected.get(key, torch.zeros(())).reshape(weight.shape if key in expected else ())
+        assert torch.allclose(weight, before[key] + change, rtol=1e-5, atol=1e-6), key
+    with pytest.raises(BadInput, match="is there already"):
+        merge(str(models["sd1"]), [str(kohya)], merged)
+    with pytest.raises(BadInput, match="is the base itself"):
+        merge(str(merged), [str(kohya)], merged, force=True)
+    xl = adapter(models["sdxl"], tmp_path / "xl.safetensors", **KINDS["locon"])
+    with pytest.raises(BadInput, match="no module text_encoder"):
+        merge(str(models["sd1"]), [str(xl)], merged, force=True)
+    assert weights(merged).keys() == after.keys()  # a refused one left what was there
+
+
+def test_what_was_merged_is_extracted_again(models: Mapping[str, Path], tmp_path: Path) -> None:
+    planted = adapter(
+        models["sdxl"], tmp_path / "a.safetensors", **{**KINDS["locon"], "targets": ["to_q", "conv1"]}
+    )
+    tuned = merge(str(models["sdxl"]), [str(planted)], tmp_path / "tuned")
+    found = extract(str(models["sdxl"]), str(tuned), Ranks(rank=4), conv_rank=3)
+    assert found.error < 1e-4
+    assert found.left_out == ()
+    file = write_lora(found.lora, tmp_path / "found.safetensors", "kohya")
+    expected, got = changes(planted), changes(file)
+    assert got.keys() == expected.keys()
+    for place, change in expected.items():
+        assert torch.allclose(got[place], change, atol=1e-4 * float(change.abs().max())), place
+    dynamic = extract(str(models["sdxl"]), str(tuned), Ranks(ratio=1e-3))
+    assert {m.rank for m in dynamic.lora.modules} == {3, 4}
+    with pytest.raises(BadInput, match="have the same linear layers"):
+        extract(str(tuned), str(tuned), Ranks(rank=1))
+    with pytest.raises(BadInput, match="text_encoder"):
+        extract(str(models["sd1"]), str(tuned), Ranks(rank=1))
+
+
+UNET = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+def pair(rank: int = 2, other: int | None = None) -> dict[str, Tensor]:
+    return {
+        f"{UNET}.lora_down.weight": torch.ones(rank, 6),
+        f"{UNET}.lora_up.weight": torch.ones(5, other or rank),
+        f"{UNET}.alpha": torch.tensor(1.0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({UNET + ".lora_down.weight": torch.ones(2, 6)}, "attn1.to_q there is only lora_A.weight"),
+        (pair(2, 3), r"attn1.to_q: lora_B.weight of shape \[5, 3\] does not fit"),
+        ({**pair(), f"{UNET}.lora_up.weight": torch.full((5, 2), torch.nan)}, "lora_up.weight holds NaN"),
+        ({**pair(), f"{UNET}.alpha": torch.tensor(torch.inf)}, "to_q.alpha holds NaN or infinity"),
+        ({**pair(), f"{UNET}.alpha": torch.ones(3)}, "alpha of unet.mid_block.*expected one number"),
+        ({**pair(), f"{UNET}.dora_scale": torch.ones(4, 1)}, "5 outputs and 4 magnitudes"),
+        ({"lora_unet_double_blocks_0_img_attn_proj.lora_up.weight": torch.ones(2, 2)}, "double_blocks_0"),
+        ({"model.diffusion_model.out.2.weight": torch.ones(2)}, "out.2.weight belongs to no kind of adapter"),
+        ({f"key{n}": torch.zeros(0) for n in range(200_000)}, "safetensors: .*tensors"),
+        ({}, "is empty"),
+    ],
+)
+def test_a_file_that_is_no_adapter_is_refused_by_its_key(
+    tmp_path: Path, tensors: dict[str, Tensor], message: str
+) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, tmp_path / "bad.safetensors")
+    with pytest.raises(BadInput, match=message):
+        read_lora(tmp_path / "bad.safetensors")
+
+
+def test_a_damaged_file_and_a_lying_header_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors = {f"{name}.lora_A.weight": torch.ones(2, 6), f"{name}.lora_B.weight": torch.ones(5, 2)}
+    for told, message in (
+        ({"unet.r": 4, "unet.lora_alpha": 4}, "to_q has rank 2, its header says 4"),
+        ({"unet.lora_alpha": 4}, "says of unet.mid_block.* no rank and alpha"),
+    ):
+        write(file, tensors, {"lora_adapter_metadata": json.dumps(told)})
+        with pytest.raises(BadInput, match=message):
+            read_lora(file)
+    write(file, tensors, {})
+    half = tmp_path / "half.safetensors"
+    half.write_bytes(file.read_bytes()[:-8])
+    for path in (half, tmp_path / "none.safetensors", tmp_path / "old.ckpt"):
+        with pytest.raises(BadInput, match=path.name):
+            read_lora(path)
+
+
+def test_what_no_product_holds_is_neither_mixed_nor_resized(tmp_path: Path) -> None:
+    dora, plain, wide = (tmp_path / f"{name}.safetensors" for name in ("dora", "plain", "wide"))
+    write(dora, {**pair(), f"{UNET}.dora_scale": torch.ones(5, 1)}, {})
+    write(plain, pair(), {"ss_base_model_version": "sd_v1"})
+    write(wide, {**pair(), f"{UNET}.lora_down.weight": torch.ones(2, 8)}, {})
+    with pytest.raises(BadInput, match="to_q has DoRA's magnitudes"):
+        resized(read_lora(dora), Ranks(rank=1))
+    with pytest.raises(BadInput, match="to_q: changes of layers of the shapes"):
+        mixed([(read_lora(plain), 1.0), (read_lora(wide), 1.0)])
+    write(wide, pair(), {"ss_base_model_version": "sdxl_base_v1-0"})
+    with pytest.raises(BadInput, match=r"is of sd1, .* of sdxl"):
+        mixed([(read_lora(plain), 1.0), (read_lora(wide), 1.0)])
+    with pytest.raises(BadInput, match="the weight much is no number"):
+        read_weighted(f"{plain}:much")
+
+
+def test_the_command_line_runs_each_tool_and_overwrites_nothing(tmp_path: Path) -> None:
+    file, out = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    write(file, pair(), {"ss_base_model_version": "sd_v1"})
+    run = CliRunner().invoke
+
+    helped = run(main, ["lora", "--help"])
+    for tool in ("inspect", "convert", "resize", "mix", "merge", "extract"):
+        assert f"orchestrate lora {tool} " in helped.output
+
+    said = run(main, ["lora", "mix", f"{file}:0.5", str(file), "--rank", "1", "--out", str(out)])
+    assert said.exit_code == 0, said.output
+    assert said.output.endswith(f"{out}\n")
+    assert torch.allclose(next(iter(changes(out).values())), torch.full((5, 6), 1.5))
+
+    before = out.read_bytes()
+    refused = run(main, ["lora", "convert", str(file), "--to", "diffusers", "--out", str(out)])
+    assert (refused.exit_code, out.read_bytes()) == (2, before)
+    assert "E2701" in refused.output
+    command = [sys.executable, "-m", "trainer", "lora", "resize", str(file), "--rank", "1", "--out", str(out)]
+    direct = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (direct.returncode, out.read_bytes()) == (78, before)
+    assert "is there already" in direct.stderr
