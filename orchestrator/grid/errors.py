@@ -13,6 +13,13 @@ from .schema import ALIASES, NOT_YET
 
 UNKNOWN_KEY, MISSING_KEY, NOT_A_LIST, BAD_VALUE, NOT_YET_CODE = "E2103", "E2104", "E2110", "E2111", "E2124"
 
+_INSTEAD = {
+    "track": "remove it; orchestrate track NAME --to tensorboard, or wandb, does it at any time",
+    "export": "remove it; orchestrate export NAME --best does it at any time",
+    "program": "remove it; a training program of your own is command: see docs/own-script.md",
+}
+"""What to do instead of a key that is not supported."""
+
 Locate = Callable[[ValuePath], ValuePath]
 """From where a value is in the model to where it is written in the file."""
 
@@ -54,7 +61,8 @@ def explain(
 def unknown_key(key: str, block: str, known: Iterable[str], where: str) -> Problem:
     """Return the problem of a key that does not exist. ``block`` is "" at the top of the file."""
     if not block and key in NOT_YET:
-        return Problem(NOT_YET_CODE, f"{shown(key)} is not supported by this version", where, "remove it")
+        hint = _INSTEAD.get(key, "remove it")
+        return Problem(NOT_YET_CODE, f"{shown(key)} is not supported by this version", where, hint)
     hint = suggest(key, known)
     if hint is None and block == "storage":
         hint = "everything about the store is in its url: s3://bucket/prefix?endpoint=https://…"

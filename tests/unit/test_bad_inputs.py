@@ -113,6 +113,7 @@ FILE = [
     Case(
         "7", added("early_terminate: {type: hyperband}"), "6:1", "E2124", "is not supported by this version"
     ),
+    Case("7", added("track: [wandb]"), "6:1", "E2124", "orchestrate track NAME --to tensorboard, or wandb"),
     Case("8", added("name: !!python/object:os.system x"), "6:7", "E2107", "tag '!!python/object:os.system'"),
     Case(
         "8", added("resources: !gpu {gpus: 1}"), "6:12", "E2107", "tag '!gpu' is not allowed — remove the tag"
