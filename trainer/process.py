@@ -95,7 +95,7 @@ def _import_everything() -> None:
     for names in FAMILIES.values():
         for name in names:
             family_class(name)
-    with contextlib.suppress(ImportError):  # only adamw8bit needs it, and says so
+    with contextlib.suppress(ImportError):  # only AdamW8bit and Lion need it, and say so
         import bitsandbytes  # noqa: F401
 
 

@@ -146,6 +146,19 @@ def test_an_adapter_of_text_encoders_too_is_not_taken_for_another_bases(world: P
     assert "train_text_encoder" in refused.value.hint
 
 
+def test_a_header_sets_nothing_in_peft_that_is_not_known_here(world: Path, tmp_path: Path) -> None:
+    base = Base(model=str(world / "base"), rank=4)
+    methods, tensors = trained(base)
+    header = methods.metadata()
+    configs = json.loads(header["config"])
+    configs["unet"] |= {"megatron_config": {"a": 1}, "megatron_core": "somebody.elses"}
+    write(tmp_path / "a.safetensors", tensors, header | {"config": json.dumps(configs)})
+    roots = networks(load_family(base))
+    file = read_adapter_file(tmp_path / "a.safetensors", roots)
+    with pytest.raises(BadInput, match="its header says megatron_config, which is not known here"):
+        put_onto(file, roots, "given", tmp_path / "a.safetensors")
+
+
 def test_a_file_of_another_base_is_refused(world: Path, xl: Path, tmp_path: Path) -> None:
     base = Base(model=str(xl), rank=2, train_text_encoder=True)
     methods, tensors = trained(base)

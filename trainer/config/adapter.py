@@ -38,7 +38,7 @@ class AdapterKeys(Frozen):
     """By default ``learning_rate``."""
     initial_adapter: str | None = None
     """An adapter file of diffusers, kohya or LyCORIS to go on from, instead of one that changes nothing. Its
-    kind, rank and targets must be these."""
+    kind, rank, targets and whether it adapts text encoders must be these."""
     initial_adapter_digest: Sha256 | None = None
 
     @property

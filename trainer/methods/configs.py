@@ -28,6 +28,14 @@ Told = Mapping[str, Any]
 CONFIG = "config"
 """The header's key."""
 
+_OF_ALL = frozenset({"r", "target_modules", "rank_pattern", "alpha_pattern"})
+_KNOWN = {
+    "LORA": _OF_ALL | {"lora_alpha", "use_dora", "use_rslora"},
+    "LOHA": _OF_ALL | {"alpha", "use_effective_conv2d"},
+    "LOKR": _OF_ALL | {"alpha", "decompose_both", "decompose_factor"},
+}
+"""What a header may say. PEFT knows more, and some of it names modules to import: no file may reach that."""
+
 
 def told_of(base: Base, targets: Iterable[str], convolutions: Iterable[str]) -> dict[str, Any]:
     """Return what is to be told of an adapter with a run's settings.
@@ -63,9 +71,11 @@ def peft_config(told: Told, *, dropout: float = 0.0) -> PeftConfig:
     """Return PEFT's configuration. Initial values are ours to set, see ``initial``.
 
     Raises:
-        ValueError: Of no kind that is known here.
+        ValueError: Of no kind that is known here, or with a key that is none of it.
     """
     given = {key: value for key, value in told.items() if key != "peft_type"}
+    if odd := sorted(given.keys() - _KNOWN.get(told.get("peft_type", ""), given.keys())):
+        raise ValueError(f"its header says {odd[0]}, which is not known here")
     match told.get("peft_type"):
         case "LORA":
             return LoraConfig(**given, lora_dropout=dropout, bias="none")
