@@ -1,9 +1,7 @@
 """``orchestrate lora``: what a tool writes is, for programs that load it, what it promises."""
 
 import json
-import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from support.tiny_models import build_base
 from torch import Tensor
 
 from orchestrator.cli import main
+from trainer.__main__ import main as trainer
 from trainer.config import Base
 from trainer.errors import BadInput
 from trainer.export.modules import adapted_modules
@@ -42,6 +41,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+Made = Callable[[str, str], Path]
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory, built: Path) -> Mapping[str, Path]:
     return {"sd1": built / "base", "sdxl": build_base(tmp_path_factory.mktemp("xl"), "sdxl")}
@@ -60,15 +62,29 @@ def adapter(model: Path, file: Path, *, seed: int = 0, **keys: Any) -> Path:
     return file
 
 
+@pytest.fixture(scope="module")
+def made(models: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Gives the adapter of a kind for a family, as a checkpoint has it."""
+    root = tmp_path_factory.mktemp("adapters")
+
+    def make(family: str, kind: str) -> Path:
+        file = root / f"{family}-{kind}.safetensors"
+        return file if file.exists() else adapter(models[family], file, **KINDS[kind])
+
+    return make
+
+
 def changes(file: Path) -> dict[tuple[str, str], Tensor]:
     return {(m.network, m.name): m.change_OI() for m in read_lora(file).modules}
 
 
 def weights(model: Path) -> dict[str, Tensor]:
+    """The numbers in a diffusers folder, by the names of adapters' modules."""
+    files = {"unet": "diffusion_pytorch_model", "text_encoder": "model"}
     return {
-        f"{n}.{k}": t
-        for n, root in networks(load_family(Base(model=str(model)))).items()
-        for k, t in root.state_dict().items()
+        f"{network}.{key.removeprefix('text_model.')}": tensor
+        for network, name in files.items()
+        for key, tensor in load_file(model / network / f"{name}.safetensors").items()
     }
 
 
@@ -85,8 +101,8 @@ def test_every_module_is_found_again_by_every_name(models: Mapping[str, Path], f
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_forms_round_trip_without_any_error(models: Mapping[str, Path], tmp_path: Path, kind: str) -> None:
-    ours = adapter(models["sd1"], tmp_path / "ours.safetensors", **KINDS[kind])
+def test_forms_round_trip_without_any_error(made: Made, tmp_path: Path, kind: str) -> None:
+    ours = made("sd1", kind)
     through: list[Any] = ["kohya"] if kind in ("loha", "lokr") else ["kohya", "diffusers"]
     file = ours
     for form in (*through, *reversed(through)):
@@ -98,7 +114,9 @@ def test_forms_round_trip_without_any_error(models: Mapping[str, Path], tmp_path
     ]
     for before, after in zip(first.modules, last.modules, strict=True):
         assert torch.equal(before.change_OI(), after.change_OI())
-        assert before.magnitude is after.magnitude is None or torch.equal(before.magnitude, after.magnitude)
+        assert before.tensors.keys() == after.tensors.keys()
+        if before.magnitude is not None and after.magnitude is not None:
+            assert torch.equal(before.magnitude, after.magnitude)
     if kind != "lokr":
         back = convert(file, tmp_path / "back.safetensors", "ours")
         expected, found = load_file(ours), load_file(back)
@@ -106,12 +124,11 @@ def test_forms_round_trip_without_any_error(models: Mapping[str, Path], tmp_path
         assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
-@pytest.mark.parametrize(("family", "form"), [("sd1", "kohya"), ("sdxl", "kohya"), ("sdxl", "diffusers")])
+@pytest.mark.parametrize(("family", "form"), [("sdxl", "kohya"), ("sd1", "diffusers")])
 def test_diffusers_reads_what_was_converted(
-    models: Mapping[str, Path], tmp_path: Path, family: str, form: Any
+    models: Mapping[str, Path], made: Made, tmp_path: Path, family: str, form: Any
 ) -> None:
-    keys = {**KINDS["locon"]}
-    ours = adapter(models[family], tmp_path / "ours.safetensors", **keys)
+    ours = made(family, "locon")
     file = convert(ours, tmp_path / "other.safetensors", form)
     read, name = read_onto_base(file, Base(model=str(models[family])))
     on_base = {(m.network, m.name): m for m in adapted_modules(networks(read), name)}
@@ -121,35 +138,33 @@ def test_diffusers_reads_what_was_converted(
         assert torch.allclose(on_base[place].change_OI(), change, rtol=1e-6, atol=1e-8), place
 
 
-def test_a_folded_file_needs_no_header(models: Mapping[str, Path], tmp_path: Path) -> None:
-    ours = adapter(models["sd1"], tmp_path / "ours.safetensors", **LOCON)
+def test_a_folded_file_needs_no_header(made: Made, tmp_path: Path) -> None:
+    ours = made("sd1", "locon")
     folded = convert(ours, tmp_path / "folded.safetensors", "diffusers", fold=True)
     write(tmp_path / "bare.safetensors", load_file(folded), {})
+    expected = changes(ours)
     for place, change in changes(tmp_path / "bare.safetensors").items():
-        assert torch.allclose(change, changes(ours)[place], rtol=1e-6, atol=1e-9)
+        assert torch.allclose(change, expected[place], rtol=1e-6, atol=1e-9)
 
 
-def test_inspect_says_what_is_there(models: Mapping[str, Path], tmp_path: Path) -> None:
-    ours = adapter(models["sdxl"], tmp_path / "a.safetensors", **KINDS["dora"])
-    found = inspect(convert(ours, tmp_path / "k.safetensors", "kohya", dtype="bf16"))
+def test_inspect_says_what_is_there(made: Made, tmp_path: Path) -> None:
+    found = inspect(convert(made("sd1", "dora"), tmp_path / "k.safetensors", "kohya", dtype="bf16"))
     assert (found["form"], found["family"], found["kind"], found["dtype"]) == (
         "kohya",
-        "sdxl",
+        None,
         "dora",
         "bfloat16",
     )
-    assert set(found["networks"]) == {"unet", "text_encoder", "text_encoder_2"}
+    assert set(found["networks"]) == {"unet", "text_encoder"}
     assert found["networks"]["unet"]["ranks"].keys() == {"4", "3"}
     assert found["networks"]["unet"]["alphas"].keys() == {"2", "1"}
     assert "to_out.0" in found["networks"]["unet"]["trained"]
-    assert found["modules"][
-        "unet.conv_in" if "unet.conv_in" in found["modules"] else "unet.mid_block.resnets.0.conv1"
-    ]
+    assert found["modules"]["unet.mid_block.resnets.0.conv1"] == {"rank": 3, "alpha": 1.0}
     assert any("rank 4" in line for line in in_lines(found, keys=True))
 
 
-def test_a_mix_is_the_weighted_sum(models: Mapping[str, Path], tmp_path: Path) -> None:
-    a = adapter(models["sd1"], tmp_path / "a.safetensors", seed=1, **KINDS["locon"])
+def test_a_mix_is_the_weighted_sum(models: Mapping[str, Path], made: Made, tmp_path: Path) -> None:
+    a = made("sd1", "locon")
     b = adapter(models["sd1"], tmp_path / "b.safetensors", seed=2, rank=2, alpha=6.0)
     b = convert(b, tmp_path / "b-kohya.safetensors", "kohya")
     exact = mixed([read_weighted(f"{a}:0.7"), read_weighted(f"{b}:-0.4")])
@@ -164,8 +179,8 @@ def test_a_mix_is_the_weighted_sum(models: Mapping[str, Path], tmp_path: Path) -
     assert 0 < relative_error(exact, smaller) < 0.5
 
 
-def test_resizing_reaches_the_least_error_there_is(models: Mapping[str, Path], tmp_path: Path) -> None:
-    lora = read_lora(adapter(models["sd1"], tmp_path / "a.safetensors", **{**LOCON, "rank": 8}))
+def test_resizing_reaches_the_least_error_there_is(made: Made, tmp_path: Path) -> None:
+    lora = read_lora(made("sd1", "locon"))
     smaller = resized(lora, Ranks(rank=2))
     missed = total = 0.0
     for before, after in zip(lora.modules, smaller.modules, strict=True):
@@ -183,8 +198,10 @@ def test_resizing_reaches_the_least_error_there_is(models: Mapping[str, Path], t
     assert [m.scale for m in again.modules] == [1.0] * len(found.modules)
 
 
-def test_a_merged_base_is_the_base_with_its_adapters(models: Mapping[str, Path], tmp_path: Path) -> None:
-    ours = adapter(models["sd1"], tmp_path / "a.safetensors", **KINDS["locon"])
+def test_a_merged_base_is_the_base_with_its_adapters(
+    models: Mapping[str, Path], made: Made, tmp_path: Path
+) -> None:
+    ours = made("sd1", "locon")
     kohya = convert(ours, tmp_path / "k.safetensors", "kohya")
     merged = merge(str(models["sd1"]), [f"{kohya}:0.5"], tmp_path / "merged")
     before, after = weights(models["sd1"]), weights(merged)
@@ -196,31 +213,26 @@ def test_a_merged_base_is_the_base_with_its_adapters(models: Mapping[str, Path],
         merge(str(models["sd1"]), [str(kohya)], merged)
     with pytest.raises(BadInput, match="is the base itself"):
         merge(str(merged), [str(kohya)], merged, force=True)
-    xl = adapter(models["sdxl"], tmp_path / "xl.safetensors", **KINDS["locon"])
+    xl = made("sdxl", "locon")
     with pytest.raises(BadInput, match="no module text_encoder"):
         merge(str(models["sd1"]), [str(xl)], merged, force=True)
     assert weights(merged).keys() == after.keys()  # a refused one left what was there
 
 
-def test_what_was_merged_is_extracted_again(models: Mapping[str, Path], tmp_path: Path) -> None:
-    planted = adapter(
-        models["sdxl"], tmp_path / "a.safetensors", **{**KINDS["locon"], "targets": ["to_q", "conv1"]}
-    )
-    tuned = merge(str(models["sdxl"]), [str(planted)], tmp_path / "tuned")
-    found = extract(str(models["sdxl"]), str(tuned), Ranks(rank=4), conv_rank=3)
+def test_what_was_merged_is_extracted_again(models: Mapping[str, Path], made: Made, tmp_path: Path) -> None:
+    planted, base = made("sd1", "locon"), str(models["sd1"])
+    tuned = str(merge(base, [str(planted)], tmp_path / "tuned"))
+    found = extract(base, tuned, Ranks(rank=4), conv_rank=3)
     assert found.error < 1e-4
     assert found.left_out == ()
-    file = write_lora(found.lora, tmp_path / "found.safetensors", "kohya")
-    expected, got = changes(planted), changes(file)
+    expected, got = changes(planted), changes(write_lora(found.lora, tmp_path / "a.safetensors", "kohya"))
     assert got.keys() == expected.keys()
     for place, change in expected.items():
         assert torch.allclose(got[place], change, atol=1e-4 * float(change.abs().max())), place
-    dynamic = extract(str(models["sdxl"]), str(tuned), Ranks(ratio=1e-3))
-    assert {m.rank for m in dynamic.lora.modules} == {3, 4}
     with pytest.raises(BadInput, match="have the same linear layers"):
-        extract(str(tuned), str(tuned), Ranks(rank=1))
-    with pytest.raises(BadInput, match="text_encoder"):
-        extract(str(models["sd1"]), str(tuned), Ranks(rank=1))
+        extract(tuned, tuned, Ranks(ratio=0.5))
+    with pytest.raises(BadInput, match=r"only .*xl.* has a text_encoder_2"):
+        extract(base, str(models["sdxl"]), Ranks(rank=1))
 
 
 UNET = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -245,7 +257,6 @@ def pair(rank: int = 2, other: int | None = None) -> dict[str, Tensor]:
         ({**pair(), f"{UNET}.dora_scale": torch.ones(4, 1)}, "5 outputs and 4 magnitudes"),
         ({"lora_unet_double_blocks_0_img_attn_proj.lora_up.weight": torch.ones(2, 2)}, "double_blocks_0"),
         ({"model.diffusion_model.out.2.weight": torch.ones(2)}, "out.2.weight belongs to no kind of adapter"),
-        ({f"key{n}": torch.zeros(0) for n in range(200_000)}, "safetensors: .*tensors"),
         ({}, "is empty"),
     ],
 )
@@ -273,7 +284,11 @@ def test_a_damaged_file_and_a_lying_header_are_refused(tmp_path: Path) -> None:
     write(file, tensors, {})
     half = tmp_path / "half.safetensors"
     half.write_bytes(file.read_bytes()[:-8])
-    for path in (half, tmp_path / "none.safetensors", tmp_path / "old.ckpt"):
+    many = tmp_path / "many.safetensors"
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"{UNET}_{n}.alpha": empty for n in range(200_000)}).encode()
+    many.write_bytes(len(header).to_bytes(8, "little") + header)
+    for path in (half, many, tmp_path / "none.safetensors", tmp_path / "old.ckpt"):
         with pytest.raises(BadInput, match=path.name):
             read_lora(path)
 
@@ -312,7 +327,6 @@ def test_the_command_line_runs_each_tool_and_overwrites_nothing(tmp_path: Path) 
     refused = run(main, ["lora", "convert", str(file), "--to", "diffusers", "--out", str(out)])
     assert (refused.exit_code, out.read_bytes()) == (2, before)
     assert "E2701" in refused.output
-    command = [sys.executable, "-m", "trainer", "lora", "resize", str(file), "--rank", "1", "--out", str(out)]
-    direct = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (direct.returncode, out.read_bytes()) == (78, before)
-    assert "is there already" in direct.stderr
+    direct = run(trainer, ["lora", "resize", str(file), "--rank", "1", "--out", str(out)])
+    assert (direct.exit_code, out.read_bytes()) == (78, before)
+    assert "is there already" in direct.output
