@@ -255,6 +255,7 @@ def pair(rank: int = 2, other: int | None = None) -> dict[str, Tensor]:
         ({**pair(), f"{UNET}.alpha": torch.tensor(torch.inf)}, "to_q.alpha holds NaN or infinity"),
         ({**pair(), f"{UNET}.alpha": torch.ones(3)}, "alpha of unet.mid_block.*expected one number"),
         ({**pair(), f"{UNET}.dora_scale": torch.ones(4, 1)}, "5 outputs and 4 magnitudes"),
+        ({**pair(), f"{UNET}.lora_up.weight": torch.ones(5, 2, 3, 3)}, "expected a kernel of 1"),
         ({"lora_unet_double_blocks_0_img_attn_proj.lora_up.weight": torch.ones(2, 2)}, "double_blocks_0"),
         ({"model.diffusion_model.out.2.weight": torch.ones(2)}, "out.2.weight belongs to no kind of adapter"),
         ({}, "is empty"),
@@ -305,6 +306,13 @@ def test_what_no_product_holds_is_neither_mixed_nor_resized(tmp_path: Path) -> N
     write(wide, pair(), {"ss_base_model_version": "sdxl_base_v1-0"})
     with pytest.raises(BadInput, match=r"is of sd1, .* of sdxl"):
         mixed([(read_lora(plain), 1.0), (read_lora(wide), 1.0)])
+    huge = {
+        f"{UNET}.lora_down.weight": torch.full((2, 6), 3e38),
+        f"{UNET}.lora_up.weight": torch.full((5, 2), 3e38),
+    }
+    write(wide, huge, {})
+    with pytest.raises(BadInput, match="to_q has numbers too large"):
+        resized(read_lora(wide), Ranks(rank=1))
     with pytest.raises(BadInput, match="the weight much is no number"):
         read_weighted(f"{plain}:much")
 

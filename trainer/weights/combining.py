@@ -68,9 +68,15 @@ def resized(lora: LoraFile, ranks: Ranks) -> LoraFile:
         BadInput: It is no LoRA.
     """
     keep = ranks.choice()
-    modules = tuple(from_factors(m, resize(factors_of(lora, m), keep)) for m in lora.modules)
+    modules = []
+    for module in lora.modules:
+        try:
+            modules.append(from_factors(module, resize(factors_of(lora, module), keep)))
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            where = f"adapter {lora.path}: {module.network}.{module.name}"
+            raise BadInput(f"{where} has numbers too large to be resized") from error
     said = {key: value for key, value in lora.metadata.items() if key not in _DESCRIBES}
-    return replace(lora, modules=modules, metadata=said)
+    return replace(lora, modules=tuple(modules), metadata=said)
 
 
 def mixed(parts: Sequence[tuple[LoraFile, float]]) -> LoraFile:
@@ -145,7 +151,9 @@ def factors_of(lora: LoraFile, module: AdaptedModule) -> Factors:
         raise BadInput(
             f"{where} has DoRA's magnitudes, which no product holds", "merge it into a base instead"
         )
-    return Factors(module.tensors["lora_A.weight"], module.tensors["lora_B.weight"], module.scale)
+    down, up = module.tensors["lora_A.weight"], module.tensors["lora_B.weight"]
+    # Of a convolution some programs write the second factor without the two axes of length 1.
+    return Factors(down, up.reshape(*up.shape[:2], *(1 for _ in down.shape[2:])), module.scale)
 
 
 def from_factors(module: AdaptedModule, factors: Factors) -> AdaptedModule:

@@ -193,6 +193,9 @@ def _misfit(t: Mapping[str, Tensor]) -> str | None:
         and "hada_t1" not in t
     ):
         return "its two products have different shapes"
+    up = t.get("lora_B.weight")
+    if up is not None and up.numel() != up.shape[0] * up.shape[1]:
+        return f"lora_B.weight has shape {list(up.shape)}, expected a kernel of 1"
     if MAGNITUDE in t and t[MAGNITUDE].numel() != len(t["lora_B.weight"]):
         return f"{len(t['lora_B.weight'])} outputs and {t[MAGNITUDE].numel()} magnitudes"
     return None
