@@ -62,12 +62,20 @@ def main() -> None:
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Write over a value of the file."
 )
-def validate(file: Path, overrides: tuple[str, ...]) -> None:
-    """Check a sweep file without looking at anything that it names."""
+@click.option(
+    "--all", "everything", is_flag=True, help="Also what it names: images, models, programs, store."
+)
+def validate(file: Path, overrides: tuple[str, ...], everything: bool) -> None:
+    """Check a sweep file, without looking at anything that it names."""
     from .grid.sweep import validate as check
 
     draft = check(file, overrides=overrides)
-    click.echo(f"{file}: no mistakes; sweep {draft.name}, {len(draft.cells)} runs")
+    if everything:
+        from .commands.session import examined
+
+        examined(file, overrides)
+    count = len(draft.cells)
+    click.echo(f"{file}: no mistakes; sweep {draft.name}, {count} {'run' if count == 1 else 'runs'}")
 
 
 @main.command()
@@ -93,23 +101,12 @@ def sweep(
 ) -> None:
     """Train every run of a sweep file. The same file again resumes the sweep, or shows that it is done."""
     from storage.probe import open_probed
-    from storage.url import open_store
 
-    from .commands.session import refuse_unrunnable, show_plan, work_on
+    from .commands.session import examined, refuse_unrunnable, show_plan, work_on
     from .grid.inputs import shown_upload
     from .grid.submission import is_new, submit
-    from .grid.sweep import load
-    from .launching import preflight
-    from .launching.data import surveys
 
-    named = (*overrides, f"name={name}") if name else overrides
-    planned = load(file, overrides=named)
-    problems = preflight.check(planned, open_store(planned.storage.url))
-    for line in surveys(run.spec for run in planned.runs if run.spec.command is None):
-        click.echo(line, err=True)
-    preflight.refuse(problems)
-    for warning in problems:
-        click.echo(str(warning), err=True)
+    planned = examined(file, (*overrides, f"name={name}") if name else overrides)
     show_plan(planned)
     if dry_run:
         click.echo("Dry run: nothing was launched.", err=True)

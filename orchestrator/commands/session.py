@@ -1,7 +1,8 @@
 """What commands share: working on a sweep until it is over, watching it, and what is told of it."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -10,12 +11,14 @@ from rich.text import Text
 
 from storage.object_store import ObjectStore
 from storage.probe import ProbeResult
+from storage.url import open_store
 
 from ..control.cluster import NoCluster, RemoteController
 from ..control.controller import Controller
 from ..errors import NoAnswer, PreflightFailed
-from ..grid.sweep import Sweep
-from ..launching import launch
+from ..grid.sweep import Sweep, load
+from ..launching import launch, preflight
+from ..launching.data import surveys
 from ..on_ray import local_ray
 from ..reports.view import OVER, RunView, Status, best, described, read_rows
 from ..reports.watch import console, table, watch
@@ -26,6 +29,22 @@ if TYPE_CHECKING:
 
 EXIT_RUNS_FAILED = 100
 EXIT_DETACHED = 130
+
+
+def examined(file: Path, overrides: Sequence[str]) -> Sweep:
+    """Read a sweep file and check it with everything that it names, telling what its data sets hold.
+
+    Raises:
+        InvalidFile, PreflightFailed: With all that is wrong.
+    """
+    planned = load(file, overrides=overrides)
+    problems = preflight.check(planned, open_store(planned.storage.url))
+    for line in surveys(run.spec for run in planned.runs if run.spec.command is None):
+        click.echo(line, err=True)
+    preflight.refuse(problems)
+    for warning in problems:
+        click.echo(str(warning), err=True)
+    return planned
 
 
 def refuse_unrunnable(

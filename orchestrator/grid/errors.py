@@ -61,8 +61,8 @@ def explain(
 def unknown_key(key: str, block: str, known: Iterable[str], where: str) -> Problem:
     """Return the problem of a key that does not exist. ``block`` is "" at the top of the file."""
     if not block and key in NOT_YET:
-        hint = _INSTEAD.get(key, "remove it")
-        return Problem(NOT_YET_CODE, f"{shown(key)} is not supported by this version", where, hint)
+        instead = _INSTEAD.get(key, "remove it")
+        return Problem(NOT_YET_CODE, f"{shown(key)} is not supported by this version", where, instead)
     hint = suggest(key, known)
     if hint is None and block == "storage":
         hint = "everything about the store is in its url: s3://bucket/prefix?endpoint=https://…"

@@ -73,7 +73,7 @@ def test_out_of_gpu_memory_is_tried_once_more_and_then_says_what_to_do() -> None
     said = outcome(second, oom(2))
 
     assert said is not None
-    assert "; out of memory twice, with memory of 16.0 GB (step 0): lower base.train_batch_size" in said
+    assert "; out of memory twice, with memory of 16.0 GB (step 0): to need less memory, in order" in said
 
 
 def test_a_larger_gpu_is_tried() -> None:

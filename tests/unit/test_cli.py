@@ -135,9 +135,23 @@ def test_validate_counts_the_runs_and_looks_at_nothing(orchestrate: Orchestrate,
     assert orchestrate("validate", "grid.yaml") == (0, "grid.yaml: no mistakes; sweep tabby, 2 runs\n", "")
     assert orchestrate("validate", "grid.yaml", "--set", "run_cap=1")[:2] == (
         0,
-        "grid.yaml: no mistakes; sweep tabby, 1 runs\n",
+        "grid.yaml: no mistakes; sweep tabby, 1 run\n",
     )
     assert not (folder / "store").exists()
+
+
+def test_validate_all_looks_at_what_the_file_names_and_stores_nothing(
+    orchestrate: Orchestrate, folder: Path
+) -> None:
+    code, printed, said = orchestrate("validate", "grid.yaml", "--all")
+    assert (code, printed) == (0, "grid.yaml: no mistakes; sweep tabby, 2 runs\n")
+    assert said.startswith(f"dataset {folder / 'data'}: ")
+    (folder / "data").rename(folder / "elsewhere")
+
+    code, _, said = orchestrate("validate", "grid.yaml", "--all")
+
+    assert (code, "E2201" in said) == (3, True)
+    assert not (folder / "store" / "sweeps").exists()
 
 
 def test_a_dry_run_shows_every_run_whole_and_launches_nothing(orchestrate: Orchestrate, folder: Path) -> None:

@@ -225,7 +225,7 @@ def test_another_spec_under_the_same_name_is_refused(tmp_path: Path) -> None:
     [
         ("{", "Invalid JSON"),
         ('{"base": {"model": "m", "rnk": 4}, "dataset": {"path": "d"}}', "base.rnk: Extra inputs"),
-        ('{"base": {"model": "m"}}', "dataset: Field required"),
+        ('{"base": {"model": "m"}}', "dataset is missing, and there is no command either"),
         ('{"version": 2, "base": {"model": "m"}, "dataset": {"path": "d"}}', "version: Input should be 1"),
     ],
 )

@@ -55,7 +55,15 @@ def end_of(process: TrainingProcess) -> int:
 
 def others(pid: int) -> list[psutil.Process]:
     """The processes that train beside the first."""
-    return [p for p in psutil.Process(pid).children() if "trainer.process" in p.cmdline()]
+    return [p for p in psutil.Process(pid).children() if "trainer.process" in words_of(p)]
+
+
+def words_of(process: psutil.Process) -> list[str]:
+    """What it was started with; nothing of one that has ended and is only not waited for yet."""
+    try:
+        return process.cmdline()
+    except (psutil.ZombieProcess, psutil.NoSuchProcess):
+        return []
 
 
 def adapter(run_dir: RunDir) -> dict[str, torch.Tensor]:
