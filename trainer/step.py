@@ -90,9 +90,7 @@ class Stepper:
             self._scaler.scale(share).backward()  # type: ignore[no-untyped-call]
             total += share.detach()
         for parameter in self._parameters:
-            if (
-                parameter.grad is None
-            ):  # of a layer that nothing here needed; it has optimizer state all the same
+            if parameter.grad is None:  # of a layer that nothing needed; it has optimizer state all the same
                 parameter.grad = torch.zeros_like(parameter)
         return float(parts.ranks.summed(self._parameters, total))
 
