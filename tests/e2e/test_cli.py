@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from support.cluster import wait_for
 from support.gate import Gate
+from support.single_file import write_single_file
 
 from orchestrator.on_ray import local_ray
 
@@ -40,10 +42,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_detach_come_back_and_find_one_run_failed_alone(world: Path, home: Path) -> None:
     gate = Gate(home)
+    # Of a single file, which modules it has is only known once it is loaded: on a node.
+    shutil.copytree(world / "base", home / "base")
+    write_single_file(world / "base", home / "base.safetensors")
     (home / "grid.yaml").write_text(f"""
 name: day
 parameters: {{targets: {{values: [[to_q, to_v], [nothing_is_called_so]]}}}}
-base: {{model: {world / "base"}, resolution: 32, max_train_steps: 60, train_batch_size: 2, rank: 2}}
+base: {{model: base.safetensors, resolution: 32, max_train_steps: 60, train_batch_size: 2, rank: 2}}
 dataset: {{path: {world / "images"}}}
 resources: {{gpus: 0, cpus: 1}}
 checkpoint: {{every: 10}}
