@@ -1,10 +1,10 @@
 """What who operates the cluster sees: a sweep that is a Ray job, on the real dashboard, with its token."""
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,19 @@ def submit(cluster: LocalRay, program: str, *arguments: str) -> None:
     """``ray job submit``, as an operator types it."""
     to = ["--address", f"http://{cluster.dashboard}", "--no-wait", "--submission-id", JOB]
     about = ["--metadata-json", '{"sweep": "day"}']
-    run([script("ray"), "job", "submit", *to, *about, "--", script(program), *arguments])
+    command = [script("ray"), "job", "submit", *to, *about, "--", script(program), *arguments]
+    said: list[str] = []
+
+    def submitted() -> bool:
+        """Whether the job is there: on a busy machine the dashboard takes a while to answer."""
+        done = subprocess.run(command, timeout=120, capture_output=True, text=True)
+        said.append(done.stdout + done.stderr)
+        return done.returncode == 0 or "already exists" in said[-1]
+
+    try:
+        wait_for("the job to be taken", submitted, 120)
+    except AssertionError as error:
+        raise AssertionError(said[-1]) from error
 
 
 def script(name: str) -> str:
@@ -162,6 +174,10 @@ def fetch(url: str) -> str:
 def fetched(url: str) -> str | None:
     token = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
-    with contextlib.suppress(ConnectionError), urllib.request.urlopen(request, timeout=20) as reply:
-        return str(reply.read().decode())
-    return None
+    try:
+        with urllib.request.urlopen(request, timeout=20) as reply:
+            return str(reply.read().decode())
+    except urllib.error.HTTPError:
+        raise
+    except (ConnectionError, TimeoutError, urllib.error.URLError):
+        return None
