@@ -206,16 +206,37 @@ class Log(Generic[S, R]):
             AccessDenied
         """
         with self._lock:
-            if not self._read_once:
-                self.refresh()
-            self._prove()
-            nonce = secrets.token_hex(16)
-            while not self._already_holds(record):
-                at = self._at
-                entry = Entry(seq=at.next_seq, nonce=nonce, prev=at.read.digest, record=record)
-                if self._create(entry) or self._take(at, self._body(entry.seq)).nonce == nonce:
-                    break
+            self._append(record, None)
             return self.state
+
+    def append_as(self, seq: int, record: R) -> bool:
+        """Append a record as the entry of this position, or not at all.
+
+        For what was decided by the entries before: were it appended after another's, it could say of a state
+        what is no longer so, and still be admitted.
+
+        Returns:
+            Whether the log says so now, and nothing that came between: if not, what did has been read.
+
+        Raises:
+            See ``append``.
+        """
+        with self._lock:
+            return self._append(record, seq)
+
+    def _append(self, record: R, seq: int | None) -> bool:
+        if not self._read_once:
+            self.refresh()
+        self._prove()
+        nonce = secrets.token_hex(16)
+        while not self._already_holds(record):
+            at = self._at
+            if seq is not None and at.next_seq != seq:
+                return False
+            entry = Entry(seq=at.next_seq, nonce=nonce, prev=at.read.digest, record=record)
+            if self._create(entry) or self._take(at, self._body(entry.seq)).nonce == nonce:
+                return True
+        return self.next_seq == seq
 
     def _distrust(self, error: Corrupt) -> None:
         """Read the log from its beginning if it is only the snapshot that it does not agree with.

@@ -25,6 +25,7 @@ from pydantic import ValidationError
 
 from storage import layout
 from storage.errors import Fenced, StorageError
+from storage.ledger import append_until_said
 from storage.object_store import ObjectStore
 from storage.probe import open_probed as open_and_probe
 from storage.records import (
@@ -270,8 +271,8 @@ def _run(store: ObjectStore, run_id: str, spec: RunSpec, options: Options, grace
     if progress.error:
         click.echo(progress.error, err=True)
     with contextlib.suppress(Fenced):
-        for record in _end(log.refresh(), claimed.attempt, progress):
-            log.append(record)
+        for _ in append_until_said(log, lambda state: _end(state, claimed.attempt, progress)):
+            pass
     complete = log.state.outcome is Outcome.SUCCEEDED
     code = progress.exit_code or EXIT_COMPLETE
     return EXIT_COMPLETE if complete else code if code > 0 else 1

@@ -4,10 +4,10 @@ import time
 from collections.abc import Sequence
 
 from storage.errors import StorageError
+from storage.ledger import append_until_said
 from storage.log import RunLog, run_log
 from storage.object_store import ObjectStore
 
-from ..control.appending import append_decided
 from ..control.cluster import RemoteController
 from ..control.lifecycle import CancelAsked, Policy, advance
 from ..errors import OrchestrateError
@@ -43,9 +43,10 @@ def ask_to_cancel(
 
 def _asked(log: RunLog, *, here: bool) -> str:
     """Ask a run, unless its controller is ``here`` and did; what became of it."""
+    asked = CancelAsked(at=time.time())
+    for _ in () if here else append_until_said(log, lambda state: advance(state, asked, Policy())):
+        pass
     state = log.refresh()
-    for _ in () if here else append_decided(log, advance(state, CancelAsked(at=time.time()), Policy())):
-        state = log.state
     if state.finished:
         return state.finished.outcome.value
     return (

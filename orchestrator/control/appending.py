@@ -4,7 +4,7 @@ Where create-only holds, anybody may append. Where it does not, two writers coul
 the log would be damaged: there only the controller does, and without one nobody.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
 from storage.errors import Fenced
 from storage.ledger import Ledger
@@ -35,23 +35,6 @@ class ArbitratedLedger:
         if refused is not None:
             raise Fenced(refused)
         return self._log.refresh()
-
-
-def append_decided(log: RunLog, records: Iterable[Record]) -> Iterator[Record]:
-    """Append records that were decided together, yielding each that now is in the log.
-
-    If somebody else's record came between, what is left was decided on another state, in which the run was
-    not complete, say: it is not appended, and whoever looks next decides anew.
-
-    Raises:
-        StorageError: See ``Log.append``.
-    """
-    for record in records:
-        position = log.next_seq
-        log.append(record)
-        yield record
-        if log.next_seq != position + 1:
-            return
 
 
 def ledger_of(

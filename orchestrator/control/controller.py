@@ -23,6 +23,7 @@ from storage.errors import (
     Fenced,
     StorageError,
 )
+from storage.ledger import append_decided, append_until_said
 from storage.object_store import ObjectStore
 from storage.records import (
     Claimed,
@@ -34,7 +35,6 @@ from ..grid.schema import Recovery
 from ..grid.sweep import Sweep
 from . import silence
 from .allocation import Allocation
-from .appending import append_decided
 from .cluster import Cluster, Health, Slot
 from .draining import DrainBook, drain_record
 from .lifecycle import CancelAsked, Event, Phase, Policy, advance, phase, settle
@@ -231,8 +231,11 @@ class Controller:
         try:
             with run.lock:
                 run.quiet = False
-                run.log.refresh()
-                self._advance(run, CancelAsked(at=self._clock()))
+                asked = CancelAsked(at=self._clock())
+                for record in append_until_said(
+                    run.log, lambda state: advance(state, asked, self._policy, self._allocation.ill)
+                ):
+                    logger.info("%s: %s", run.plan.run_id, record)
         except StorageError as error:
             return error
         return None
@@ -386,7 +389,8 @@ class Controller:
             because=placement.because,
             at=self._clock(),
         )
-        run.log.append(claimed)
+        if not self._append_all(run, (claimed,)):
+            return
         run.sign = silence.look(run.sign, run.state, self._monotonic())
         logger.info(
             "%s: attempt %d on %s: %s", run.plan.run_id, claimed.attempt, placement.node, placement.because
@@ -410,9 +414,13 @@ class Controller:
     def _advance(self, run: TrackedRun, event: Event) -> None:
         self._append_all(run, advance(run.state, event, self._policy, self._allocation.ill))
 
-    def _append_all(self, run: TrackedRun, records: tuple[Record, ...]) -> None:
+    def _append_all(self, run: TrackedRun, records: tuple[Record, ...]) -> bool:
+        """Append what was decided on the run's state; False if something came between, and was read."""
+        appended = 0
         for record in append_decided(run.log, records):
+            appended += 1
             logger.info("%s: %s", run.plan.run_id, record)
+        return appended == len(records)
 
     def _try(self, run: TrackedRun, do: Callable[[], None]) -> None:
         """Do this under the run's lock; nothing while somebody else is at the run."""

@@ -24,7 +24,6 @@ from support.fake_cluster import FakeCluster, small_sweep
 from support.unreliable_store import Interleaving, Seat
 
 from orchestrator.control import sweep_snapshot
-from orchestrator.control.appending import append_decided
 from orchestrator.control.controller import Controller
 from orchestrator.control.lifecycle import CancelAsked, Policy, advance
 from orchestrator.control.term import SteppedDown, Term
@@ -32,6 +31,7 @@ from orchestrator.grid.schema import Checkpoint, Recovery
 from orchestrator.grid.sweep import Sweep
 from storage import snapshots
 from storage.errors import Fenced, StorageError, Unavailable
+from storage.ledger import append_until_said
 from storage.log import run_log
 from storage.memory import MemoryStore
 
@@ -211,7 +211,8 @@ def cancel(world: World, seat: Seat) -> None:
         world.interleaving.pause()
     log = run_log(seat, world.chance.choice(world.sweep.runs).run_id, sleep=world.interleaving.pause)
     with contextlib.suppress(Fenced, Unavailable):
-        for _ in append_decided(log, advance(log.refresh(), CancelAsked(at=world.now), Policy())):
+        asked = CancelAsked(at=world.now)
+        for _ in append_until_said(log, lambda state: advance(state, asked, Policy())):
             pass
 
 

@@ -8,16 +8,17 @@ from proof.control import play
 from support.fake_cluster import small_sweep
 from support.runs import claimed, committed
 
-from orchestrator.control.appending import append_decided
 from orchestrator.control.cluster import Slot
-from orchestrator.control.lifecycle import CancelAsked, Policy, advance
+from orchestrator.control.lifecycle import CancelAsked, Lost, Policy, advance
 from orchestrator.control.loss import loss
 from orchestrator.control.pruning import delete_orphans, prune
 from orchestrator.control.steering import Steering
 from orchestrator.control.tracked_run import TrackedRun
+from storage.ledger import append_decided, append_until_said
 from storage.log import run_log
 from storage.memory import MemoryStore
-from storage.records import CancelRequested, EndReason, Finished, Outcome, Retired
+from storage.records import EndReason, Finished, Outcome, Record, Retired
+from storage.run_state import RunState
 
 SCHEDULES = 300
 ENOUGH = 3000
@@ -78,16 +79,39 @@ def test_a_controller_that_takes_silence_for_death_is_found_out(monkeypatch: pyt
     assert any("instead of 1" in line for seed in range(ENOUGH) for line in play(seed).violations)
 
 
-def test_what_was_decided_together_is_not_appended_once_somebody_else_came_between() -> None:
-    """A person cancels a run that nobody works on, and a controller begins it meanwhile."""
+def test_what_was_decided_is_not_appended_once_somebody_else_came_between() -> None:
+    """Seed 72788: a controller that was behind ended an attempt, and the run, after its final commit."""
     store = MemoryStore()
     log, other = run_log(store, "run"), run_log(store, "run")
-    decided = advance(log.refresh(), CancelAsked(at=1.0), Policy())
     other.append(claimed())
+    lost = Lost(at=1.0, attempt=1, reason=EndReason.STALLED, detail="")
+    decided = advance(log.refresh(), lost, Policy(max_failures=1))
     other.append(committed(10, final=True))
 
     appended = list(append_decided(log, decided))
 
-    assert len(decided) == 2
-    assert appended == [CancelRequested(at=1.0)]
-    assert log.state.finished is None
+    assert [record.kind for record in decided] == ["ended", "finished"]
+    assert appended == []
+    assert log.state.result
+    assert log.state.running
+    assert list(append_decided(log, decided[:1])) == [decided[0]]  # on what is known now it may
+
+
+def test_a_person_who_cancels_is_heard_though_somebody_else_came_between() -> None:
+    store = MemoryStore()
+    log, other = run_log(store, "run"), run_log(store, "run")
+    asked, looks = CancelAsked(at=1.0), 0
+
+    def decide(state: RunState) -> tuple[Record, ...]:
+        nonlocal looks
+        looks += 1
+        decided = advance(state, asked, Policy())
+        if looks == 1:
+            other.append(claimed())
+        return decided
+
+    said = list(append_until_said(log, decide))
+
+    assert [record.kind for record in said] == ["cancel_requested"]  # an attempt holds it
+    assert log.state.cancel_requested
+    assert log.state.running

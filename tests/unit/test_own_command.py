@@ -283,6 +283,16 @@ def test_of_a_progress_bar_few_lines_reach_the_log() -> None:
     assert lines.cut(b"", 3.0, ended=True) == (["half"], b"half\n")
 
 
+def test_the_line_that_a_progress_bar_shows_is_read_though_it_has_no_end() -> None:
+    lines = Lines()
+    lines.cut(b"loading 1/9", 0.0)
+    assert lines.standing() == []  # more of it may come
+    lines.cut(b"\r 1/9\r 2/9", 1.0)
+    assert lines.standing() == [" 2/9"]
+    lines.cut(b"\nhalf", 2.0)
+    assert lines.standing() == []
+
+
 def test_words_are_filled_and_what_is_missing_is_said(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     given = {

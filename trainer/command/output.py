@@ -112,6 +112,8 @@ class Lines:
     def __init__(self, every_s: float = 10.0) -> None:
         self._every_s = every_s
         self._rest = b""
+        self._over = False
+        """What is left begins where a line was that it is written over."""
         self._next_at = float("-inf")
 
     def cut(self, printed: bytes, now: float, *, ended: bool = False) -> tuple[list[str], bytes]:
@@ -123,6 +125,7 @@ class Lines:
             self._rest = b""
         lines, kept = [], bytearray()
         for body, end in zip(pieces[::2], pieces[1::2], strict=True):
+            self._over = end == b"\r"
             lines.append(body.decode("utf-8", "replace"))
             if end != b"\r":
                 kept += body + b"\n"
@@ -130,3 +133,8 @@ class Lines:
                 self._next_at = now + self._every_s
                 kept += body + b"\n"
         return lines, bytes(kept)
+
+    def standing(self) -> list[str]:
+        """The line that a progress bar shows: it ends only where the next is written over it, which may be
+        never. Ask when nothing more was printed for a while, or a part of it may be missing."""
+        return [self._rest.decode("utf-8", "replace")] if self._over and self._rest else []

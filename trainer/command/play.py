@@ -1,6 +1,7 @@
 """Plays one program from its start to its end; see the package."""
 
 import os
+import select
 import signal
 import threading
 import time
@@ -34,6 +35,8 @@ POLL_S = 0.05
 TAKING_S = 3.0
 """So long before it is killed itself it kills a program that was asked to stop: something may be left to
 take."""
+STANDING_S = 0.2
+"""A progress bar that has not moved for so long is read as it stands."""
 EOF_S = 5.0
 """How long what it left running may keep its output open."""
 
@@ -158,17 +161,22 @@ class _Play:
 
     def _read(self) -> None:
         """Its output, until nobody holds it any more: into the log, and what it tells into the events."""
-        lines = Lines()
+        lines, output = Lines(), self._program.output.fileno()
         ended = False
         while not ended:
-            printed = os.read(self._program.output.fileno(), 1 << 16)
+            if not select.select([output], [], [], STANDING_S)[0]:
+                self._take_in(lines.standing())
+            printed = os.read(output, 1 << 16)
             ended = not printed
             self._alive()
             whole, kept = lines.cut(printed, time.monotonic(), ended=ended)
-            for line in whole:
-                if told := self._output.line(line):
-                    self._tell(told)
+            self._take_in(whole)
             _write(kept)
+
+    def _take_in(self, lines: list[str]) -> None:
+        for line in lines:
+            if told := self._output.line(line):
+                self._tell(told)
 
     def _tell(self, told: Told) -> None:
         with self._telling:
