@@ -1,10 +1,11 @@
-"""``Base``: the model to start from and how it is trained. One block in a sweep file, five subjects here."""
+"""``Base``: the model to start from and how it is trained. One block in a sweep file, a file here for each subject."""
 
 from .adapter import AdapterKeys
 from .model import ModelKeys
 from .objective import ObjectiveKeys
 from .optimization import OptimizationKeys
+from .trained import TrainedKeys
 
 
-class Base(OptimizationKeys, ObjectiveKeys, AdapterKeys, ModelKeys):
+class Base(OptimizationKeys, ObjectiveKeys, TrainedKeys, AdapterKeys, ModelKeys):
     """The model to start from and how it is trained."""

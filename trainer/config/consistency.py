@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def contradictions(spec: "RunSpec") -> list[str]:
     """Return what cannot work together in a spec without a ``command``; empty: nothing."""
     return [
+        *_trained(spec),
         *_adapter(spec),
         *_texts(spec),
         *_buckets(spec),
@@ -23,6 +24,12 @@ def contradictions(spec: "RunSpec") -> list[str]:
         *_prior(spec),
         *_prodigy(spec),
     ]
+
+
+def _trained(spec: "RunSpec") -> Iterator[str]:
+    train = spec.base.train
+    if len(set(train)) < len(train):
+        yield f"base.train names something twice: {', '.join(train)}"
 
 
 def _adapter(spec: "RunSpec") -> Iterator[str]:

@@ -6,13 +6,14 @@ process give their methods different names, and ``use`` theirs before they compu
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from ..config import Base
+from ..config.trained import Trained
 from ..families import Family
 
 
@@ -95,9 +96,16 @@ def attach(base: Base, family: Family, name: str = "default") -> Methods:
     Raises:
         BadInput: The targets name no module of this model, or the rank is above a layer's size.
     """
+    return Methods([member for what in base.train for member in _ATTACH[what](base, family, name)])
+
+
+def _adapters(base: Base, family: Family, name: str) -> Sequence[Method]:
     from .adapter import adapters  # methods share this module
 
-    return Methods(adapters(base, family, name))
+    return adapters(base, family, name)
+
+
+_ATTACH: Mapping[Trained, Callable[[Base, Family, str], Sequence[Method]]] = {"adapter": _adapters}
 
 
 def restore(methods: Methods, tensors: Mapping[str, Tensor]) -> str | None:

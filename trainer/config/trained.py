@@ -1,0 +1,18 @@
+"""What of a run is trained, beside a frozen base."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from .values import Frozen
+
+Trained = Literal["adapter"]
+
+
+def _listed(given: Any) -> Any:
+    return (given,) if isinstance(given, str) else given
+
+
+class TrainedKeys(Frozen):
+    train: Annotated[tuple[Trained, ...], BeforeValidator(_listed), Field(min_length=1)] = ("adapter",)
+    """What is trained: one of these, or several together."""
