@@ -1,4 +1,4 @@
-"""``Base``: the model to start from and how it is trained. One block in a sweep file, a file here for each subject."""
+"""``Base``: the model to start from and how it is trained: one block in a sweep file, a file here by subject."""
 
 from .adapter import AdapterKeys
 from .model import ModelKeys
