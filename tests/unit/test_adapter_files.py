@@ -222,3 +222,37 @@ def test_a_file_that_lycoris_wrote_changes_weights_as_lycoris_does(
         found = layers[module.lora_name.removeprefix("lycoris_")].get_delta_weight("x")
         expected = module.get_weight(found.shape).reshape(found.shape)
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"lora_down.weight": (4, 32), "lora_up.weight": (32, 4), "alpha": (2,)}, r"alpha of .* shape \[2\]"),
+        ({"lora_down.weight": (4, 32), "lora_up.weight": (32, 3)}, "does not fit"),
+        ({"lora_down.weight": (4,), "lora_up.weight": (32, 4)}, "expected a matrix"),
+        ({"lokr_w1_b": (4, 4), "lokr_w2": (8, 8)}, "lokr_w1_b has no lokr_w1_a"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_its_module(
+    world: Path, tmp_path: Path, tensors: dict[str, tuple[int, ...]], message: str
+) -> None:
+    module = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    write(tmp_path / "a.safetensors", {f"{module}.{part}": torch.ones(s) for part, s in tensors.items()}, {})
+    with pytest.raises(BadInput, match=message):
+        read_adapter_file(tmp_path / "a.safetensors", networks(load_family(Base(model=str(world / "base")))))
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("[1]", "is damaged"),
+        ('{"unet.r": "four", "unet.lora_alpha": 1}', "lora_adapter_metadata: r: "),
+        ('{"unet.r": 4}', "lora_adapter_metadata: lora_alpha: Field required"),
+    ],
+)
+def test_a_damaged_header_is_refused(world: Path, tmp_path: Path, header: str, message: str) -> None:
+    base = Base(model=str(world / "base"), rank=4)
+    _, tensors = trained(base)
+    write(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": header})
+    with pytest.raises(BadInput, match=message):
+        read_adapter_file(tmp_path / "a.safetensors", networks(load_family(base)))

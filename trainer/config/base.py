@@ -1,4 +1,4 @@
-"""``Base``: the model to start from and how it is trained: a block of a sweep file, a file here by subject."""
+"""``Base``: the model to start from and how it is trained: one block in a sweep file, here by subject."""
 
 from .adapter import AdapterKeys
 from .model import ModelKeys

@@ -9,46 +9,33 @@ A file means something for one base model only: every module that it names must 
 """
 
 import json
-import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft.tuners.lokr.layer import factorization
-from safetensors import SafetensorError
+from pydantic import BaseModel, PositiveInt, ValidationError
 from torch import Tensor, nn
 
-from storage.errors import InvalidName
-
 from ..errors import BadInput
-from ..tensor_file import read
+from .adapter_parts import OTHER_BASE, alpha_of, by_module, kind_of, opened, rank_of
 from .configs import Told, read_configs
 from .layers import MAGNITUDE
-from .module_names import Module, known_names
+from .module_names import known_names
 
-_OTHER_BASE = "an adapter fits only the kind of base model that it was trained on"
-_ONLY_LORA = "DoRA is read where it goes with LoRA"
-PARTS = {
-    "lora_A.weight": (
-        "lora_A.weight",
-        "lora_down.weight",
-        "lora.down.weight",
-        "lora_linear_layer.down.weight",
-    ),
-    "lora_B.weight": ("lora_B.weight", "lora_up.weight", "lora.up.weight", "lora_linear_layer.up.weight"),
-    MAGNITUDE: (MAGNITUDE, f"{MAGNITUDE}.weight", "dora_scale"),
-    **{
-        part: (part,)
-        for part in (
-            *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
-            *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
-            "alpha",
-        )
-    },
-}
-"""Our names of an adapter's parts, and how files call them."""
+
+class _Said(BaseModel):
+    """What diffusers' header says of one network, as far as it matters here."""
+
+    r: PositiveInt
+    lora_alpha: float
+    target_modules: list[str] | str = ""
+    rank_pattern: dict[str, PositiveInt] = {}
+    alpha_pattern: dict[str, float] = {}
+    use_dora: bool = False
+    use_rslora: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,56 +58,20 @@ def read_adapter_file(path: Path, networks: Mapping[str, nn.Module]) -> AdapterF
         BadInput: It is missing, no adapter, of a form that is not known, or of another base. Names the first
             thing that does not fit.
     """
-    if path.suffix != ".safetensors":
-        raise BadInput(f"adapter {path}: only .safetensors files are read, never pickles")
-    try:
-        tensors, metadata = read(path)
-    except (OSError, SafetensorError, InvalidName) as error:
-        raise BadInput(f"adapter {path}: {error}", "give a .safetensors file of an adapter") from error
+    tensors, metadata = opened(path)
     modules = by_module(path, tensors, known_names(networks).get)
     told = told_in_header(path, metadata)
     found: dict[str, Tensor] = {}
     configs: dict[str, Told] = {}
     for network in sorted({network for network, _ in modules}):
         parts = {name: those for (of, name), those in modules.items() if of == network}
-        configs[network] = told.get(network) or _told_by_tensors(path, parts, networks[network])
+        if network in told:
+            configs[network] = {"target_modules": sorted(parts), **told[network]}
+        else:
+            configs[network] = _told_by_tensors(path, parts, networks[network])
         for name, those in parts.items():
             found |= {f"{network}.{name}.{part}": t.float() for part, t in those.items() if part != "alpha"}
     return AdapterFile(found, configs)
-
-
-def by_module(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    named: Callable[[str], Module | None],
-    *,
-    among: str = "this base model has",
-) -> dict[Module, dict[str, Tensor]]:
-    """Sort the tensors of a file by module and part.
-
-    Args:
-        named: The module that a file calls so.
-        among: Who has no module that is not found, for the message.
-
-    Raises:
-        BadInput: A tensor is no part of an adapter, or of a module that is not found.
-    """
-    found: dict[Module, dict[str, Tensor]] = defaultdict(dict)
-    endings = {f".{called}": part for part, those in PARTS.items() for called in those}
-    for key, tensor in tensors.items():
-        ending = max((e for e in endings if key.endswith(e)), key=len, default=None)
-        if ending is None:
-            raise BadInput(
-                f"adapter {path}: {key} belongs to no kind of adapter that is known here",
-                "LoRA, DoRA, LoHa and LoKr files of diffusers, kohya and LyCORIS can be read",
-            )
-        module = named(key.removesuffix(ending))
-        if module is None:
-            raise BadInput(f"adapter {path}: {among} no module {key.removesuffix(ending)}", _OTHER_BASE)
-        found[module][endings[ending]] = tensor
-    if not found:
-        raise BadInput(f"adapter {path} is empty")
-    return found
 
 
 def told_in_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Told]:
@@ -130,17 +81,22 @@ def told_in_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Told]:
             return dict(read_configs(metadata))
         except ValueError:
             return {}  # somebody else's word
+    by_network: dict[str, dict[str, Any]] = defaultdict(dict)
     try:
-        flat = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError as error:
+        for key, value in json.loads(metadata.get("lora_adapter_metadata", "{}")).items():
+            network, _, name = key.partition(".")
+            if value is not None:
+                by_network[network][name] = value
+        return {
+            network: {"peft_type": "LORA", **_Said.model_validate(said).model_dump(exclude_unset=True)}
+            for network, said in by_network.items()
+        }
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BadInput(f"adapter {path}: its lora_adapter_metadata: {where}: {first['msg']}") from error
+    except (ValueError, AttributeError) as error:
         raise BadInput(f"adapter {path}: its lora_adapter_metadata is damaged") from error
-    told: dict[str, dict[str, Any]] = defaultdict(lambda: {"peft_type": "LORA"})
-    kept = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora")
-    for key, value in flat.items():
-        network, _, name = key.partition(".")
-        if name in kept and value is not None:
-            told[network][name] = value
-    return dict(told)
 
 
 def _told_by_tensors(path: Path, parts: Mapping[str, Mapping[str, Tensor]], root: nn.Module) -> Told:
@@ -173,45 +129,6 @@ def _told_by_tensors(path: Path, parts: Mapping[str, Mapping[str, Tensor]], root
     return told | {"alpha": alpha, "decompose_both": split, "decompose_factor": factor}
 
 
-def kind_of(path: Path, name: str, parts: Mapping[str, Tensor]) -> str:
-    """Return ``LORA``, ``LOHA`` or ``LOKR``.
-
-    Raises:
-        BadInput: Parts of the module ``name`` are missing.
-    """
-    for kind, needed in (
-        ("LORA", ({"lora_A.weight"}, {"lora_B.weight"})),
-        ("LOHA", ({"hada_w1_a"}, {"hada_w1_b"}, {"hada_w2_a"}, {"hada_w2_b"})),
-        ("LOKR", ({"lokr_w1", "lokr_w1_b"}, {"lokr_w2", "lokr_w2_b"})),
-    ):
-        if all(choices & parts.keys() for choices in needed):
-            if kind != "LORA" and MAGNITUDE in parts:
-                raise BadInput(
-                    f"adapter {path}: {name} has magnitudes (dora_scale) beside {kind}", _ONLY_LORA
-                )
-            return kind
-    raise BadInput(
-        f"adapter {path}: of {name} there is only {', '.join(sorted(parts))}", "the file is damaged"
-    )
-
-
-def rank_of(parts: Mapping[str, Tensor]) -> int:
-    """Return the rank that the shapes of a module's parts say."""
-    for part in ("lora_A.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
-        if part in parts:
-            return len(parts[part])
-    # Both factors whole: some rank for which PEFT has them so.
-    return int(max((*parts["lokr_w1"].shape, *parts["lokr_w2"].shape[:2])))
-
-
-def alpha_of(parts: Mapping[str, Tensor], rank: int) -> float:
-    """Return alpha. Without one the scale is 1; so it is for LoKr with two whole factors, as in LyCORIS."""
-    if {"lokr_w1", "lokr_w2"} <= parts.keys() or "alpha" not in parts:
-        return float(rank)
-    alpha = float(parts["alpha"])
-    return alpha if math.isfinite(alpha) else float(rank)
-
-
 def _factor(path: Path, parts: Mapping[str, Mapping[str, Tensor]], root: nn.Module) -> int:
     """Return the factor by which LoKr split the sizes of all modules."""
     shapes = {}
@@ -227,4 +144,4 @@ def _factor(path: Path, parts: Mapping[str, Mapping[str, Tensor]], root: nn.Modu
             for out, into, first in shapes.values()
         ):
             return factor
-    raise BadInput(f"adapter {path}: its LoKr factors have sizes that no single factor gives", _OTHER_BASE)
+    raise BadInput(f"adapter {path}: its LoKr factors have sizes that no single factor gives", OTHER_BASE)

@@ -1,7 +1,6 @@
 """An adapter's file without its base: its modules, checked one by one.
 
-Every form is read that ``methods.adapter_files`` reads. What cannot be an adapter of one model is refused by
-the key in the file: parts without their other half, factors that do not fit, numbers that are none.
+Every form is read that ``methods.adapter_files`` reads, and refused what ``methods.adapter_parts`` refuses.
 """
 
 import re
@@ -12,23 +11,19 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-
-from storage.errors import InvalidName
 
 from ..errors import BadInput
 from ..export.modules import AdaptedModule, Kind
-from ..methods.adapter_files import alpha_of, by_module, kind_of, rank_of, told_in_header
+from ..methods.adapter_files import told_in_header
+from ..methods.adapter_parts import alpha_of, by_module, kind_of, opened, rank_of
 from ..methods.configs import Told, scale_of
 from ..methods.layers import MAGNITUDE
 from ..methods.module_names import TEXT_LEVEL, Module
-from ..tensor_file import read
 from .names import module_of
 
 Form = Literal["diffusers", "kohya", "ours"]
 
-_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 """How wide the text is that the UNet's attention reads."""
 _VERSIONS = {"sdxl": "sdxl", "sd_v1": "sd1", "sd_v2": "sd2", "sd3": "sd3"}
@@ -64,7 +59,7 @@ def read_lora(path: Path) -> LoraFile:
     Raises:
         BadInput: It is missing, no adapter, damaged, or too costly to read. Names the first wrong key.
     """
-    tensors, metadata = _opened(path)
+    tensors, metadata = opened(path)
     parts = by_module(path, tensors, module_of, among="the families that are known here have")
     told = told_in_header(path, metadata)
     modules = tuple(
@@ -113,32 +108,12 @@ def family_of(
     return None
 
 
-def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if path.suffix != ".safetensors":
-        raise BadInput(f"adapter {path}: only .safetensors files are read, never pickles")
-    try:
-        tensors, metadata = read(path)
-    except (OSError, SafetensorError, InvalidName) as error:
-        raise BadInput(f"adapter {path}: {error}", "give a .safetensors file of an adapter") from error
-    for key, tensor in tensors.items():
-        if tensor.dtype not in _TYPES and not key.endswith(".alpha"):
-            raise BadInput(f"adapter {path}: {key} is of the type {tensor.dtype}, expected numbers")
-        if not torch.isfinite(tensor).all():
-            raise BadInput(f"adapter {path}: {key} holds NaN or infinity", "its training diverged")
-    return tensors, metadata
-
-
 def _checked(
     path: Path, network: str, name: str, parts: Mapping[str, Tensor], told: Told | None
 ) -> AdaptedModule:
-    where = f"{network}.{name}"
-    kind = kind_of(path, where, parts)
+    kind = kind_of(path, f"{network}.{name}", parts)
     tensors = {part: t if t.dtype == torch.float64 else t.float() for part, t in parts.items()}
-    alpha = tensors.pop("alpha", None)
-    if alpha is not None and alpha.numel() != 1:
-        raise BadInput(f"adapter {path}: alpha of {where} has shape {list(alpha.shape)}, expected one number")
-    if problem := _misfit(tensors):
-        raise BadInput(f"adapter {path}: {where}: {problem}", "the file is damaged, or of another base")
+    tensors.pop("alpha", None)
     rank = rank_of(tensors)
     if MAGNITUDE in tensors:
         tensors[MAGNITUDE] = _as_peft_has_it(tensors)
@@ -161,44 +136,6 @@ def _told_scale(path: Path, module: Module, kind: str, rank: int, told: Told) ->
     if kind == "LORA" and says != rank:
         raise BadInput(f"adapter {path}: {where} has rank {rank}, its header says {says}")
     return scale
-
-
-def _misfit(t: Mapping[str, Tensor]) -> str | None:
-    """Say which factors of a module cannot be multiplied, or return None."""
-    for left, right in (
-        ("lora_B.weight", "lora_A.weight"),
-        ("hada_w1_a", "hada_w1_b"),
-        ("hada_w2_a", "hada_w2_b"),
-        ("lokr_w1_a", "lokr_w1_b"),
-        ("lokr_w2_a", "lokr_w2_b"),
-    ):
-        if (left in t) != (right in t):
-            present, absent = (left, right) if left in t else (right, left)
-            return f"{present} has no {absent}"
-        if left in t:
-            if t[left].ndim not in (2, 4) or t[right].ndim not in (2, 4):
-                return f"{left} has shape {list(t[left].shape)}, {right} {list(t[right].shape)}"
-            # Tucker's factors are (R, O) and (R, I); between them there is (R, R, k, k).
-            core = t.get(f"hada_t{left[6]}") if left.startswith("hada_") else None
-            inner = (len(t[left]), *core.shape[:1]) if core is not None else (t[left].shape[1],)
-            if any(size != len(t[right]) for size in inner) or 0 in (*t[left].shape, *t[right].shape):
-                return f"{left} of shape {list(t[left].shape)} does not fit {right} of {list(t[right].shape)}"
-    if (
-        "hada_w1_b" in t
-        and (t["hada_w1_a"].shape[0], t["hada_w1_b"].shape[1:])
-        != (
-            t["hada_w2_a"].shape[0],
-            t["hada_w2_b"].shape[1:],
-        )
-        and "hada_t1" not in t
-    ):
-        return "its two products have different shapes"
-    up = t.get("lora_B.weight")
-    if up is not None and up.numel() != up.shape[0] * up.shape[1]:
-        return f"lora_B.weight has shape {list(up.shape)}, expected a kernel of 1"
-    if MAGNITUDE in t and t[MAGNITUDE].numel() != len(t["lora_B.weight"]):
-        return f"{len(t['lora_B.weight'])} outputs and {t[MAGNITUDE].numel()} magnitudes"
-    return None
 
 
 def _as_peft_has_it(t: Mapping[str, Tensor]) -> Tensor:
