@@ -252,8 +252,9 @@ class FaultProxy:
         match seen.fault:
             case Status(status, code, extra):
                 body = f"<Error><Code>{code}</Code><Message>by the proxy</Message></Error>".encode()
-                answer = _Answer(status, [*extra.items(), ("Content-Type", "application/xml")], body)
                 expects = headers.get("Expect", "").lower() == "100-continue"
+                own = [("Content-Type", "application/xml"), *([("Connection", "close")] if expects else [])]
+                answer = _Answer(status, [*extra.items(), *own], body)
                 if not expects:
                     for _ in self._body(reader, length, seen):
                         pass
