@@ -42,13 +42,13 @@ def tiny_spec(
     **blocks: Any,
 ) -> RunSpec:
     """A run of a few steps that uses accumulation, dropout, caption dropout and flips."""
+    trained = (base or {}).get("train", "adapter")
+    adapter = {"rank": 4, "alpha": 8.0, "lora_dropout": 0.1}
     return RunSpec.model_validate(
         {
             "base": {
                 "model": str(base_folder),
-                "rank": 4,
-                "alpha": 8.0,
-                "lora_dropout": 0.1,
+                **(adapter if "adapter" in trained else {}),
                 "resolution": 32,
                 "max_train_steps": 6,
                 "train_batch_size": 2,

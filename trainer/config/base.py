@@ -1,11 +1,12 @@
 """``Base``: the model to start from and how it is trained: one block in a sweep file, here by subject."""
 
 from .adapter import AdapterKeys
+from .hypernetwork import HypernetworkKeys
 from .model import ModelKeys
 from .objective import ObjectiveKeys
 from .optimization import OptimizationKeys
 from .trained import TrainedKeys
 
 
-class Base(OptimizationKeys, ObjectiveKeys, TrainedKeys, AdapterKeys, ModelKeys):
+class Base(OptimizationKeys, ObjectiveKeys, TrainedKeys, AdapterKeys, HypernetworkKeys, ModelKeys):
     """The model to start from and how it is trained."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from .buckets import bucket_sizes
+from .together import ill_assorted
 
 if TYPE_CHECKING:
     from . import RunSpec
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 def contradictions(spec: "RunSpec") -> list[str]:
     """Return what cannot work together in a spec without a ``command``; empty: nothing."""
     return [
-        *_trained(spec),
+        *ill_assorted(spec),
         *_adapter(spec),
         *_texts(spec),
         *_buckets(spec),
@@ -24,12 +25,6 @@ def contradictions(spec: "RunSpec") -> list[str]:
         *_prior(spec),
         *_prodigy(spec),
     ]
-
-
-def _trained(spec: "RunSpec") -> Iterator[str]:
-    train = spec.base.train
-    if len(set(train)) < len(train):
-        yield f"base.train names something twice: {', '.join(train)}"
 
 
 def _adapter(spec: "RunSpec") -> Iterator[str]:

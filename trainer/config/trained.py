@@ -1,4 +1,4 @@
-"""What of a run is trained, beside a frozen base."""
+"""What of a run is trained: something beside a frozen base, or all of the base."""
 
 from typing import Annotated, Any, Literal
 
@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field
 
 from .values import Frozen
 
-Trained = Literal["adapter"]
+Trained = Literal["adapter", "hypernetwork", "full", "textual_inversion"]
 
 
 def _listed(given: Any) -> Any:

@@ -52,7 +52,8 @@ class LatentFamily:
         self._scaling = float(pipeline.vae.config.scaling_factor)
         self._shift = float(pipeline.vae.config.shift_factor or 0.0)
         self._layout = torch.channels_last if base.channels_last else torch.contiguous_format
-        self.denoiser: nn.Module = frozen(parts[self.denoiser_prefix], device, self._dtype)
+        kept = torch.float32 if "full" in base.train else self._dtype  # what is trained is fp32
+        self.denoiser: nn.Module = frozen(parts[self.denoiser_prefix], device, kept)
         self._arrange(base)
 
     @classmethod

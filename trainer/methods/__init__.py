@@ -8,7 +8,7 @@ process give their methods different names, and ``use`` theirs before they compu
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -43,12 +43,13 @@ class Method(Protocol):
 class Methods:
     """All that one run trains."""
 
-    def __init__(self, members: Sequence[Method]) -> None:
+    def __init__(self, members: Sequence[Method], denoiser: Any) -> None:
         """
         Raises:
             ValueError: Two of them name a parameter alike.
         """
         self._members = tuple(members)
+        self._denoiser = denoiser
         named = [pair for member in members for pair in member.parameters.items()]
         self.parameters: dict[str, nn.Parameter] = dict(sorted(named))
         if len(self.parameters) != len(named):
@@ -69,6 +70,11 @@ class Methods:
         return merged
 
     def use(self) -> None:
+        """Let the base compute with these, and with no other run's."""
+        used = getattr(self._denoiser, "methods_in_use", self._members)
+        for other in used if used is not self._members else ():
+            other.stand_aside()
+        self._denoiser.methods_in_use = self._members
         for member in self._members:
             member.use()
 
@@ -96,7 +102,13 @@ def attach(base: Base, family: Family, name: str = "default") -> Methods:
     Raises:
         BadInput: The targets name no module of this model, or the rank is above a layer's size.
     """
-    return Methods([member for what in base.train for member in _ATTACH[what](base, family, name)])
+    # In an order of ours: what comes before a layer comes before an adapter around that layer too.
+    members = [
+        member for what in _ATTACH if what in base.train for member in _ATTACH[what](base, family, name)
+    ]
+    methods = Methods(members, family.denoiser)
+    methods.use()
+    return methods
 
 
 def _adapters(base: Base, family: Family, name: str) -> Sequence[Method]:
@@ -105,7 +117,23 @@ def _adapters(base: Base, family: Family, name: str) -> Sequence[Method]:
     return adapters(base, family, name)
 
 
-_ATTACH: Mapping[Trained, Callable[[Base, Family, str], Sequence[Method]]] = {"adapter": _adapters}
+def _full(base: Base, family: Family, name: str) -> Sequence[Method]:
+    from .full import whole_networks
+
+    return whole_networks(base, family)
+
+
+def _hypernetwork(base: Base, family: Family, name: str) -> Sequence[Method]:
+    from .hypernetwork import hypernetworks
+
+    return hypernetworks(base, family, name)
+
+
+_ATTACH: Mapping[Trained, Callable[[Base, Family, str], Sequence[Method]]] = {
+    "full": _full,
+    "adapter": _adapters,
+    "hypernetwork": _hypernetwork,
+}
 
 
 def restore(methods: Methods, tensors: Mapping[str, Tensor]) -> str | None:

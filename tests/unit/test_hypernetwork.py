@@ -1,0 +1,180 @@
+"""A hypernetwork begins as no change at all, trains nothing but itself, and goes on after a stop as if
+nothing had been."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from support.tiny_models import build_base
+from support.tiny_world import tiny_spec
+from support.training import Lay, StopAtStep, contents, newest
+
+from trainer.attempt import run_attempt
+from trainer.config import Base, RunSpec
+from trainer.errors import BadInput
+from trainer.families import Family, load_family
+from trainer.methods import Methods, attach
+from trainer.rundir import EXIT_COMPLETE, EXIT_PREEMPTED
+from trainer.stop import Stop
+from trainer.validate import evaluating
+
+RICH = {"hypernetwork_activation": "swish", "hypernetwork_layer_norm": True, "hypernetwork_dropout": 0.2}
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_base(tmp_path_factory.mktemp("xl"), "sdxl")
+
+
+@pytest.fixture
+def base(world: Path) -> Base:
+    return Base(model=str(world / "base"), train="hypernetwork")
+
+
+def predicted(family: Family) -> torch.Tensor:
+    noisy = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(1))
+    said = family.encode_tokens([family.token_ids("a dog")])
+    sizes = family.size_conditioning(torch.tensor([[64.0, 64, 0, 0, 64, 64]]))
+    return family.predict(noisy, torch.tensor([500]), {**said, **sizes})
+
+
+def moved(methods: Methods, family: Family, steps: int = 2) -> None:
+    """Let all parameters go towards a prediction of zeros."""
+    optimizer = torch.optim.Adam(methods.parameters.values(), lr=0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        predicted(family).pow(2).mean().backward()
+        optimizer.step()
+
+
+def watched(module: torch.nn.Module) -> list[torch.Tensor]:
+    """What the module is given from now on."""
+    seen: list[torch.Tensor] = []
+    module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("keys", [{}, {**RICH, "mixed_precision": "bf16"}], ids=["plain", "rich-bf16"])
+def test_a_fresh_one_changes_nothing_and_a_trained_one_does(
+    world: Path, xl: Path, kind: str, keys: dict[str, Any]
+) -> None:
+    base = Base(model=str(xl if kind == "sdxl" else world / "base"), train="hypernetwork", **keys)
+    family = load_family(base)
+    with torch.no_grad():
+        bare = predicted(family)
+    weights = {name: tensor.clone() for name, tensor in family.denoiser.state_dict().items()}
+    methods = attach(base, family)
+    with torch.no_grad():
+        assert torch.equal(predicted(family), bare)
+    widths = {name.split(".")[1] for name in methods.parameters}
+    levels = {"sd1": (8, 16, 32), "sdxl": (16, 32, 80)}[kind]
+    assert widths == {f"{width}_{part}" for width in levels for part in "kv"}
+    assert {parameter.dtype for parameter in methods.parameters.values()} == {torch.float32}
+    before = {name: parameter.detach().clone() for name, parameter in methods.parameters.items()}
+
+    moved(methods, family)
+
+    assert not any(torch.equal(before[name], methods.parameters[name]) for name in before)
+    after = family.denoiser.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in weights.items())
+    with evaluating(family):
+        assert not torch.equal(predicted(family), bare)
+        with methods.aside():
+            assert torch.equal(predicted(family), bare)
+
+
+def test_it_stands_before_an_adapter_too_in_whatever_order_the_two_are_named(world: Path) -> None:
+    seen = []
+    for train in (("hypernetwork", "adapter"), ("adapter", "hypernetwork")):
+        base = Base(model=str(world / "base"), train=train, rank=2)
+        family = load_family(base)
+        methods = attach(base, family)
+        moved(methods, family)
+        layer = family.denoiser.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
+        below, beside = watched(layer.base_layer), watched(layer.lora_A["default"])
+        with torch.no_grad():
+            seen.append(predicted(family))
+        assert torch.equal(below[0], beside[0]), "the two see the same context"
+        assert not torch.equal(below[0], family.encode_tokens([family.token_ids("a dog")])["states"])
+
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_without_self_attention_only_what_reads_the_text_is_changed(base: Base) -> None:
+    methods = attach(base.model_copy(update={"hypernetwork_self_attention": False}), load_family(base))
+    assert {name.split(".")[1] for name in methods.parameters} == {"32_k", "32_v"}
+
+
+def test_runs_that_share_a_base_do_not_see_each_other_s(base: Base) -> None:
+    family = load_family(base)
+    with torch.no_grad():
+        bare = predicted(family)
+    one = attach(base, family, "one")
+    moved(one, family)
+    two = attach(Base(model=base.model, rank=2), family, "two")
+    three = attach(base, family, "three")
+    for fresh in (two, three):
+        fresh.use()
+        with torch.no_grad():
+            assert torch.equal(predicted(family), bare)
+    one.use()
+    with torch.no_grad():
+        assert not torch.equal(predicted(family), bare)
+    assert all(parameter.requires_grad for parameter in one.parameters.values())
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {**RICH, "ema_decay": 0.9},
+        {
+            "train": ["adapter", "hypernetwork"],
+            "mixed_precision": "bf16",
+            "gradient_checkpointing": True,
+            "train_text_encoder": True,
+        },
+    ],
+    ids=["rich-ema", "with-adapter"],
+)
+def test_stopped_equals_never_stopped(world: Path, lay: Lay, keys: dict[str, Any]) -> None:
+    keys = {"train": "hypernetwork", "max_train_steps": 3, **keys}
+    spec = tiny_spec(world / "base", world / "images", base=keys)
+    straight = lay("straight", spec)
+    assert run_attempt(straight, Stop()) == EXIT_COMPLETE
+    first = lay("first", spec)
+    assert run_attempt(first, StopAtStep(first, 2)) == EXIT_PREEMPTED
+    again = lay("again", spec, resume=newest(first))
+    assert run_attempt(again, Stop()) == EXIT_COMPLETE
+
+    assert contents(newest(again)) == contents(newest(straight))
+    assert contents(newest(again))["adapter.safetensors"] != contents(newest(first))["adapter.safetensors"]
+
+
+def test_a_transformer_is_refused(tmp_path: Path) -> None:
+    base = Base(model=str(build_base(tmp_path / "sd3", "sd3-without-t5")), train="hypernetwork")
+    with pytest.raises(BadInput, match="a hypernetwork changes what a UNet attends to"):
+        attach(base, load_family(base))
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"rank": 4},
+            "base.rank is of adapter, but base.train is hypernetwork: leave rank out, or train adapt",
+        ),
+        ({"train_text_encoder": True}, "base.train_text_encoder is of adapter"),
+        ({"hypernetwork_layers": [1, 2]}, "the first and the last are 1"),
+        ({"hypernetwork_layers": [1]}, "at least 2"),
+        ({"hypernetwork_activation": "gelu"}, "Input should be 'linear'"),
+        ({"train": "adapter", "hypernetwork_dropout": 0.1}, "base.hypernetwork_dropout is of hypernetwork"),
+        ({"train": ["hypernetwork", "hypernetwork"]}, "names something twice"),
+    ],
+)
+def test_what_cannot_work_is_refused(keys: dict[str, Any], said: str) -> None:
+    base = {"model": "m", "train": "hypernetwork", **keys}
+    with pytest.raises(ValidationError, match=said):
+        RunSpec.model_validate({"base": base, "dataset": {"path": "d"}})
