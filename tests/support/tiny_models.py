@@ -43,35 +43,26 @@ def build_base(
 
 
 def _sd1(folder: Path, prediction_type: str | None) -> Any:
-    from diffusers import StableDiffusionPipeline
-
     tokenizer = build_tokenizer(folder / "tokenizer")
-    text_encoder = _clip(tokenizer, "quick_gelu")
-    unet = _unet_of_four_levels(attention_head_dim=4)
-    return StableDiffusionPipeline(
-        vae=_vae(0.18215),
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=_ddpm(prediction_type or "epsilon"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    unet = {"attention_head_dim": 4}
+    return _one_encoder(tokenizer, "quick_gelu", unet, prediction_type or "epsilon")
 
 
 def _sd2(folder: Path, prediction_type: str | None) -> Any:
+    tokenizer = build_tokenizer(folder / "tokenizer", pad="!")
+    unet = {"attention_head_dim": (2, 4, 8, 8), "use_linear_projection": True}
+    return _one_encoder(tokenizer, "gelu", unet, prediction_type or "v_prediction")
+
+
+def _one_encoder(tokenizer: Any, activation: str, unet: dict[str, Any], prediction_type: str) -> Any:
     from diffusers import StableDiffusionPipeline
 
-    tokenizer = build_tokenizer(folder / "tokenizer", pad="!")
-    text_encoder = _clip(tokenizer, "gelu")
-    unet = _unet_of_four_levels(attention_head_dim=(2, 4, 8, 8), use_linear_projection=True)
     return StableDiffusionPipeline(
+        text_encoder=_clip(tokenizer, activation),  # weights are drawn in this order
+        unet=_unet_of_four_levels(**unet),
         vae=_vae(0.18215),
-        text_encoder=text_encoder,
         tokenizer=tokenizer,
-        unet=unet,
-        scheduler=_ddpm(prediction_type or "v_prediction"),
+        scheduler=_ddpm(prediction_type),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

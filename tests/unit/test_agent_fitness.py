@@ -2,7 +2,6 @@
 
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from support import light_trainer
 from support.runs import claimed, incarnation
+from support.waiting import DEADLINE_S, wait_until
 
 from orchestrator.control.cluster import Order
 from orchestrator.grid.schema import Notices
@@ -28,17 +28,9 @@ from trainer.rundir import EXIT_COMPLETE, EXIT_PREEMPTED, EXIT_UNFIT, GPU_CHECK,
 from trainer.training_process import TrainingProcess
 
 RUN = "cat-0-00000000"
-DEADLINE_S = 90.0
 NO_GPU = f"import os; open(os.environ['{GPU_CHECK}'], 'w').write('no GPU'); os._exit({EXIT_UNFIT})"
 ORDER = Order(run_id=RUN, attempt=1, incarnation=incarnation(1))
 Start = Callable[..., Agent]
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        time.sleep(0.01)
 
 
 @pytest.fixture

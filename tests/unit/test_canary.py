@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import psutil
 import pytest
 import torch
 from support.fake_cluster import FakeCluster, run_to_end, small_sweep
+from support.waiting import wait_until
 
 from orchestrator.control.cluster import StoreSpeed
 from orchestrator.control.controller import Controller
@@ -40,15 +40,6 @@ from trainer.gpu_check import gpu_problem
 from trainer.memory import free_bytes
 from trainer.rundir import EXIT_UNFIT, GPU_CHECK, GPU_WORKS
 from trainer.training_process import STUCK, TrainingProcess
-
-DEADLINE_S = 60.0
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(

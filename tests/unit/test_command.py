@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import psutil
 import pytest
 from support import foreign_script
 from support.runs import claimed, ended, incarnation
+from support.waiting import DEADLINE_S, wait_until
 
 from storage.checkpoints import CheckpointStore
 from storage.directory import DirectoryStore
@@ -34,15 +34,7 @@ from trainer.supervisor import Assignment, Progress, Supervisor
 from trainer.training_process import PLAYER, TrainingProcess
 
 RUN = "cat-r16"
-DEADLINE_S = 240.0
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own-script"
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        time.sleep(0.01)
 
 
 def light(mode: str, steps: int = 6, *, gate: Path | None = None, **changes: object) -> RunSpec:

@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from support import failing_trainer
 from support.runs import claimed, incarnation
 from support.training import events
+from support.waiting import wait_until
 
 from orchestrator.control.blame import advised
 from storage import layout
@@ -33,18 +33,10 @@ from trainer.supervisor import Assignment, Progress, Supervisor
 from trainer.training_process import TrainingProcess
 
 RUN = "cat-r16"
-DEADLINE_S = 90.0
 TIMEOUT_S = 1.0
 SPEC = RunSpec(base=Base(model="owner/model"), dataset=Dataset(path="/data"))
 
 Start = Callable[[str], TrainingProcess]
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        time.sleep(0.01)
 
 
 @pytest.fixture

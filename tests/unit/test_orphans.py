@@ -5,14 +5,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 from support import light_trainer
 from support.runs import RUN, claimed, ended, finished, incarnation
+from support.waiting import DEADLINE_S, wait_until
 
 from storage.errors import Fenced, Unavailable
 from storage.log import run_log
@@ -24,8 +23,6 @@ from trainer.config import Base, Dataset, RunSpec
 from trainer.rundir import CheckpointPolicy, Options
 from trainer.supervisor import Assignment, Supervisor
 from trainer.training_process import TrainingProcess
-
-DEADLINE_S = 60.0
 
 TRAINER = """
 import ctypes, subprocess, sys
@@ -48,13 +45,6 @@ process.begin(Path.cwd())
 print(process.pid, flush=True)
 time.sleep(600)
 """
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        time.sleep(0.01)
 
 
 def gone(pid: int) -> bool:

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.waiting import DEADLINE_S, wait_until
 
 from orchestrator.control.term import Holder, in_office
 from orchestrator.errors import PreflightFailed
@@ -28,8 +28,6 @@ from orchestrator.supervise.supervision import LONGEST_PAUSE_S, STEADY_S, Tries,
 from storage import layout
 from storage.errors import Corrupt
 from storage.memory import MemoryStore
-
-DEADLINE_S = 60.0
 
 HEAD = """
 import os, signal, socket, subprocess, sys, time
@@ -57,13 +55,6 @@ if first == "waits":
 sys.exit(int(first))
 """
 """Exits with the next code of its plan."""
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        time.sleep(0.01)
 
 
 def lives(pid: int) -> bool:

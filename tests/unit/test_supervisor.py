@@ -19,6 +19,7 @@ from support.gate import Gate
 from support.runs import claimed, committed, ended, incarnation
 from support.tiny_world import tiny_spec
 from support.training import contents, lay_out, newest
+from support.waiting import DEADLINE_S, wait_until
 
 from storage import layout
 from storage.checkpoints import CheckpointStore
@@ -58,15 +59,7 @@ from trainer.training_process import STUCK, TrainingProcess
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 RUN = "cat-r16"
-DEADLINE_S = 90.0
 EVERY_STEP = CheckpointPolicy(every_steps=1, every_s=None)
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        time.sleep(0.01)
 
 
 def claim(store: ObjectStore, attempt: int) -> None:

@@ -4,17 +4,16 @@ import os
 import signal
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.waiting import DEADLINE_S, wait_until
 
 from orchestrator.notices.own import File
 from orchestrator.on_ray.scratch import own_scratch
 
 SCRIPT = Path(__file__).resolve().parents[2] / "infra" / "orchestrate-worker"
-DEADLINE_S = 60.0
 
 WORKER = """
 echo $$ >>"$1/started"
@@ -23,13 +22,6 @@ trap 'echo told "$1"/orchestrate-*/*/* >>"$1/told"; exit 7' TERM
 touch "$1/ready"
 while :; do sleep 0.05; done
 """
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        time.sleep(0.01)
 
 
 class Node:
