@@ -21,6 +21,7 @@ from .families import Family, load_family
 from .loop import Loop
 from .methods import attach
 from .methods.from_file import begin_with
+from .methods.textual_inversion import check_captioned
 from .narration import say
 from .objective import Objective
 from .optim import build_optimizer
@@ -107,6 +108,7 @@ def _prepared(run_dir: RunDir, spec: RunSpec, options: Options, examples: list[E
     family.rest_encoders(texts=is_cached(spec))
     train, validation = split(len(images), held_out(len(images), spec.dataset.val_fraction))
     check_enough(spec, sum(images[index].repeats for index in train))
+    check_captioned(spec.base, [images[index].caption for index in train])
     methods = attach(local.base, family)
     if local.base.initial_adapter:
         begin_with(Path(local.base.initial_adapter).expanduser(), methods, family)
@@ -118,7 +120,9 @@ def _prepared(run_dir: RunDir, spec: RunSpec, options: Options, examples: list[E
         methods=methods,
         objective=Objective(spec.base, family.process),
         optimizer=build_optimizer(spec.base, methods.groups()),
-        average=Average(methods.parameters, decay) if (decay := spec.base.ema_decay) else None,
+        average=(
+            Average(methods.parameters, decay, methods.begins) if (decay := spec.base.ema_decay) else None
+        ),
         training=TrainingSet(
             [images[index] for index in train],
             spec.base,

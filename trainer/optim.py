@@ -134,8 +134,8 @@ def load_optimizer_state(
 ) -> str | None:
     """Give a fresh optimizer saved state. Say what does not fit, or return None.
 
-    No state of any parameter is what an optimizer has before its first step, of which fp16 may have skipped a
-    few.
+    No state of any parameter of a group is what an optimizer has before its first step with it: it rested
+    until then, or fp16 skipped a few.
     """
     groups = {f"{GROUP}{number}": group for number, group in enumerate(optimizer.param_groups)}
     state: dict[str, dict[str, Tensor | int | float]] = {name: {} for name in parameters}
@@ -147,12 +147,14 @@ def load_optimizer_state(
             state[name][piece] = _piece(piece, tensor, parameters[name].device)
         else:
             return f"state of an unknown parameter, {name or key}"
-    if not any(state.values()):
-        return None
-    for name, pieces in state.items():
-        if not pieces:
-            return f"{name} has no optimizer state"
-        optimizer.state[parameters[name]] = pieces
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    for group in optimizer.param_groups:
+        own = [names[id(parameter)] for parameter in group["params"]]
+        without = [name for name in own if not state[name]]
+        if without and len(without) < len(own):
+            return f"{without[0]} has no optimizer state"
+        for name in own if not without else ():
+            optimizer.state[parameters[name]] = state[name]
     return None
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from storage.records import EndReason
 
@@ -50,7 +50,7 @@ class Stepper:
     def __init__(self, parts: Parts, scaler_state: Mapping[str, int | float] | None) -> None:
         self._parts = parts
         self._base = parts.spec.base
-        self._parameters = list(parts.methods.parameters.values())
+        self._trained: list[nn.Parameter] = []
         fp16 = self._base.mixed_precision == "fp16"
         self._scaler = torch.amp.GradScaler(parts.family.device.type, enabled=fp16)
         if scaler_state:
@@ -68,9 +68,10 @@ class Stepper:
             Stopped: There is no time for the rest of the step. Nothing that is saved has changed.
             Diverged: The loss or its gradient is not finite. Nothing that is saved has changed.
         """
+        self._trained = self._parts.methods.at(step)
         set_learning_rate(self._parts.optimizer, rate := learning_rate(self._base, step))
         mean_loss = self._accumulate(step)
-        self._update(mean_loss, step)
+        self._update(mean_loss, step, rate)
         if self._parts.average:
             self._parts.average.updated(step + 1)
         return mean_loss, rate
@@ -89,10 +90,10 @@ class Stepper:
             share = self._loss(batch) / self._base.samples_per_step
             self._scaler.scale(share).backward()  # type: ignore[no-untyped-call]
             total += share.detach()
-        for parameter in self._parameters:
+        for parameter in self._trained:
             if parameter.grad is None:  # of a layer that nothing needed; it has optimizer state all the same
                 parameter.grad = torch.zeros_like(parameter)
-        return float(parts.ranks.summed(self._parameters, total))
+        return float(parts.ranks.summed(self._trained, total))
 
     @property
     def _largest(self) -> int:
@@ -129,12 +130,12 @@ class Stepper:
         losses_B = parts.objective.losses(predicted(), target, timesteps, mask)
         return (weights * losses_B).sum()
 
-    def _update(self, mean_loss: float, step: int) -> None:
+    def _update(self, mean_loss: float, step: int, rate: float) -> None:
         """Clip the gradient and let the optimizer move, unless that would put NaN into the adapter."""
         optimizer = self._parts.optimizer
         self._scaler.unscale_(optimizer)
         limit = math.inf if self._base.max_grad_norm is None else self._base.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, limit))
+        norm = float(torch.nn.utils.clip_grad_norm_(self._trained, limit))
         overflow = self._scaler.is_enabled() and not math.isfinite(norm)  # fp16: the scaler skips this step
         if not math.isfinite(mean_loss) or not (math.isfinite(norm) or overflow):
             raise Diverged(
@@ -144,4 +145,4 @@ class Stepper:
         self._scaler.step(optimizer)
         self._scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        self._parts.methods.updated()
+        self._parts.methods.updated(rate)

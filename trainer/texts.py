@@ -18,7 +18,8 @@ def is_cached(spec: RunSpec) -> bool:
     """Whether each text of a run is encoded once, before training; else each time it is needed."""
     if spec.dataset.cache_text != "auto":
         return spec.dataset.cache_text
-    return not (spec.dataset.varied_captions or spec.base.train_text_encoder)
+    words = "textual_inversion" in spec.base.train
+    return not (spec.dataset.varied_captions or spec.base.train_text_encoder or words)
 
 
 class Texts(Protocol):

@@ -5,8 +5,17 @@ from .hypernetwork import HypernetworkKeys
 from .model import ModelKeys
 from .objective import ObjectiveKeys
 from .optimization import OptimizationKeys
+from .textual_inversion import TextualInversionKeys
 from .trained import TrainedKeys
 
 
-class Base(OptimizationKeys, ObjectiveKeys, TrainedKeys, AdapterKeys, HypernetworkKeys, ModelKeys):
+class Base(
+    OptimizationKeys,
+    ObjectiveKeys,
+    TrainedKeys,
+    AdapterKeys,
+    HypernetworkKeys,
+    TextualInversionKeys,
+    ModelKeys,
+):
     """The model to start from and how it is trained."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from .buckets import bucket_sizes
+from .textual_inversion import token_contradictions
 from .together import ill_assorted
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ def contradictions(spec: "RunSpec") -> list[str]:
     return [
         *ill_assorted(spec),
         *_adapter(spec),
+        *token_contradictions(spec),
         *_texts(spec),
         *_buckets(spec),
         *_objective(spec),

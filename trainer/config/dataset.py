@@ -51,7 +51,7 @@ class Dataset(Frozen):
     tag_dropout: Fraction = 0.0
     """Share of the tags of a sample that is left out."""
     cache_text: Literal["auto"] | bool = "auto"
-    """Encode each caption once. ``auto``: unless captions vary or a text encoder is trained."""
+    """Encode each caption once. ``auto``: unless captions vary or text encoders or tokens are trained."""
     random_flip: bool = False
     center_crop: bool = True
     buckets: bool = False

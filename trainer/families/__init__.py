@@ -7,7 +7,7 @@ loop, validation and sampling speak only to ``Family``; they do not know which o
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from ..config import Base
 from ..config.families import FAMILIES
 from ..objective.process import Process
+
+if TYPE_CHECKING:
+    from .new_words import NewWords
 
 Conditioning = dict[str, Tensor]
 """What the denoiser is told beside image and noise level, by the family's own names. Batched along the first
@@ -47,6 +50,12 @@ class Family(Protocol):
     """By diffusers' names, ``text_encoder``, ``text_encoder_2``…; empty once they were freed."""
     targets: Mapping[str, tuple[str, ...]]
     """Endings of the denoiser's module names by ``TargetSet``; ``conv``: its convolutions."""
+
+    tokenizers: Sequence[Any]
+    """One for each text encoder, in the order of their names."""
+    words: "NewWords | None"
+    """Words of a run's own that texts are read with, from when that run uses what it trains until another
+    does."""
 
     @property
     def process(self) -> Process:

@@ -17,6 +17,8 @@ from ..config import Base
 from ..errors import BadInput
 from ..randomness import own_memory
 from . import Conditioning, Posterior
+from .new_rows import without_new_rows
+from .new_words import NewWords
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _READ_BY_CLIP = ("hidden_act", "num_attention_heads", "layer_norm_eps", "eos_token_id")
@@ -41,10 +43,13 @@ class LatentFamily:
         self._dtype = DTYPES[base.mixed_precision]
         self._clip_skip = base.clip_skip
         parts = {name: part for name, part in pipeline.components.items() if part is not None}
-        self._tokenizers = [parts[name] for name in sorted(parts) if name.startswith("tokenizer")]
+        self.tokenizers = [parts[name] for name in sorted(parts) if name.startswith("tokenizer")]
+        self.words: NewWords | None = None
         self.text_encoders: Mapping[str, nn.Module] = {
             name: frozen(parts[name], device) for name in sorted(parts) if name.startswith("text_encoder")
         }
+        configs = [cast(Any, encoder).config for encoder in self.text_encoders.values()]
+        self._read_by_clip = [[str(getattr(each, key, None)) for key in _READ_BY_CLIP] for each in configs]
         self._vae = frozen(pipeline.vae, device)
         self.latent_pixels = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
         self.side_multiple = self.latent_pixels
@@ -62,7 +67,9 @@ class LatentFamily:
         return ()
 
     def token_ids(self, text: str) -> list[list[int]]:
-        return [padded_ids(tokenizer, text, tokenizer.model_max_length) for tokenizer in self._tokenizers]
+        tokenizers = self.words.tokenizers if self.words else self.tokenizers
+        spelled = self.words.spelled(text) if self.words else text
+        return [padded_ids(tokenizer, spelled, tokenizer.model_max_length) for tokenizer in tokenizers]
 
     def size_conditioning(self, sizes_B6: Tensor) -> Conditioning:
         return {}
@@ -90,11 +97,9 @@ class LatentFamily:
         weights = {
             f"{name}.{key}": tensor
             for name, encoder in self.text_encoders.items()
-            for key, tensor in encoder.state_dict().items()
+            for key, tensor in without_new_rows(encoder).items()
         }
-        configs = [cast(Any, encoder).config for encoder in self.text_encoders.values()]
-        read = [[str(getattr(config, key, None)) for key in _READ_BY_CLIP] for config in configs]
-        return json.dumps([self.name, self._clip_skip, read, tensors_digest(weights)])
+        return json.dumps([self.name, self._clip_skip, self._read_by_clip, tensors_digest(weights)])
 
     def image_identity(self) -> str:
         return f"{self._scaling} {self._shift} {tensors_digest(self._vae.state_dict())}"

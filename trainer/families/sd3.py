@@ -59,8 +59,8 @@ class StableDiffusion3(LatentFamily):
         return () if is_t5_in_single_file(tensors) else ("text_encoder_3", "tokenizer_3")
 
     def token_ids(self, text: str) -> list[list[int]]:
-        lengths = [tokenizer.model_max_length for tokenizer in self._tokenizers[:2]] + [T5_TOKENS]
-        pairs = zip(self._tokenizers, lengths, strict=False)
+        lengths = [tokenizer.model_max_length for tokenizer in self.tokenizers[:2]] + [T5_TOKENS]
+        pairs = zip(self.tokenizers, lengths, strict=False)
         return [padded_ids(tokenizer, text, length) for tokenizer, length in pairs]
 
     def encode_tokens(self, token_ids: Sequence[list[list[int]]]) -> Conditioning:

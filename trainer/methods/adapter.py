@@ -55,7 +55,7 @@ class Adapter:
         for network in (self._network, *self._beside()):
             layers.stand_aside(network)
 
-    def updated(self) -> None:
+    def updated(self, rate: float) -> None:
         pass
 
 

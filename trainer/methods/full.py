@@ -33,7 +33,7 @@ class Whole:
     def stand_aside(self) -> None:
         raise BadInput("the base's own weights are what is trained: nothing is kept of them as they were")
 
-    def updated(self) -> None:
+    def updated(self, rate: float) -> None:
         pass
 
 

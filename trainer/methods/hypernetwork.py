@@ -97,7 +97,7 @@ class Hypernetwork:
     def stand_aside(self) -> None:
         self.is_used = False
 
-    def updated(self) -> None:
+    def updated(self, rate: float) -> None:
         pass
 
     def scale(self, weight: float) -> None:

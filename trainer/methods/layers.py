@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import inject_adapter_in_model
 from peft.tuners.lora.dora import DoraConv2dLayer, DoraLinearLayer
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -49,8 +50,12 @@ def inject(network: nn.Module, name: str, told: Told, *, dropout: float = 0.0) -
 
 
 def adapted(network: nn.Module) -> list[tuple[str, Any]]:
-    """Return the layers of a network that have adapters, with their names."""
-    return [(name, layer) for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)]
+    """Return the layers of a network that have adapters, with their names. New tokens are none."""
+    return [
+        (name, layer)
+        for name, layer in network.named_modules()
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer)
+    ]
 
 
 def use(network: nn.Module, name: str) -> None:
