@@ -18,9 +18,11 @@ from .dataset.folder import Example, held_out
 from .encode import encode_images, encode_texts
 from .errors import BadCheckpoint, BadInput, TrainerError
 from .families import Family, load_family
+from .hidden import NOTHING, HiddenStates
 from .loop import Loop
 from .methods import attach
 from .methods.from_file import begin_with
+from .methods.targets import left_out
 from .methods.textual_inversion import check_captioned
 from .narration import say
 from .objective import Objective
@@ -109,9 +111,23 @@ def _prepared(run_dir: RunDir, spec: RunSpec, options: Options, examples: list[E
     train, validation = split(len(images), held_out(len(images), spec.dataset.val_fraction))
     check_enough(spec, sum(images[index].repeats for index in train))
     check_captioned(spec.base, [images[index].caption for index in train])
+    training = TrainingSet(
+        [images[index] for index in train],
+        spec.base,
+        spec.dataset,
+        family.process,
+        latent_pixels=family.latent_pixels,
+        prior=prior_of(spec),
+        class_images=class_images,
+    )
+    beside = NOTHING
+    if family.cut:
+        beside = HiddenStates(spec.base, family, training, texts, cache, stop.alive)
     methods = attach(local.base, family)
     if local.base.initial_adapter:
         begin_with(Path(local.base.initial_adapter).expanduser(), methods, family)
+    if gone := left_out(local.base, family):
+        say(f"base.hollow: nothing is trained in {len(gone)} of the targets, such as {gone[0]}")
     return Parts(
         spec=spec,
         options=options,
@@ -123,15 +139,8 @@ def _prepared(run_dir: RunDir, spec: RunSpec, options: Options, examples: list[E
         average=(
             Average(methods.parameters, decay, methods.begins) if (decay := spec.base.ema_decay) else None
         ),
-        training=TrainingSet(
-            [images[index] for index in train],
-            spec.base,
-            spec.dataset,
-            family.process,
-            latent_pixels=family.latent_pixels,
-            prior=prior_of(spec),
-            class_images=class_images,
-        ),
+        training=training,
+        beside=beside,
         validation=[images[index] for index in validation],
         texts=texts,
         stop=stop,

@@ -55,16 +55,27 @@ class Cache:
 
         Either way the tensors are alike down to their place in memory, see ``own_memory``.
         """
-        path = self._folder / key[:2] / f"{key}.safetensors"
-        found = _read(path)
+        found = _read(self._path(key))
         if found is not None:
             return found
         computed = {name: own_memory(tensor) for name, tensor in compute().items()}
         try:
-            _write(path, computed)
+            _write(self._path(key), computed)
         except OSError as error:  # a full or read-only disk costs time at the next start, not this run
-            print(f"cache: {path} not written: {error}", flush=True)
+            print(f"cache: {self._path(key)} not written: {error}", flush=True)
         return computed
+
+    def keep(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> None:
+        """Make sure that the entry is there and whole, computing it if it is not.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        if _read(self._path(key)) is None:
+            _write(self._path(key), {name: own_memory(tensor) for name, tensor in compute().items()})
+
+    def _path(self, key: str) -> Path:
+        return self._folder / key[:2] / f"{key}.safetensors"
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:

@@ -5,7 +5,7 @@ A pure function of the seed and ``n``, the global index of the sample: step ``s`
 interrupted before. Images were encoded beforehand; no pixel is touched here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from .captions import caption_of
 from .config import Base, Dataset, Prior
 from .epochs import Epochs
-from .families import Posterior
+from .families import Family, Posterior
 from .objective.noise import sample_noise, seen_noise
 from .objective.process import Process
 from .randomness import generator
@@ -149,19 +149,37 @@ class TrainingSet:
     def batches(self, step: int, largest: int) -> list[Batch]:
         """Return the samples of an optimizer step, in forward passes of at most ``largest`` of one shape."""
         count = self._base.samples_per_step
-        samples = [self._sample(n) for n in range(step * count, (step + 1) * count)]
-        if self._prior:
-            samples += [self._preserving(self._prior, sample) for sample in samples]
+        samples = self.samples(range(step * count, (step + 1) * count))
         samples.sort(key=_shape)  # stable: within a shape they stay in order
         return [
-            _batch(alike[first : first + largest])
+            batch_of(alike[first : first + largest])
             for _, group in groupby(samples, _shape)
             for alike in [list(group)]
             for first in range(0, len(alike), largest)
         ]
 
-    def _sample(self, n: int) -> Sample:
-        seed = self._base.seed
+    def samples(self, numbers: Iterable[int]) -> list[Sample]:
+        """Return samples by their global indices, then those that preserve the prior beside them."""
+        samples = [self._sample(n) for n in numbers]
+        if self._prior:
+            samples += [self._preserving(self._prior, sample) for sample in samples]
+        return samples
+
+    @property
+    def distinct(self) -> int:
+        """So many samples of the run differ: with ``hollow`` it goes through the same ones again."""
+        base = self._base
+        of_run = base.max_train_steps * base.samples_per_step
+        return of_run if base.hollow is None else min(base.hollow_pool, of_run)
+
+    def drawn_as(self, n: int) -> int:
+        """Return the index of the first sample that is like sample ``n``."""
+        if self._base.hollow is None:
+            return n
+        return n % self.distinct if n >= 0 else -1 - (-1 - n) % self.distinct
+
+    def _sample(self, number: int) -> Sample:
+        seed, n = self._base.seed, self.drawn_as(number)
 
         def draws(purpose: str) -> torch.Generator:
             return generator(seed, purpose, n)
@@ -173,7 +191,7 @@ class TrainingSet:
         mean, std = (crop(part, shape, corner) for part in view.posterior)
         x0 = mean + std * torch.randn(mean.shape, generator=draws("posterior"))
         return Sample(
-            n=n,
+            n=number,
             x0_CHW=x0,
             noise_CHW=(noise := sample_noise(self._base, x0, draws)),
             timestep=self._timestep(n),
@@ -189,7 +207,7 @@ class TrainingSet:
         n = -1 - sample.n
         if self._class_images:
             return replace(self._class_images._sample(n), weight=prior.weight)
-        caption = prior.prompts[sample.n % len(prior.prompts)]
+        caption = prior.prompts[self.drawn_as(sample.n) % len(prior.prompts)]
         return replace(sample, n=n, caption=caption, weight=prior.weight, mask_1HW=None, from_base=True)
 
     def _timestep(self, n: int) -> Tensor:
@@ -224,7 +242,18 @@ def _shape(sample: Sample) -> tuple[int, ...]:
     return (*sample.x0_CHW.shape, sample.mask_1HW is not None, sample.from_base)
 
 
-def _batch(samples: Sequence[Sample]) -> Batch:
+def noised(batch: Batch, family: Family) -> Tensor:
+    """Return what the denoiser sees of a batch, on the family's device."""
+    seen = batch.noise_BCHW if batch.seen_noise_BCHW is None else batch.seen_noise_BCHW
+    x0, noise, timesteps = (
+        part.to(family.device, non_blocking=True) for part in (batch.x0_BCHW, seen, batch.timesteps_B)
+    )
+    return family.process.add_noise(x0, noise, timesteps)
+
+
+def batch_of(samples: Sequence[Sample]) -> Batch:
+    """Return samples of one shape as what one forward pass sees."""
+
     def stacked(part: Callable[[Sample], Tensor]) -> Tensor:
         return torch.stack([part(sample) for sample in samples])
 

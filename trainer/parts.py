@@ -8,6 +8,7 @@ from .average import Average
 from .config import RunSpec
 from .data import EncodedImage, TrainingSet
 from .families import Family
+from .hidden import NOTHING, Beside
 from .methods import Methods
 from .objective import Objective
 from .ranks import ALONE, Ranks
@@ -32,6 +33,8 @@ class Parts:
     training: TrainingSet
     validation: list[EncodedImage]
     texts: Texts
+    beside: Beside = NOTHING
+    """What the denoiser is told of a batch besides texts and sizes."""
     stop: Stop
     ranks: Ranks = ALONE
     """The processes that compute this run together."""

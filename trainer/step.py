@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from storage.records import EndReason
 
-from .data import Batch
+from .data import Batch, noised
 from .errors import Diverged
 from .evidence import ADVICE
 from .optim import learning_rate, set_learning_rate
@@ -115,12 +115,11 @@ class Stepper:
             for part in (batch.x0_BCHW, batch.noise_BCHW, batch.timesteps_B, batch.sizes_B6, batch.weights_B)
         )
         mask = None if batch.mask_B1HW is None else batch.mask_B1HW.to(family.device, non_blocking=True)
-        seen = noise if batch.seen_noise_BCHW is None else batch.seen_noise_BCHW.to(family.device)
-        noisy = family.process.add_noise(x0, seen, timesteps)
+        noisy, beside = noised(batch, family), parts.beside.conditioning(batch)
 
         def predicted() -> Tensor:
             conditioning = parts.texts.conditioning(batch.captions) | family.size_conditioning(sizes)
-            return family.predict(noisy, timesteps, conditioning)
+            return family.predict(noisy, timesteps, conditioning | beside)
 
         if batch.from_base:
             with torch.no_grad(), parts.methods.aside():  # text encoders too

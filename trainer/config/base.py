@@ -1,6 +1,7 @@
 """``Base``: the model to start from and how it is trained: one block in a sweep file, here by subject."""
 
 from .adapter import AdapterKeys
+from .hollow import HollowKeys
 from .hypernetwork import HypernetworkKeys
 from .model import ModelKeys
 from .objective import ObjectiveKeys
@@ -15,6 +16,7 @@ class Base(
     TrainedKeys,
     AdapterKeys,
     HypernetworkKeys,
+    HollowKeys,
     TextualInversionKeys,
     ModelKeys,
 ):

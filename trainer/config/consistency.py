@@ -20,6 +20,7 @@ def contradictions(spec: "RunSpec") -> list[str]:
     return [
         *ill_assorted(spec),
         *_adapter(spec),
+        *_hollow(spec),
         *token_contradictions(spec),
         *_texts(spec),
         *_buckets(spec),
@@ -54,6 +55,22 @@ def _adapter(spec: "RunSpec") -> Iterator[str]:
         yield (
             "base.text_encoder_learning_rate is given, but text encoders are not trained: set "
             "base.train_text_encoder to true, or leave the rate out"
+        )
+
+
+def _hollow(spec: "RunSpec") -> Iterator[str]:
+    base = spec.base
+    if base.hollow is None:
+        return
+    if other := sorted(set(base.train) - {"adapter"}):
+        yield (
+            "base.hollow trains without the deepest layers of the UNet, what they compute is stored before: "
+            f"base.train {other[0]} would change it. Leave hollow out, or train an adapter"
+        )
+    if base.train_text_encoder:
+        yield (
+            "base.hollow stores what the frozen model makes of each caption, which "
+            "base.train_text_encoder would change: leave one of the two out"
         )
 
 

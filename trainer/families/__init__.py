@@ -17,6 +17,7 @@ from ..config.families import FAMILIES
 from ..objective.process import Process
 
 if TYPE_CHECKING:
+    from .hollow import Cut
     from .new_words import NewWords
 
 Conditioning = dict[str, Tensor]
@@ -50,6 +51,8 @@ class Family(Protocol):
     """By diffusers' names, ``text_encoder``, ``text_encoder_2``…; empty once they were freed."""
     targets: Mapping[str, tuple[str, ...]]
     """Endings of the denoiser's module names by ``TargetSet``; ``conv``: its convolutions."""
+    cut: "Cut | None"
+    """What the denoiser does without wherever ``predict`` is told what comes instead of it; see ``hidden``."""
 
     tokenizers: Sequence[Any]
     """One for each text encoder, in the order of their names."""
@@ -79,6 +82,10 @@ class Family(Protocol):
 
     def predict(self, noisy_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the denoiser's prediction, fp32. Inputs are on ``device``."""
+
+    def hidden(self, noisy_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Conditioning:
+        """Return what ``predict`` is to be told besides so that it does without what ``cut`` removes; of a
+        family that has one."""
 
     def sampling_schedule(self) -> Any:
         """Return a fresh diffusers scheduler with this model's noise levels."""

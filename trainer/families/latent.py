@@ -17,6 +17,7 @@ from ..config import Base
 from ..errors import BadInput
 from ..randomness import own_memory
 from . import Conditioning, Posterior
+from .hollow import Cut
 from .new_rows import without_new_rows
 from .new_words import NewWords
 
@@ -32,6 +33,9 @@ class LatentFamily:
     targets: Mapping[str, tuple[str, ...]]
     skips_layers: ClassVar[bool] = False
     """Whether ``clip_skip`` means something."""
+    hollows: ClassVar[bool] = False
+    """Whether the denoiser can do without its deepest layers."""
+    cut: Cut | None = None
 
     def __init__(self, pipeline: Any, base: Base, device: torch.device) -> None:
         """
@@ -111,6 +115,9 @@ class LatentFamily:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def hidden(self, noisy_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Conditioning:
+        raise NotImplementedError
+
     def _denoise(self, noisy_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Tensor:
         raise NotImplementedError
 
@@ -120,6 +127,11 @@ class LatentFamily:
                 f"base.clip_skip {base.clip_skip}: {base.model} was trained on one fixed layer of each of "
                 "its text encoders",
                 "leave clip_skip out; it is for Stable Diffusion 1.x and 2.x",
+            )
+        if base.hollow is not None and not self.hollows:
+            raise BadInput(
+                f"base.hollow: {base.model} has no UNet, whose deepest layers it takes out",
+                "leave hollow out; gradient_checkpointing saves memory, too",
             )
         denoiser, vae = getattr(pipeline, self.denoiser_prefix).config, pipeline.vae.config
         if denoiser.in_channels != vae.latent_channels:

@@ -21,6 +21,7 @@ class StableDiffusionXL(UNetFamily):
 
     name = "sdxl"
     extra_conditioning = "text_time"
+    usual_cut = 1
 
     def __init__(self, pipeline: Any, base: Base, device: torch.device) -> None:
         super().__init__(pipeline, base, device)

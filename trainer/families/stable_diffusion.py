@@ -11,7 +11,12 @@ from ..config import Base
 from ..config.layer_sizes import UNET_TARGETS
 from ..errors import BadInput
 from ..objective.process import Diffusion
+from . import Conditioning
+from .hollow import Hollow, cut_of
 from .latent import LatentFamily
+
+HIDDEN = "hidden"
+"""In a conditioning: what enters the first layer of a hollowed UNet's decoder."""
 
 NO_SIGNAL = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 """Zero-terminal SNR for diffusers' schedulers: sampling must begin at the last timestep (Lin et al. 2024)."""
@@ -22,6 +27,9 @@ class UNetFamily(LatentFamily):
 
     denoiser_prefix = "unet"
     targets: Mapping[str, tuple[str, ...]] = UNET_TARGETS
+    hollows = True
+    usual_cut = 3
+    """What ``hollow: auto`` means: about two fifths of the UNet's weights."""
     extra_conditioning: str | None = None
     """What the UNet is told besides text, in diffusers' words."""
 
@@ -41,6 +49,23 @@ class UNetFamily(LatentFamily):
                 "nothing of an image in pure noise",
                 "take a model with v-prediction, or noise_offset for very dark and bright images",
             )
+
+        self._hollow: Hollow | None = None
+        if base.hollow is not None:
+            wanted = self.usual_cut if base.hollow == "auto" else base.hollow
+            self.cut = cut_of(self.denoiser, wanted)
+            self._hollow = Hollow(self.denoiser, self.cut, device)
+
+    def predict(self, noisy_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Tensor:
+        if self._hollow:
+            self._hollow.use(conditioning.get(HIDDEN))
+        return super().predict(noisy_BCHW, timesteps_B, conditioning)
+
+    @torch.no_grad()
+    def hidden(self, noisy_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Conditioning:
+        assert self._hollow is not None
+        whole = super().predict
+        return {HIDDEN: self._hollow.hidden(lambda: whole(noisy_BCHW, timesteps_B, conditioning))}
 
     def sampling_schedule(self) -> Any:
         return DPMSolverMultistepScheduler.from_config(self._schedule_config)

@@ -1,6 +1,7 @@
 """Which modules of a base model receive an adapter, and whether one of that rank fits."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NoReturn
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -9,6 +10,7 @@ from ..config import Base
 from ..config.layer_sizes import Shape, endings, is_convolution, matched, misfit
 from ..errors import BadInput
 from ..families import Family
+from ..families.hollow import Cut
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 """All of CLIP's attention and MLP: readers of kohya's files drop parts of any smaller set."""
@@ -20,17 +22,49 @@ def networks(family: Family) -> dict[str, nn.Module]:
 
 
 def named_targets(base: Base, family: Family) -> tuple[str, ...]:
-    """Return the endings of the denoiser's module names that ``base.targets`` and ``conv_rank`` stand for.
+    """Return the endings of the denoiser's module names that ``base.targets`` and ``conv_rank`` stand for;
+    with a cut, the whole names of the modules that it leaves.
 
     Raises:
-        BadInput: The denoiser has no convolutions to adapt.
+        BadInput: The denoiser has no convolutions to adapt, or none of those that a cut leaves.
     """
     if base.conv_rank and not family.targets.get("conv"):
         raise BadInput(
             f"base.conv_rank: {base.model} has no convolutions to adapt",
             "leave conv_rank out",
         )
-    return endings(base, family.targets)
+    found = endings(base, family.targets)
+    return found if family.cut is None else _that_stay(base, found, family.cut, layer_shapes(family.denoiser))
+
+
+def left_out(base: Base, family: Family) -> list[str]:
+    """Return the modules that ``base.targets`` and ``conv_rank`` stand for and a cut removes."""
+    shapes, cut = layer_shapes(family.denoiser), family.cut
+    return [name for name in matched(shapes, endings(base, family.targets)) if cut and cut.removes(name)]
+
+
+def _that_stay(base: Base, targets: Sequence[str], cut: Cut, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
+    """
+    Raises:
+        BadInput: A cut removes all that the targets stand for, or all that one does which the person named.
+    """
+    stay: list[str] = []
+    for target in targets:
+        found = list(matched(shapes, (target,)))
+        left = [name for name in found if not cut.removes(name)]
+        if found and not left and not isinstance(base.targets, str):
+            _refuse(f"base.targets: {target} is", cut)
+        stay += left if found else [target]
+    if not stay:
+        _refuse(f"base.targets {base.targets}: all of them are", cut)
+    return tuple(dict.fromkeys(stay))
+
+
+def _refuse(what: str, cut: Cut) -> NoReturn:
+    raise BadInput(
+        f"{what} only in layers that base.hollow takes out (cut {cut.number}), where nothing is trained",
+        "take out less, or name other targets",
+    )
 
 
 def convolutions(network: nn.Module, targets: Iterable[str]) -> list[str]:
