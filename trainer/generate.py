@@ -33,6 +33,7 @@ _AS_FAST_AS_IT_GOES = {
     "mixed_precision": "fp16" if torch.cuda.is_available() else "no",
     "gradient_checkpointing": False,
     "compile": False,
+    "quantize": "none",
 }
 """Of a base, whatever it was trained in: an image differs by no more than rounding."""
 

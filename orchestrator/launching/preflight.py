@@ -81,6 +81,9 @@ def _training(base: Base, sweep: Sweep, installed: Callable[[str], bool]) -> Ite
     if package and not installed(package):
         message = f"optimizer {base.optimizer} needs {package}, which is not installed"
         yield Problem("E2311", message, "base.optimizer", f"pip install {package}, or use adamw")
+    if base.quantize == "nf4" and not installed("bitsandbytes"):
+        message = "nf4 needs bitsandbytes, which is not installed"
+        yield Problem("E2311", message, "base.quantize", "pip install bitsandbytes, or use int8")
     if base.learning_rate > 1:
         message = f"learning rate {base.learning_rate:g} is above 1, adapters train at about 1e-4"
         yield Problem("W2312", message, "base.learning_rate")

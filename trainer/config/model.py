@@ -25,6 +25,9 @@ class ModelKeys(Frozen):
     """sha256 over a local model's files, pinned at submission; a node whose files differ refuses to train."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """The frozen base is kept in this precision; the adapter always trains in fp32."""
+    quantize: Literal["none", "int8", "nf4", "fp8"] = "none"
+    """Keep the frozen denoiser in fewer bits: its linear layers in ``int8`` or ``nf4``, with ``fp8`` its
+    convolutions too."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     """What the denoiser predicts; by default what the model's scheduler configuration says."""
     zero_terminal_snr: bool = False

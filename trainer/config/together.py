@@ -56,6 +56,11 @@ def _whole(spec: "RunSpec") -> Iterator[str]:
             f"base.train: full changes all of the base, {others[0]} is trained beside a base that stays as "
             "it is: name one of the two"
         )
+    if base.quantize != "none":
+        yield (
+            f"base.quantize {base.quantize} keeps what stays as it is, but base.train full changes it: "
+            "leave quantize out; gradient_checkpointing and optimizer adamw8bit save memory, too"
+        )
     if spec.prior and spec.prior.online:
         yield (
             "prior.online asks the base what it predicted before training, but base.train full changes the "

@@ -67,12 +67,14 @@ def trained_adapter(checkpoint_dir: Path, spec: RunSpec) -> Trained:
 
 
 def in_fp32(spec: RunSpec) -> RunSpec:
-    """Return the spec with a base that computes exactly, and as it is: neither compiled nor rearranged."""
+    """Return the spec with a base that computes exactly, and as it is: neither compiled, rearranged nor
+    quantised."""
     plain = {
         "mixed_precision": "no",
         "compile": False,
         "gradient_checkpointing": False,
         "channels_last": False,
+        "quantize": "none",
     }
     return spec.model_copy(update={"base": spec.base.model_copy(update=plain)})
 

@@ -20,6 +20,7 @@ from . import Conditioning, Posterior
 from .hollow import Cut
 from .new_rows import without_new_rows
 from .new_words import NewWords
+from .quantized import quantize
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _READ_BY_CLIP = ("hidden_act", "num_attention_heads", "layer_norm_eps", "eos_token_id")
@@ -61,6 +62,8 @@ class LatentFamily:
         self._scaling = float(pipeline.vae.config.scaling_factor)
         self._shift = float(pipeline.vae.config.shift_factor or 0.0)
         self._layout = torch.channels_last if base.channels_last else torch.contiguous_format
+        if base.quantize != "none":
+            quantize(parts[self.denoiser_prefix], base.quantize, device)
         kept = torch.float32 if "full" in base.train else self._dtype  # what is trained is fp32
         self.denoiser: nn.Module = frozen(parts[self.denoiser_prefix], device, kept)
         self._arrange(base)

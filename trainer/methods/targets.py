@@ -76,11 +76,14 @@ def convolutions(network: nn.Module, targets: Iterable[str]) -> list[str]:
 
 def layer_shapes(network: nn.Module) -> dict[str, Shape]:
     """Return the shapes of the weights that can be adapted, by module."""
-    found = {}
+    found: dict[str, Shape] = {}
     for name, module in network.named_modules():
         layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            found[name] = tuple(layer.weight.shape)
+        # not from the weight, which a quantised layer would bring back for this
+        if isinstance(layer, nn.Linear):
+            found[name] = (layer.out_features, layer.in_features)
+        elif isinstance(layer, nn.Conv2d):
+            found[name] = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
     return found
 
 
