@@ -143,17 +143,18 @@ def export(
     metadata: "Amount",
     samples: Path | None,
 ) -> None:
-    """Write a checkpoint's adapter as others load it, verify it, and print where, and how it is called."""
-    from .export import trained_adapter, verify_export
-    from .export.bundle import read_samples, usage, write_bundle
+    """Write what a checkpoint holds as others load it, verify it, and print where, and how it is called."""
+    from .export.bundle import read_samples
+    from .export.checkpoint import Wanted, export_checkpoint
 
-    trained = trained_adapter(checkpoint, _spec(spec_path))
     shown = read_samples(samples) if samples else []
-    bundle = write_bundle(trained, out, to, name=name, dtype=dtype, metadata=metadata, samples=shown)
-    for weights in bundle.weights:
-        click.echo(f"{weights.name} verified: {json.dumps(verify_export(weights, trained))}")
-    click.echo(f"in a prompt: {usage(trained, name or out.name)}")
-    click.echo(bundle.weights[0])
+    wanted = Wanted(to=to, name=name or out.name, dtype=dtype, metadata=metadata, samples=shown)
+    exported = export_checkpoint(checkpoint, _spec(spec_path), out, wanted)
+    for each in exported:
+        click.echo(f"{each.path.name} verified: {json.dumps(each.found)}")
+    if called := " ".join(dict.fromkeys(each.usage for each in exported if each.usage)):
+        click.echo(f"in a prompt: {called}")
+    click.echo(exported[0].path)
 
 
 @main.command()

@@ -19,9 +19,13 @@ from .config import Base, Dataset, RunSpec, Samples
 from .errors import BadInput
 from .export.files import DIFFUSERS_NAME
 from .export.headers import BASE_DIGEST, BASE_MODEL, BASE_REVISION, MERGED, SPEC
-from .export.reading import read_onto_base, scale
+from .export.reading import NAME, read_onto_base, scale
+from .export.whole import as_base, is_whole
+from .families import Family, load_family
+from .methods.full import METHOD as FULL
+from .methods.hypernetwork_files import A1111_SUFFIX, read_hypernetwork
 from .rundir import ADAPTER
-from .sample import draw_images, write_images
+from .sample import draw_images, trained_on_base, write_images
 from .stop import Stop
 from .tensor_file import read
 from .texts import LiveTexts
@@ -61,23 +65,28 @@ def generate(path: Path, base: Base | None, wish: Wish, out: Path) -> list[Path]
     """Draw images into a new or empty folder and return their files.
 
     Args:
-        path: A ``.safetensors`` file, or the folder of an export or a checkpoint.
+        path: A ``.safetensors`` file, a hypernetwork's ``.pt``, or the folder of an export or a checkpoint.
         base: Of the run; by default what the file or its card says.
 
     Raises:
         BadInput: Says what is missing.
         NotReadable: The file does not become an adapter of this base.
     """
-    file = adapter_file(path)
-    header = _header(file)
-    base = _elsewhere(base, wish.model) if base else base_of(file, header, wish.model)
+    file = None if is_whole(path) else adapter_file(path)
+    header = _header(file) if file else {}
+    if file is None:
+        base = as_base(path)
+    elif base:
+        base = _elsewhere(base, wish.model)
+    else:
+        base = base_of(file, header, wish.model)
     base = base.model_copy(update=_AS_FAST_AS_IT_GOES)
     trigger = wish.trigger or header.get("modelspec.trigger_phrase")
     if trigger is None and any("[trigger]" in prompt for prompt in wish.prompts):
-        raise BadInput(f"{file} does not say what [trigger] stands for", "write the word itself")
+        raise BadInput(f"{path} does not say what [trigger] stands for", "write the word itself")
     if out.exists() and any(out.iterdir()):
         raise BadInput(f"{out} is not empty", "give a new folder with --out")
-    family, _ = read_onto_base(file, base)
+    family = _family(file, header, base)
     scale(family, wish.scale)
     side = wish.resolution or _trained_side(header) or (1024 if family.name in ("sdxl", "sd3") else 512)
     spec = RunSpec(
@@ -92,6 +101,21 @@ def generate(path: Path, base: Base | None, wish: Wish, out: Path) -> list[Path]
     return sorted(out.glob("*.png"))
 
 
+def _family(file: Path | None, header: Mapping[str, str], base: Base) -> Family:
+    """Load the base with what is in a file on it, by which one knows it as ``NAME``.
+
+    Raises:
+        BadInput: It is a checkpoint of which only the run knows what is in it.
+    """
+    if file is None:
+        return load_family(base)
+    if file.name == ADAPTER and base.train != Base(model="").train:
+        return trained_on_base(base, file.parent, NAME)[0]
+    if header.get("method") == FULL:
+        raise BadInput(f"{file} holds the weights of a whole model", "draw from its run, or export it first")
+    return read_onto_base(file, base)[0]
+
+
 def adapter_file(path: Path) -> Path:
     """Return the file of weights that a path means.
 
@@ -103,7 +127,7 @@ def adapter_file(path: Path) -> Path:
     for name in (ADAPTER, DIFFUSERS_NAME):
         if (path / name).is_file():
             return path / name
-    found = sorted(path.glob("*.safetensors"))
+    found = sorted(path.glob("*.safetensors")) or sorted(path.glob(f"*{A1111_SUFFIX}"))
     if len(found) != 1:
         listed = ", ".join(file.name for file in found) or "none"
         raise BadInput(f"{path}: one .safetensors file is expected there, found {listed}", "name the file")
@@ -167,6 +191,9 @@ def _settings(header: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _header(file: Path) -> dict[str, str]:
+    if file.suffix == A1111_SUFFIX:
+        name = read_hypernetwork(file).base
+        return {"ss_sd_model_name": name} if name else {}
     try:
         return read(file)[1]
     except (OSError, SafetensorError) as error:

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from storage.local import remove_stale, step_dir, temporary_dir
 
-from .config import RunSpec, Samples
+from .config import Base, RunSpec, Samples
 from .dataset.folder import fill_trigger
 from .errors import BadCheckpoint, BadInput
 from .families import Family, load_family
-from .methods import attach, restore
+from .methods import Methods, attach, restore
 from .rundir import ADAPTER
 from .snapshot import read_adapter, read_progress
 from .stop import Stop
@@ -106,20 +106,25 @@ def sample_images(spec: RunSpec, checkpoint_dir: Path | None, out: Path) -> Path
         raise BadInput("the spec has no samples block", "name at least one prompt")
     if out.exists() and any(out.iterdir()):
         raise BadInput(f"{out} is not empty", "give a new folder")
-    family = adapted_family(spec, checkpoint_dir)
+    family = trained_on_base(spec.base, checkpoint_dir)[0] if checkpoint_dir else load_family(spec.base)
     out.mkdir(parents=True, exist_ok=True)
     write_images(out, draw_images(family, spec, LiveTexts(family), Stop()))
     return out
 
 
-def adapted_family(spec: RunSpec, checkpoint_dir: Path | None) -> Family:
-    """Load the base of a spec, with the adapter of a verified checkpoint unless that is None."""
-    family = load_family(spec.base)
-    if checkpoint_dir:
-        read_progress(checkpoint_dir)
-        if problem := restore(attach(spec.base, family), read_adapter(checkpoint_dir)):
-            raise BadCheckpoint(f"{checkpoint_dir / ADAPTER}: {problem}", "it belongs to another run")
-    return family
+def trained_on_base(base: Base, checkpoint_dir: Path, name: str = "default") -> tuple[Family, Methods]:
+    """Load a base and put what a verified checkpoint holds onto it, in use.
+
+    Raises:
+        BadCheckpoint: It is damaged, or of a run with another base or method.
+        BadInput, BaseUnavailable: The base cannot be loaded.
+    """
+    family = load_family(base)
+    read_progress(checkpoint_dir)
+    methods = attach(base, family, name)
+    if problem := restore(methods, read_adapter(checkpoint_dir)):
+        raise BadCheckpoint(f"{checkpoint_dir / ADAPTER}: {problem}", "it belongs to another run")
+    return family, methods
 
 
 def _denoise(

@@ -33,7 +33,7 @@ MODEL = (
     Option(("prediction_type",), "base.prediction_type"),
     Option(("v2",), "", "the family is read from the model's configuration"),
     Option(("mixed_precision",), "base.mixed_precision"),
-    Option(("full_fp16", "full_bf16"), "", "adapters always train in fp32"),
+    Option(("full_fp16", "full_bf16"), "", "what is trained is always fp32"),
     Option(("clip_skip",), "base.clip_skip"),
     Option(("zero_terminal_snr",), "base.zero_terminal_snr"),
     Option(("base_weights", "base_weights_multiplier"), "base.merged_adapters", "`[{path: …, weight: …}]`"),
@@ -66,6 +66,7 @@ ADAPTER = (
     Option(("train_text_encoder",), "base.train_text_encoder"),
     Option(("unet_lr",), "base.learning_rate"),
     Option(("text_encoder_lr",), "base.text_encoder_learning_rate"),
+    Option(("fused_backward_pass",), "", "`base.optimizer` `adamw8bit` or `adafactor` save memory"),
     Option(("train_text_encoder_ti", "token_abstraction"), "", "textual inversion is not trained"),
 )
 

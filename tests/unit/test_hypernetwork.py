@@ -1,12 +1,14 @@
 """A hypernetwork begins as no change at all, trains nothing but itself, and goes on after a stop as if
 nothing had been."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from support.adapters import adapted_checkpoint
 from support.tiny_models import build_base
 from support.tiny_world import tiny_spec
 from support.training import Lay, StopAtStep, contents, newest
@@ -14,11 +16,20 @@ from support.training import Lay, StopAtStep, contents, newest
 from trainer.attempt import run_attempt
 from trainer.config import Base, RunSpec
 from trainer.errors import BadInput
+from trainer.export.bundle import Target
+from trainer.export.checkpoint import Wanted, export_checkpoint
 from trainer.families import Family, load_family
+from trainer.generate import Wish, generate
 from trainer.methods import Methods, attach
+from trainer.methods.hypernetwork import Hypernetwork
+from trainer.methods.hypernetwork_files import put_onto, read_hypernetwork
 from trainer.rundir import EXIT_COMPLETE, EXIT_PREEMPTED
+from trainer.sample import trained_on_base
 from trainer.stop import Stop
 from trainer.validate import evaluating
+
+# Of diffusers' sampler, with NumPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 RICH = {"hypernetwork_activation": "swish", "hypernetwork_layer_norm": True, "hypernetwork_dropout": 0.2}
 
@@ -151,6 +162,109 @@ def test_stopped_equals_never_stopped(world: Path, lay: Lay, keys: dict[str, Any
 
     assert contents(newest(again)) == contents(newest(straight))
     assert contents(newest(again))["adapter.safetensors"] != contents(newest(first))["adapter.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def spec(world: Path) -> RunSpec:
+    return tiny_spec(
+        world / "base",
+        world / "images",
+        base={"train": "hypernetwork", **RICH},
+        dataset={"trigger": "rufus"},
+        samples={"prompts": ["a [trigger]"], "steps": 2},
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(spec: RunSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return adapted_checkpoint(spec, tmp_path_factory.mktemp("trained"))
+
+
+def exported(checkpoint: Path, spec: RunSpec, folder: Path, to: Target, **how: Any) -> list[Path]:
+    wanted = Wanted(to=to, name=folder.name, **how)
+    return [each.path for each in export_checkpoint(checkpoint, spec, folder, wanted)]
+
+
+def as_a1111_builds_it(width: int, said: dict[Any, Any], part: int) -> torch.nn.Module:
+    """One network of a file, by the rules of A1111's HypernetworkModule."""
+    structure = said["layer_structure"]
+    layers: list[torch.nn.Module] = []
+    for place in range(len(structure) - 1):
+        layers.append(torch.nn.Linear(int(width * structure[place]), int(width * structure[place + 1])))
+        if said["activation_func"] != "linear" and place < len(structure) - 2:
+            layers.append({"swish": torch.nn.Hardswish}[said["activation_func"]]())
+        if said["is_layer_norm"]:
+            layers.append(torch.nn.LayerNorm(int(width * structure[place + 1])))
+        if said["dropout_structure"][place + 1] > 0:
+            layers.append(torch.nn.Dropout(said["dropout_structure"][place + 1]))
+    network = torch.nn.Sequential(*layers).eval()
+    network.load_state_dict({n.removeprefix("linear."): t for n, t in said[width][part].items()})
+    return network
+
+
+def test_a1111_builds_from_the_exported_file_what_was_trained(
+    spec: RunSpec, checkpoint: Path, tmp_path: Path
+) -> None:
+    (file,) = exported(checkpoint, spec, tmp_path / "cat", "a1111")
+    assert file.name == "cat.pt"
+    said = torch.load(file, weights_only=True)
+    _, methods = trained_on_base(spec.base, checkpoint)
+    context = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+    (member,) = methods.members
+    assert isinstance(member, Hypernetwork)
+    networks = member.networks.eval()
+    for part, letter in enumerate("kv"):
+        theirs = context + as_a1111_builds_it(32, said, part)(context)
+        torch.testing.assert_close(theirs, networks[f"32_{letter}"](context))
+    (again,) = exported(checkpoint, spec, tmp_path / "again" / "cat", "a1111")
+    assert again.read_bytes() == file.read_bytes()
+
+
+def test_images_are_the_same_from_each_form_and_from_the_run(
+    spec: RunSpec, checkpoint: Path, tmp_path: Path
+) -> None:
+    ours, theirs = exported(checkpoint, spec, tmp_path / "cat", "dir")
+    wish = Wish(
+        prompts=("a [trigger]",), steps=2, scale=1.0, resolution=32, trigger="rufus", model=spec.base.model
+    )
+    drawn = [
+        generate(path, base, wish, tmp_path / f"{n}")[0].read_bytes()
+        for n, (path, base) in enumerate([(ours, None), (theirs, None), (checkpoint, spec.base)])
+    ]
+    bare = generate(ours, None, replace(wish, scale=0.0), tmp_path / "bare")[0].read_bytes()
+    assert drawn[0] == drawn[1] == drawn[2] != bare
+    assert (tmp_path / "cat" / "README.md").read_text().count("orchestrate generate") == 1
+
+
+def test_beside_an_adapter_each_is_a_file_of_its_own(world: Path, tmp_path: Path) -> None:
+    keys = {"train": ["adapter", "hypernetwork"], "rank": 2}
+    spec = tiny_spec(world / "base", world / "images", base=keys)
+    checkpoint = adapted_checkpoint(spec, tmp_path / "trained", size=0.1)
+    files = exported(checkpoint, spec, tmp_path / "cat", "a1111", dtype="fp16")
+    assert [file.name for file in files] == ["cat.safetensors", "cat.pt"]
+
+
+def test_a_bad_file_is_refused(spec: RunSpec, checkpoint: Path, xl: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="diffusers loads no hypernetwork"):
+        exported(checkpoint, spec, tmp_path / "cat", "diffusers")
+    (file,) = exported(checkpoint, spec, tmp_path / "cat", "a1111")
+    of_another = load_family(Base(model=str(xl)))
+    with pytest.raises(BadInput, match="nothing for 80_k"):
+        put_onto(read_hypernetwork(file), of_another, "given", file)
+    said = torch.load(file, weights_only=True)
+    said[32][1]["linear.0.bias"][0] = torch.nan
+    for name, content, why in (
+        ("nan.pt", said, "layer 0 of 32_v holds NaN"),
+        ("other.pt", {"step": 3}, "holds no hypernetwork"),
+        ("odd.pt", {**torch.load(file, weights_only=True), "activation_func": "gelu"}, "gelu is not known"),
+        ("code.pt", {32: StopAtStep}, "Weights only load failed"),
+    ):
+        torch.save(content, tmp_path / name)
+        with pytest.raises(BadInput, match=why):
+            read_hypernetwork(tmp_path / name)
+    (tmp_path / "half.pt").write_bytes(file.read_bytes()[:999])
+    with pytest.raises(BadInput, match=r"half\.pt"):
+        read_hypernetwork(tmp_path / "half.pt")
 
 
 def test_a_transformer_is_refused(tmp_path: Path) -> None:

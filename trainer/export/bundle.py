@@ -26,11 +26,10 @@ from typing import Any, Literal
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..config import RunSpec
 from ..sample import INDEX
 from .card import card
 from .files import Dtype, Form, put, unreadable, write_weights
-from .headers import Amount, public_name
+from .headers import Amount, described, public_name
 from .trained import Trained
 
 Target = Literal["diffusers", "kohya", "comfyui", "a1111", "hf", "dir"]
@@ -82,23 +81,35 @@ def write_bundle(
         weights.append(
             write_weights(trained, folder, form, dtype=dtype, name=name, metadata=metadata, fold=fold)
         )
+    return Bundle(tuple(weights), write_around(trained, folder, to, name, weights, samples))
+
+
+def write_around(
+    trained: Trained,
+    folder: Path,
+    to: Target,
+    name: str,
+    weights: Sequence[Path],
+    samples: Sequence[Sample],
+) -> tuple[Path, ...]:
+    """Write what those who read the weights show beside them, and return the files."""
     beside: list[Path] = []
     if samples and to in ("comfyui", "a1111", "dir"):
-        beside.append(_write_image(samples[0], folder / f"{name}.png", trained.spec, name))
+        beside.append(_write_image(samples[0], folder / f"{name}.png", trained, name))
     if to in ("a1111", "dir"):
         beside.append(put(folder, f"{name}.json", _as_json(_a1111(trained))))
-    if to in ("comfyui", "dir"):
+    if to in ("comfyui", "dir") and trained.modules:
         beside.append(
             put(folder, f"{name}.metadata.json", _as_json(_manager(trained, name, weights[0], samples)))
         )
     if to in ("hf", "dir"):
         (folder / "images").mkdir(exist_ok=True)
-        shown = [_write_image(one, folder / "images" / one.path.name, trained.spec, name) for one in samples]
+        shown = [_write_image(one, folder / "images" / one.path.name, trained, name) for one in samples]
         if not shown:
             (folder / "images").rmdir()
         text = card(trained, name, weights[-1].name, [(s.prompt, f"images/{s.path.name}") for s in samples])
         beside += [*shown, put(folder, "README.md", text.encode())]
-    return Bundle(tuple(weights), tuple(beside))
+    return tuple(beside)
 
 
 def read_samples(folder: Path) -> list[Sample]:
@@ -111,8 +122,17 @@ def read_samples(folder: Path) -> list[Sample]:
 
 
 def usage(trained: Trained, name: str) -> str:
-    """Return how the adapter is called in a prompt: its name, and the words that it was taught."""
-    return " ".join(filter(None, (f"<lora:{name}:{WEIGHT}>", trained.spec.dataset.trigger)))
+    """Return how it is called in a prompt: its name, and the words that it was taught."""
+    return " ".join(filter(None, (_called(trained, name, WEIGHT), trained.spec.dataset.trigger)))
+
+
+def _called(trained: Trained, name: str, weight: float) -> str:
+    match trained.kind:
+        case "full" | "textual_inversion":
+            return ""
+        case "hypernetwork":
+            return f"<hypernet:{name}:{weight:g}>"
+    return f"<lora:{name}:{weight:g}>"
 
 
 def _forms(trained: Trained, to: Target) -> list[Form]:
@@ -131,8 +151,9 @@ def _forms(trained: Trained, to: Target) -> list[Form]:
     return list(dict.fromkeys(read))
 
 
-def _write_image(sample: Sample, target: Path, spec: RunSpec, name: str) -> Path:
+def _write_image(sample: Sample, target: Path, trained: Trained, name: str) -> Path:
     """Copy a sample, with the text chunk from which A1111 and ComfyUI's managers read how it was made."""
+    spec = trained.spec
     samples, side = spec.samples, spec.base.resolution
     info = PngInfo()
     if samples:
@@ -144,7 +165,7 @@ def _write_image(sample: Sample, target: Path, spec: RunSpec, name: str) -> Path
             "Size": f"{side}x{side}",
             "Model": public_name(spec.base.model).rpartition("/")[2],
         }
-        lines = [f"{sample.prompt} <lora:{name}:1>"]
+        lines = [f"{sample.prompt} {_called(trained, name, 1)}".rstrip()]
         lines += [f"Negative prompt: {samples.negative}"] if samples.negative else []
         lines.append(", ".join(f"{key}: {value}" for key, value in settings.items()))
         info.add_itxt("parameters", "\n".join(lines))
@@ -187,11 +208,7 @@ def _manager(trained: Trained, name: str, weights: Path, samples: Sequence[Sampl
 
 
 def _described(trained: Trained) -> str:
-    base = trained.spec.base
-    return (
-        f"{base.adapter} of rank {base.rank}, alpha {base.lora_alpha:g}, for {public_name(base.model)}; "
-        f"{trained.step} steps"
-    )
+    return f"{described(trained)}, for {public_name(trained.spec.base.model)}; {trained.step} steps"
 
 
 def _as_json(value: dict[str, Any]) -> bytes:

@@ -11,7 +11,7 @@ import json
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from ..config import RunSpec
+from ..config import Base, RunSpec
 from .trained import Trained
 
 Amount = Literal["minimal", "full", "none"]
@@ -33,6 +33,11 @@ _ARCHITECTURE = {
     "sd2": "stable-diffusion-v2-512",
     "sdxl": "stable-diffusion-xl-v1-base",
     "sd3": "stable-diffusion-3-medium",
+}
+_OF_ARCHITECTURE = {
+    "hypernetwork": "/hypernetwork",
+    "full": "",
+    "textual_inversion": "/textual-inversion",
 }
 _PREDICTION = {"epsilon": "epsilon", "v_prediction": "v"}
 
@@ -76,6 +81,21 @@ def merged_names(spec: RunSpec) -> str:
     return ", ".join(f"{PurePath(one.path).name} × {one.weight:g}" for one in spec.base.merged_adapters)
 
 
+def described(trained: Trained) -> str:
+    """Return in a few words what was trained."""
+    base = trained.spec.base
+    match trained.kind:
+        case "hypernetwork":
+            layers = ", ".join(f"{multiple:g}" for multiple in base.hypernetwork_layers)
+            return f"hypernetwork, layers {layers}, {base.hypernetwork_activation}"
+        case "textual_inversion":
+            return "textual inversion of " + ", ".join(token.token for token in base.tokens)
+        case "full":
+            return "full fine-tuning" + (", text encoder too" if base.train_text_encoder else "")
+        case adapter:
+            return f"{adapter} of rank {base.rank}, alpha {base.lora_alpha:g}"
+
+
 def _base(spec: RunSpec) -> dict[str, str]:
     base = spec.base
     said = {
@@ -91,26 +111,32 @@ def _kohya(trained: Trained, name: str) -> dict[str, str]:
     base = trained.spec.base
     is_v = trained.prediction_type == "v_prediction"
     version = _KOHYA_VERSION[trained.family]
-    arguments: dict[str, Any] = {}
-    if base.conv_rank:
-        arguments |= {"conv_dim": base.conv_rank, "conv_alpha": base.lora_conv_alpha}
-    if own := base.adapter != "lora" or base.use_dora:
-        arguments |= {"algo": base.adapter, **({"dora_wd": True} if base.use_dora else {})}
     said = {
         "ss_output_name": name,
         "ss_base_model_version": f"{version}_v" if is_v and trained.family in ("sd1", "sd2") else version,
         "ss_v2": str(trained.family == "sd2"),
         "ss_sd_model_name": PurePath(base.model).name,
-        "ss_network_module": "lycoris.kohya" if own else "networks.lora",
-        "ss_network_dim": str(base.rank),
-        "ss_network_alpha": str(base.lora_alpha),
         "ss_resolution": f"({base.resolution}, {base.resolution})",
         "ss_clip_skip": str(base.clip_skip) if base.clip_skip > 1 else "None",
         "ss_zero_terminal_snr": str(base.zero_terminal_snr),
         "ss_steps": str(trained.step),
         "ss_seed": str(base.seed),
     }
-    return {**said, **({"ss_network_args": json.dumps(arguments)} if arguments else {})}
+    return said | _network(base) if trained.modules else said
+
+
+def _network(base: Base) -> dict[str, str]:
+    arguments: dict[str, Any] = {}
+    if base.conv_rank:
+        arguments |= {"conv_dim": base.conv_rank, "conv_alpha": base.lora_conv_alpha}
+    if own := base.adapter != "lora" or base.use_dora:
+        arguments |= {"algo": base.adapter, **({"dora_wd": True} if base.use_dora else {})}
+    said = {
+        "ss_network_module": "lycoris.kohya" if own else "networks.lora",
+        "ss_network_dim": str(base.rank),
+        "ss_network_alpha": str(base.lora_alpha),
+    }
+    return said | ({"ss_network_args": json.dumps(arguments)} if arguments else {})
 
 
 def _modelspec(trained: Trained, name: str) -> dict[str, str]:
@@ -121,7 +147,7 @@ def _modelspec(trained: Trained, name: str) -> dict[str, str]:
         architecture = "stable-diffusion-v2-768-v"
     said = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.architecture": architecture + _OF_ARCHITECTURE.get(trained.kind, "/lora"),
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
         "modelspec.resolution": f"{base.resolution}x{base.resolution}",

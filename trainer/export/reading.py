@@ -1,7 +1,8 @@
-"""Puts an adapter's file onto a base model, as a user would: through diffusers where it reads the form.
+"""Puts a file onto a base model, as a user would: through diffusers where it reads the form.
 
 diffusers reads LoRA in its own form and in kohya's. It does not read LoHa and LoKr, and drops DoRA's
 magnitudes from kohya's form: those go through our own reader, ``methods.adapter_files``, as do checkpoints.
+Hypernetworks are read by ``methods.hypernetwork_files``, taught words by ``tokens``.
 """
 
 from pathlib import Path
@@ -16,6 +17,9 @@ from ..families import Family, family_of, load_family
 from ..families.source import load_pipeline
 from ..methods.adapter_files import read_adapter_file
 from ..methods.from_file import put_onto
+from ..methods.hypernetwork import SETTINGS, Residual
+from ..methods.hypernetwork_files import A1111_SUFFIX, read_hypernetwork
+from ..methods.hypernetwork_files import put_onto as put_hypernetwork
 from .modules import adapted_modules, networks
 
 NAME = "exported"
@@ -29,29 +33,36 @@ class NotReadable(TrainerError):
 
 
 def read_onto_base(path: Path, base: Base) -> tuple[Family, str]:
-    """Load a base anew and put a file's adapter onto it, active; return both, the adapter by its name.
+    """Load a base anew and put a file's adapter or hypernetwork onto it, active; return both, by its name.
 
     Raises:
-        NotReadable: It is no adapter, or of another base.
+        NotReadable: It is neither, or of another base.
         BadInput, BaseUnavailable: The base cannot be loaded.
     """
+    if path.suffix == A1111_SUFFIX:
+        return _with_hypernetwork(path, base), NAME
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
-            is_checkpoint = "config" in (file.metadata() or {})
+            header = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise NotReadable(f"{path}: {error}") from error
-    own = is_checkpoint or any(part in name for name in names for part in _FOREIGN)
+    if SETTINGS in header:
+        return _with_hypernetwork(path, base), NAME
+    own = "config" in header or any(part in name for name in names for part in _FOREIGN)
     return (_by_ourselves if own else _by_diffusers)(path, base), NAME
 
 
 def scale(family: Family, weight: float) -> None:
-    """Multiply all that the adapter changes by a weight, as ``<lora:name:0.8>`` does in web interfaces."""
+    """Multiply all that an adapter or a hypernetwork changes by a weight, as ``<lora:name:0.8>`` does in web
+    interfaces. Of a finetuned model nothing is left out."""
     for network in networks(family).values():
         for layer in network.modules():
             scaling: Any = getattr(layer, "scaling", None)
             if isinstance(scaling, dict) and NAME in scaling:
                 scaling[NAME] *= weight
+            if isinstance(layer, Residual):
+                layer.multiplier = weight
 
 
 def _by_diffusers(path: Path, base: Base) -> Family:
@@ -74,6 +85,16 @@ def _by_ourselves(path: Path, base: Base) -> Family:
     family = load_family(base)
     try:
         put_onto(read_adapter_file(path, networks(family)), networks(family), NAME, path)
+    except BadInput as error:
+        raise NotReadable(str(error), error.hint) from error
+    return family
+
+
+def _with_hypernetwork(path: Path, base: Base) -> Family:
+    try:
+        found = read_hypernetwork(path)
+        family = load_family(base)
+        put_hypernetwork(found, family, NAME, path)
     except BadInput as error:
         raise NotReadable(str(error), error.hint) from error
     return family

@@ -1,4 +1,5 @@
-"""A checkpoint's adapter as a program sees it that has it on its base: module by module, and what it does."""
+"""What a checkpoint holds as a program sees it that has it on its base: an adapter module by module, and what
+each part of it does."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor
 
 from ..config import RunSpec
+from ..config.trained import Trained as TrainedKind
 from ..families import Family
+from ..methods.adapter import Adapter
 from ..methods.configs import read_configs
 from ..randomness import generator
 from ..rundir import ADAPTER
-from ..sample import adapted_family
+from ..sample import trained_on_base
 from ..snapshot import read_progress
 from ..tensor_file import read
 from .modules import AdaptedModule, adapted_modules, networks
@@ -28,6 +31,7 @@ class Trained:
     """What is exported, and what every exported file must give back."""
 
     spec: RunSpec
+    """Its ``base.train`` names only what this is."""
     step: int
     family: str
     """``sd1``, ``sd2``, ``sdxl``, ``sd3``."""
@@ -41,7 +45,9 @@ class Trained:
 
     @property
     def kind(self) -> str:
-        return self.spec.base.adapter
+        """``lora``, ``loha``, ``lokr``, or what else was trained."""
+        (what,) = self.spec.base.train
+        return self.spec.base.adapter if what == "adapter" else what
 
 
 def trained_adapter(checkpoint_dir: Path, spec: RunSpec) -> Trained:
@@ -51,17 +57,34 @@ def trained_adapter(checkpoint_dir: Path, spec: RunSpec) -> Trained:
         BadCheckpoint: The checkpoint is damaged, or does not belong to this spec.
         BadInput, BaseUnavailable: The base cannot be loaded.
     """
-    step = read_progress(checkpoint_dir).step
-    plain = in_fp32(spec)
-    family = adapted_family(plain, checkpoint_dir)
+    family, methods = trained_on_base(in_fp32(spec).base, checkpoint_dir)
     _, metadata = read(checkpoint_dir / ADAPTER)
+    with methods.only(Adapter):
+        return trained_part(
+            *(spec, "adapter", checkpoint_dir, family),
+            configs=read_configs(metadata),
+            modules=adapted_modules(networks(family), "default"),
+        )
+
+
+def trained_part(
+    spec: RunSpec,
+    what: TrainedKind,
+    checkpoint_dir: Path,
+    family: Family,
+    *,
+    configs: Mapping[str, Mapping[str, Any]] | None = None,
+    modules: tuple[AdaptedModule, ...] = (),
+) -> Trained:
+    """Return one part of a checkpoint, whose family computes with this part and no other."""
+    base = spec.base.model_copy(update={"train": (what,)})
     return Trained(
-        spec=spec,
-        step=step,
+        spec=spec.model_copy(update={"base": base}),
+        step=read_progress(checkpoint_dir).step,
         family=family.name,
         prediction_type=getattr(family.process, "prediction_type", None),
-        configs=read_configs(metadata),
-        modules=adapted_modules(networks(family), "default"),
+        configs=configs or {},
+        modules=modules,
         outputs=outputs_of(family),
     )
 
@@ -80,11 +103,11 @@ def in_fp32(spec: RunSpec) -> RunSpec:
 
 
 @torch.no_grad()
-def outputs_of(family: Family) -> dict[str, Tensor]:
-    """Return the prediction for one fixed noisy latent and text, and what the text encoders say of it."""
+def outputs_of(family: Family, text: str = _TEXT) -> dict[str, Tensor]:
+    """Return the prediction for one fixed noisy latent and a text, and what the text encoders say of it."""
     for network in networks(family).values():
         network.eval()
-    said = family.encode_tokens([family.token_ids(_TEXT)])
+    said = family.encode_tokens([family.token_ids(text)])
     pixels = float(_LATENTS * family.latent_pixels)
     sizes = family.size_conditioning(
         torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], device=family.device)

@@ -22,9 +22,9 @@ from .modules import AdaptedModule, adapted_modules, networks
 from .reading import NotReadable, read_onto_base
 from .trained import Trained, in_fp32, outputs_of
 
-_EPSILON = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+EPSILON = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """Relative error of a prediction that rounding the factors to a type, and another order of sums, cause."""
-_SUMS = 1e-5
+SUMS = 1e-5
 """Relative error that another order of sums causes."""
 
 
@@ -49,7 +49,7 @@ def verify_export(path: Path, trained: Trained) -> dict[str, Any]:
     except NotReadable as problem:
         raise ExportFailed(str(problem)) from problem
     weight_error = _compare_modules(path, adapted_modules(networks(family), name), trained, dtype)
-    error = _compare_outputs(path, outputs_of(family), trained, dtype)
+    error = compare_outputs(path, outputs_of(family), trained.outputs, EPSILON[dtype])
     return {
         "modules": len(trained.modules),
         "rank": trained.spec.base.rank,
@@ -69,7 +69,7 @@ def _check_file(path: Path) -> torch.dtype:
     except (OSError, SafetensorError) as error:
         raise ExportFailed(f"{path}: {error}") from error
     dtypes = {tensor.dtype for name, tensor in tensors.items() if not name.endswith(".alpha")}
-    if len(dtypes) != 1 or not dtypes <= set(_EPSILON):
+    if len(dtypes) != 1 or not dtypes <= set(EPSILON):
         raise ExportFailed(f"{path}: tensors of the types {sorted(map(str, dtypes))}, expected one")
     if odd := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise ExportFailed(f"{path}: {odd[0]} holds NaN or infinity")
@@ -95,7 +95,7 @@ def _compare_modules(
             pairs.append((found.float().flatten(), rounded.magnitude.flatten()))
         for has, wants in pairs:
             # A number that the file's type had to round twice, where the scale is folded in, or only once.
-            allowed = max(_SUMS, 0.0 if dtype is torch.float32 else 2 * torch.finfo(dtype).eps)
+            allowed = max(SUMS, 0.0 if dtype is torch.float32 else 2 * torch.finfo(dtype).eps)
             if has.shape != wants.shape or not (has - wants).abs().max() <= allowed * wants.abs().max():
                 raise ExportFailed(f"{path}: {'.'.join(place)} differs from the checkpoint")
         worst = max(worst, float((pairs[0][0] - exact).abs().max()))
@@ -110,11 +110,18 @@ def _rounded(module: AdaptedModule, dtype: torch.dtype) -> AdaptedModule:
     )
 
 
-def _compare_outputs(path: Path, got: Mapping[str, Tensor], trained: Trained, dtype: torch.dtype) -> float:
+def compare_outputs(
+    path: Path, got: Mapping[str, Tensor], expected: Mapping[str, Tensor], allowed: float
+) -> float:
+    """Return the largest error, relative to the largest number expected.
+
+    Raises:
+        ExportFailed: It is above what is allowed.
+    """
     worst = 0.0
-    for name, expected in trained.outputs.items():
-        error = float((got[name] - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
-        if not error <= _EPSILON[dtype]:
+    for name, wanted in expected.items():
+        error = float((got[name] - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
+        if not error <= allowed:
             raise ExportFailed(f"{path}: {name} differs from the checkpoint's by {error:.1e}")
         worst = max(worst, error)
     return worst

@@ -56,7 +56,7 @@ class Residual(nn.Module):
 
     def __init__(self, width: int, settings: Settings) -> None:
         super().__init__()
-        self.multiplier = 1.0
+        self.multiplier = 1.0  # of what it adds, as the number in <hypernet:name:0.8>
         inner: list[nn.Module] = []
         last = len(settings["layers"]) - 2
         for place, (narrow, wide) in enumerate(pairwise(settings["layers"])):
@@ -99,11 +99,6 @@ class Hypernetwork:
 
     def updated(self, rate: float) -> None:
         pass
-
-    def scale(self, weight: float) -> None:
-        """Multiply what it changes, as the number in ``<hypernet:name:0.8>`` does."""
-        for network in self.networks.values():
-            network.multiplier = weight  # type: ignore[assignment]
 
 
 def hypernetworks(base: Base, family: Family, name: str) -> list[Hypernetwork]:

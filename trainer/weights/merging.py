@@ -1,17 +1,12 @@
 """Adapters added to the weights of a base model, in fp32, and the model written as a diffusers folder."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from torch import nn
-
-from storage.local import temporary_dir
 
 from ..config import Base, MergedAdapter
 from ..errors import BadInput
 from ..export.files import DTYPES, Dtype
+from ..export.pipeline_folder import check_replaceable, write_pipeline
 from ..families.source import load_pipeline
 from .combining import weighted
 from .lora_file import read_lora
@@ -41,18 +36,7 @@ def merge(
         read_lora(path)  # names what is wrong by its key, before gigabytes are read
         merged.append(MergedAdapter(path=str(path), weight=weight))
     pipeline = load_pipeline(Base(model=model, merged_adapters=tuple(merged)))
-    _check_numbers(pipeline)
-    if dtype:
-        pipeline.to(DTYPES[dtype])
-    try:
-        temporary = temporary_dir(out.parent)
-        pipeline.save_pretrained(temporary / out.name, safe_serialization=True)
-        if out.exists():
-            out.rename(temporary / "before")
-        (temporary / out.name).rename(out)
-        shutil.rmtree(temporary)
-    except OSError as error:
-        raise BadInput(f"{out} cannot be written: {error.strerror or error}") from error
+    write_pipeline(pipeline.to(DTYPES[dtype]) if dtype else pipeline, out)
     return out
 
 
@@ -62,12 +46,4 @@ def _check_folder(out: Path, model: str, *, force: bool) -> None:
         raise BadInput(f"--out {out} is the base itself", "write into another folder")
     if out.exists() and not force:
         raise BadInput(f"{out} is there already", "give --force to replace it, or another --out")
-    if out.exists() and not (out / "model_index.json").is_file():
-        raise BadInput(f"{out} is no diffusers folder: it is not replaced", "give another --out")
-
-
-def _check_numbers(pipeline: Any) -> None:
-    for name, part in pipeline.components.items():
-        for key, tensor in part.state_dict().items() if isinstance(part, nn.Module) else ():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise BadInput(f"{name}.{key} would hold NaN or infinity", "give a smaller weight")
+    check_replaceable(out)

@@ -1,0 +1,48 @@
+"""A whole model as a diffusers folder, which is there complete or not at all."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from storage.local import temporary_dir
+
+from ..errors import BadInput
+
+INDEX = "model_index.json"
+
+
+def check_replaceable(folder: Path) -> None:
+    """
+    Raises:
+        BadInput: Something is there that is no diffusers folder: it is not replaced.
+    """
+    if folder.exists() and not (folder / INDEX).is_file():
+        raise BadInput(f"{folder} is no diffusers folder: it is not replaced", "give another --out")
+
+
+def write_pipeline(pipeline: Any, folder: Path) -> None:
+    """Write a pipeline as safetensors; a folder of this name is replaced.
+
+    Raises:
+        BadInput: A weight is not finite, or it cannot be written.
+    """
+    _check_finite(pipeline)
+    try:
+        temporary = temporary_dir(folder.parent)
+        pipeline.save_pretrained(temporary / folder.name, safe_serialization=True)
+        if folder.exists():
+            folder.rename(temporary / "before")
+        (temporary / folder.name).rename(folder)
+        shutil.rmtree(temporary)
+    except OSError as error:
+        raise BadInput(f"{folder} cannot be written: {error.strerror or error}") from error
+
+
+def _check_finite(pipeline: Any) -> None:
+    for name, part in pipeline.components.items():
+        for key, tensor in part.state_dict().items() if isinstance(part, nn.Module) else ():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                hint = "give a smaller weight of what is merged, or another --dtype"
+                raise BadInput(f"{name}.{key} would hold NaN or infinity", hint)
