@@ -3,6 +3,7 @@
 adapter         ``bundle``
 hypernetwork    ``hypernetwork``
 full            ``whole``
+words           ``tokens``
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,8 @@ from .bundle import Sample, Target, usage, write_around, write_bundle
 from .files import Dtype
 from .headers import Amount
 from .hypernetwork import trained_hypernetwork, verify_hypernetwork, write_hypernetwork
+from .token_files import called
+from .tokens import trained_tokens, verify_tokens, write_tokens
 from .trained import trained_adapter
 from .verify import verify_export
 from .whole import NO_SINGLE_FILE, trained_whole, verify_whole, write_whole
@@ -57,6 +60,7 @@ def export_checkpoint(checkpoint: Path, spec: RunSpec, folder: Path, wanted: Wan
         "full": _whole,
         "adapter": _adapter,
         "hypernetwork": _hypernetwork,
+        "textual_inversion": _tokens,
     }
     return [
         exported
@@ -89,6 +93,18 @@ def _hypernetwork(checkpoint: Path, spec: RunSpec, folder: Path, wanted: Wanted)
         found = verify_hypernetwork(path, own, dtype)
         yield Exported(path, found, usage(own.trained, name), "hypernetwork")
 
+
+def _tokens(checkpoint: Path, spec: RunSpec, folder: Path, wanted: Wanted) -> Iterable[Exported]:
+    own = trained_tokens(checkpoint, spec)
+    name, dtype = wanted.name, wanted.dtype
+    files = write_tokens(
+        *(own, folder, wanted.to, spec.base), name=name, dtype=dtype, metadata=wanted.metadata
+    )
+    if spec.base.train == ("textual_inversion",):
+        write_around(own.trained, folder, wanted.to, name, list(files.values()), wanted.samples)
+    for word, path in files.items():
+        found = verify_tokens(word, path, own, dtype)
+        yield Exported(path, found, called(word, path.stem, wanted.to), "textual_inversion")
 
 
 def _whole(checkpoint: Path, spec: RunSpec, folder: Path, wanted: Wanted) -> Iterable[Exported]:

@@ -36,10 +36,16 @@ def add_rows(encoder: nn.Module, name: str, ids: Sequence[int], eos_token_id: in
     layer.update_layer(name, TrainableTokensConfig(token_indices=list(ids)))
     layer.set_adapter([name])
     layer.enable_adapters(True)
+    read_pooled_at(encoder, eos_token_id)
+    return layer
+
+
+def read_pooled_at(encoder: nn.Module, eos_token_id: int) -> None:
+    """Let a CLIP text encoder take its pooled vector at the first token of this id."""
+    wanted: Any = encoder
     wanted.config.eos_token_id = eos_token_id
     # transformers of 5.6 and later have no wrapper around it
     getattr(wanted, "text_model", wanted).eos_token_id = eos_token_id
-    return layer
 
 
 def table_of(encoder: nn.Module) -> Tensor:

@@ -95,10 +95,15 @@ def begin_with(path: Path, methods: Methods, family: Family) -> None:
         raise BadInput(f"base.initial_adapter {path}: {problem}", hint)
     given = read_adapter_file(path, networks(family))
     configs = read_configs(methods.metadata())
-    trained = AdapterFile({name: p.data for name, p in methods.parameters.items()}, configs)
+    parameters = {
+        name: parameter
+        for name, parameter in methods.parameters.items()
+        if name.startswith(tuple(f"{network}." for network in configs))  # the rest is no adapter's
+    }
+    trained = AdapterFile({name: parameter.data for name, parameter in parameters.items()}, configs)
     if found := misfit(given, trained):
         raise BadInput(f"base.initial_adapter {path}: {found}", hint)
-    fill(methods.parameters, rescaled(given, configs))
+    fill(parameters, rescaled(given, configs))
 
 
 def _is_of_texts(path: Path) -> bool:

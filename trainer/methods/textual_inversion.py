@@ -53,8 +53,13 @@ class Tokens:
             PREFIX + encoder: getattr(encoders[encoder].layer, DELTA)[name] for encoder in sorted(encoders)
         }
 
+    @property
+    def vectors(self) -> Mapping[str, int]:
+        """How many rows each word has."""
+        return self._words.vectors
+
     def metadata(self) -> dict[str, str]:
-        return {"format": "pt", VECTORS: json.dumps(self._words.vectors)}
+        return {"format": "pt", VECTORS: json.dumps(self.vectors)}
 
     def use(self) -> None:
         self._family.words = self._words
