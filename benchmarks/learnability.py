@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -38,6 +39,13 @@ FORGETFUL = {"learning_rate": 3e-3}
 PRIOR = {"prompt": [f"a handwritten {word}" for word in OLD], "images": 72, "steps": 15, "cfg": 3.0}
 ONLINE = {"prompt": PRIOR["prompt"], "online": True}
 
+WORD = {
+    "train": ["textual_inversion"],
+    "tokens": [{"token": "<nine>", "words": "nine", "vectors": 4}],
+    "token_learning_rate": 5e-3,
+    "token_norm": "decay",
+}
+"""In captions and prompts instead of the word that the text encoder knows."""
 Change = dict[str, Any]
 ROWS: dict[str, tuple[str, Change]] = {
     "LoRA, attention": ("adapter", {}),
@@ -51,9 +59,22 @@ ROWS: dict[str, tuple[str, Change]] = {
         "adapter",
         {"base": {"train_text_encoder": True, "text_encoder_learning_rate": 2e-4}},
     ),
+    "textual inversion": ("words", {"base": WORD}),
+    "pivotal tuning": (
+        "words",
+        {
+            "base": WORD
+            | {"train": ["textual_inversion", "adapter"], "tokens_until": 0.5, "adapter_from": 0.5}
+        },
+    ),
+    "words and LoRA together": ("words", {"base": WORD | {"train": ["textual_inversion", "adapter"]}}),
     "LoRA, int8 base": ("adapter", {"base": {"quantize": "int8"}}),
     "LoRA, nf4 base": ("adapter", {"base": {"quantize": "nf4"}}),
     "LoRA, fp8 base": ("adapter", {"base": {"quantize": "fp8"}}),
+    "LoRA, hollowed UNet": ("adapter", {"base": {"hollow": 1}}),
+    "hypernetwork": ("method", {"base": {"train": "hypernetwork", "hypernetwork_activation": "swish"}}),
+    "full": ("method", {"base": {"train": "full", "learning_rate": 1e-4}}),
+    "full, class images": ("method", {"base": {"train": "full", "learning_rate": 1e-4}, "prior": PRIOR}),
     "min-SNR": ("objective", {"base": {"loss_weighting": "min_snr"}}),
     "soft min-SNR": ("objective", {"base": {"loss_weighting": "soft_min_snr"}}),
     "debiased": ("objective", {"base": {"loss_weighting": "debiased"}}),
@@ -155,9 +176,10 @@ def _spec(name: str, seed: int, steps: int, bases: dict[str, Path]) -> dict[str,
         "max_train_steps": steps,
         "train_batch_size": 16,
         "learning_rate": 1e-3,
-        "rank": 8,
         "seed": seed,
     }
+    if "adapter" in change.get("base", {}).get("train", "adapter"):
+        base["rank"] = 8
     spec: dict[str, Any] = {
         "base": {**base, **change.get("base", {})},
         "dataset": {"path": str(DIGITS / "nines"), **change.get("dataset", {})},
@@ -171,12 +193,12 @@ def _train(spec: dict[str, Any], folder: Path) -> Outcome:
     from storage.local import complete_checkpoints
     from trainer.attempt import run_attempt
     from trainer.config import RunSpec
-    from trainer.export import trained_adapter, write_weights
+    from trainer.export.checkpoint import Wanted, export_checkpoint
     from trainer.rundir import EXIT_COMPLETE, CheckpointPolicy, Options, RunDir, StartOrder
     from trainer.stop import Stop
 
     began = time.monotonic()
-    checked = RunSpec.model_validate_json(json.dumps(spec))
+    checked = RunSpec.model_validate_json(json.dumps(_with_word(spec, folder)))
     run_dir = RunDir(folder)
     run_dir.checkpoints.mkdir(parents=True)
     run_dir.spec.write_text(checked.model_dump_json())
@@ -192,10 +214,23 @@ def _train(spec: dict[str, Any], folder: Path) -> Outcome:
     took_s = time.monotonic() - began
     (samples,) = run_dir.samples.iterdir()
     judged = _judged(samples)
-    trained = trained_adapter(complete_checkpoints(run_dir.checkpoints)[0].path, checked)
-    exported = write_weights(trained, folder / "x", "kohya")
     memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return judged._replace(seconds=took_s, memory_mb=memory_mb, file_bytes=exported.stat().st_size)
+    wanted = Wanted(to="diffusers" if "full" in checked.base.train else "kohya", name="x")
+    export_checkpoint(complete_checkpoints(run_dir.checkpoints)[0].path, checked, folder / "x", wanted)
+    file_bytes = sum(path.stat().st_size for path in (folder / "x").rglob("*") if path.is_file())
+    return judged._replace(seconds=took_s, memory_mb=memory_mb, file_bytes=file_bytes)
+
+
+def _with_word(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Let captions and prompts say the word that a run teaches, where the others say nine."""
+    if "tokens" not in spec["base"]:
+        return spec
+    nines = folder.parent / f"{folder.name}-nines"
+    shutil.copytree(DIGITS / "nines", nines, ignore=shutil.ignore_patterns("metadata.jsonl"))
+    (token,) = spec["base"]["tokens"]
+    prompts = [prompt.replace("nine", token["token"]) for prompt in SAMPLES["prompts"]]
+    dataset = {"path": str(nines), "caption": f"a handwritten {token['token']}"}
+    return spec | {"dataset": dataset, "samples": SAMPLES | {"prompts": prompts}}
 
 
 def _control(base: Path, folder: Path) -> Outcome:
@@ -217,6 +252,8 @@ def _judged(samples: Path) -> Outcome:
     sys.path.insert(0, str(DIGITS))
     import score
 
+    index = samples / "index.json"
+    index.write_text(index.read_text().replace("<nine>", "nine"))  # the judge knows digits' names only
     figures = score.score(samples)
     return Outcome(figures["score"], figures["new_digit"], figures["old_digits"])
 

@@ -20,6 +20,7 @@ from .errors import BadInput
 from .export.files import DIFFUSERS_NAME
 from .export.headers import BASE_DIGEST, BASE_MODEL, BASE_REVISION, MERGED, SPEC
 from .export.reading import NAME, read_onto_base, scale
+from .export.tokens import is_of_word, put_files
 from .export.whole import as_base, is_whole
 from .families import Family, load_family
 from .methods.full import METHOD as FULL
@@ -87,6 +88,7 @@ def generate(path: Path, base: Base | None, wish: Wish, out: Path) -> list[Path]
     if out.exists() and any(out.iterdir()):
         raise BadInput(f"{out} is not empty", "give a new folder with --out")
     family = _family(file, header, base)
+    put_files(words_in(path), family, NAME)
     scale(family, wish.scale)
     side = wish.resolution or _trained_side(header) or (1024 if family.name in ("sdxl", "sd3") else 512)
     spec = RunSpec(
@@ -111,9 +113,17 @@ def _family(file: Path | None, header: Mapping[str, str], base: Base) -> Family:
         return load_family(base)
     if file.name == ADAPTER and base.train != Base(model="").train:
         return trained_on_base(base, file.parent, NAME)[0]
+    if is_of_word(file):
+        return load_family(base)
     if header.get("method") == FULL:
         raise BadInput(f"{file} holds the weights of a whole model", "draw from its run, or export it first")
     return read_onto_base(file, base)[0]
+
+
+def words_in(path: Path) -> list[Path]:
+    """Return the files of taught words that a path means: itself, or those beside whatever else is there."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return [file for file in files if is_of_word(file)]
 
 
 def adapter_file(path: Path) -> Path:
@@ -127,7 +137,9 @@ def adapter_file(path: Path) -> Path:
     for name in (ADAPTER, DIFFUSERS_NAME):
         if (path / name).is_file():
             return path / name
-    found = sorted(path.glob("*.safetensors")) or sorted(path.glob(f"*{A1111_SUFFIX}"))
+    words = words_in(path)
+    found = [file for file in sorted(path.glob("*.safetensors")) if file not in words]
+    found = found or words[:1] or sorted(path.glob(f"*{A1111_SUFFIX}"))
     if len(found) != 1:
         listed = ", ".join(file.name for file in found) or "none"
         raise BadInput(f"{path}: one .safetensors file is expected there, found {listed}", "name the file")

@@ -46,7 +46,8 @@ def card(trained: Trained, name: str, weights: str, images: Sequence[tuple[str, 
         parts.append(before if trained.kind == "full" else onto)
     if trigger:
         parts.append(f"Use **{trigger}** in the prompt.")
-    prompt = images[0][0] if images else f"a photo of {trigger or 'a cat'}"
+    taught = [token.token for token in spec.base.tokens]
+    prompt = images[0][0] if images else f"a photo of {trigger or ' '.join(taught) or 'a cat'}"
     parts.append(_snippet(trained, name, base, weights, prompt))
     if spec.base.tokens:
         parts.append(explained(spec.base, name))

@@ -61,9 +61,8 @@ def loading(base: Base, name: str, family: str) -> list[str]:
     for token in base.tokens:
         file = f"{stem_of(token.token, base, name)}.safetensors"
         if family != "sdxl":
-            lines.append(
-                f'pipeline.load_textual_inversion("<this folder>", weight_name="{file}", token="{token.token}")'
-            )
+            named = f'weight_name="{file}", token="{token.token}"'
+            lines.append(f'pipeline.load_textual_inversion("<this folder>", {named})')
             continue
         lines.append(f'rows = load_file("<this folder>/{file}")')
         for number, key in (("", "clip_l"), ("_2", "clip_g")):

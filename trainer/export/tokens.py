@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..config import Base, RunSpec
@@ -135,10 +135,11 @@ def put_files(files: list[Path], family: Family, name: str) -> list[str]:
 def is_of_word(path: Path) -> bool:
     """Whether a file holds a word: ours, or one whose tensors say so."""
     try:
-        tensors, header = read(path)
+        with safe_open(path, framework="pt") as file:
+            names, header = set(file.keys()), file.metadata() or {}
     except (OSError, SafetensorError):
         return False
-    return WORD in header or tensors.keys() <= {KOHYA, *ENCODERS.values()}
+    return WORD in header or (bool(names) and names <= {KOHYA, *ENCODERS.values()})
 
 
 def _by_diffusers(word: str, path: Path, base: Base) -> Family:
