@@ -7,13 +7,13 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from support import foreign_script
+from support.attempts import Attempt
 from support.runs import claimed, ended, incarnation
 from support.waiting import DEADLINE_S, wait_until
 
@@ -30,7 +30,7 @@ from trainer.rundir import (
     CheckpointPolicy,
     Options,
 )
-from trainer.supervisor import Assignment, Progress, Supervisor
+from trainer.supervisor import Assignment, Supervisor
 from trainer.training_process import PLAYER, TrainingProcess
 
 RUN = "cat-r16"
@@ -50,8 +50,8 @@ def light(mode: str, steps: int = 6, *, gate: Path | None = None, **changes: obj
     return RunSpec(command=Command.model_validate(given))
 
 
-class Attempt:
-    """One attempt at work on a thread of its own."""
+class Playing(Attempt):
+    """An attempt that plays a program."""
 
     def __init__(
         self,
@@ -64,9 +64,9 @@ class Attempt:
     ) -> None:
         self.log = run_log(store, RUN)
         self.log.append(claimed(number))
-        self.process = process or TrainingProcess(PLAYER)
+        process = process or TrainingProcess(PLAYER)
         self.root = scratch / f"{RUN}-a{number}-{incarnation(number)}"
-        self.supervisor = Supervisor(
+        supervisor = Supervisor(
             store,
             Assignment(run_id=RUN, attempt=number, incarnation=incarnation(number)),
             spec,
@@ -77,19 +77,9 @@ class Attempt:
             ),
             scratch=scratch,
             ledger=self.log,
-            process=self.process,
+            process=process,
         )
-        self.final: Progress | None = None
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        self.final = self.supervisor.run()
-
-    def end(self) -> Progress:
-        self._thread.join(DEADLINE_S)
-        assert self.final is not None, "the supervisor did not come to an end, or raised"
-        return self.final
+        super().__init__(supervisor, process)
 
     @property
     def state(self) -> RunState:
@@ -99,7 +89,7 @@ class Attempt:
         return self.root / "out" / name
 
 
-Begin = Callable[..., Attempt]
+Begin = Callable[..., Playing]
 
 
 @pytest.fixture
@@ -110,16 +100,16 @@ def store(tmp_path: Path) -> DirectoryStore:
 @pytest.fixture
 def begin(store: DirectoryStore, tmp_path: Path) -> Iterator[Begin]:
     """Begin attempts, and check that they leave neither files nor processes."""
-    begun: list[Attempt] = []
+    begun: list[Playing] = []
 
     def attempt(
         number: int,
         spec: RunSpec,
         process: TrainingProcess | None = None,
         stall_timeout_s: float | None = None,
-    ) -> Attempt:
+    ) -> Playing:
         scratch = tmp_path / f"node-{number}"  # each on a disk of its own, as on another node
-        begun.append(Attempt(store, number, spec, scratch, process, stall_timeout_s))
+        begun.append(Playing(store, number, spec, scratch, process, stall_timeout_s))
         return begun[-1]
 
     yield attempt

@@ -15,11 +15,12 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from support import light_trainer
+from support.attempts import Attempt
 from support.gate import Gate
 from support.runs import claimed, committed, ended, incarnation
 from support.tiny_world import tiny_spec
 from support.training import contents, lay_out, newest
-from support.waiting import DEADLINE_S, wait_until
+from support.waiting import wait_until
 
 from storage import layout
 from storage.checkpoints import CheckpointStore
@@ -78,26 +79,6 @@ def records(store: ObjectStore) -> list[Record]:
 
 def shipped(store: ObjectStore, prefix: str) -> bytes:
     return b"".join(store.get(info.key) for info in store.list(prefix))
-
-
-class Attempt:
-    """A supervisor at work on a thread of its own."""
-
-    def __init__(self, supervisor: Supervisor, process: TrainingProcess | None) -> None:
-        self.supervisor = supervisor
-        self.process = process
-        self.final: Progress | None = None
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        self.final = self.supervisor.run()
-
-    def end(self) -> Progress:
-        self._thread.join(DEADLINE_S)
-        assert self.final is not None, "the supervisor did not come to an end, or raised"
-        assert self.supervisor.progress == self.final
-        return self.final
 
 
 def living_in_group(group: int) -> list[int]:
