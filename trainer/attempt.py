@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .average import Average
+from .beside import NOTHING, Beside, ControlImages
 from .cache import Cache, default_cache_dir
 from .config import RunSpec
 from .data import TrainingSet, split
@@ -18,7 +19,7 @@ from .dataset.folder import Example, held_out
 from .encode import encode_images, encode_texts
 from .errors import BadCheckpoint, BadInput, TrainerError
 from .families import Family, load_family
-from .hidden import NOTHING, HiddenStates
+from .hidden import HiddenStates
 from .loop import Loop
 from .methods import attach
 from .methods.from_file import begin_with
@@ -101,6 +102,8 @@ def _prepared(run_dir: RunDir, spec: RunSpec, options: Options, examples: list[E
     local = moved(spec, options.content)
     say(f"loading {spec.base.model}")
     family = load_family(local.base, cache_dir / "hub" if cache_dir else None)
+    if local.base.control:
+        family.inject(local.base.control, cache_dir / "hub" if cache_dir else None)
     _check_sides(spec, family)
     cache = Cache(cache_dir or default_cache_dir())
     texts = _texts(spec, family, cache, examples, stop)
@@ -120,7 +123,9 @@ def _prepared(run_dir: RunDir, spec: RunSpec, options: Options, examples: list[E
         prior=prior_of(spec),
         class_images=class_images,
     )
-    beside = NOTHING
+    beside: Beside = NOTHING
+    if spec.base.control:
+        beside = ControlImages(family)
     if family.cut:
         beside = HiddenStates(spec.base, family, training, texts, cache, stop.alive)
     methods = attach(local.base, family)

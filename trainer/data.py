@@ -33,6 +33,8 @@ class View:
     """How many pixels of the scaled (and mirrored) image were cut off above and left of it."""
     mask_1HW: Tensor | None = None
     """What each latent counts, in [0, 1]."""
+    control_3HW: Tensor | None = None
+    """What a ControlNet sees, in pixels, as bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,8 @@ class Sample:
     mask_1HW: Tensor | None = None
     seen_noise_CHW: Tensor | None = None
     """The noise in what the model sees, if that is another than it should predict."""
+    control_3HW: Tensor | None = None
+    """See ``Family.control_conditioning``."""
     from_base: bool = False
     """The base's own prediction is the target, instead of the process's."""
 
@@ -96,6 +100,7 @@ class Batch:
     weights_B: Tensor
     mask_B1HW: Tensor | None
     seen_noise_BCHW: Tensor | None
+    control_B3HW: Tensor | None
     from_base: bool
 
 
@@ -200,6 +205,7 @@ class TrainingSet:
             weight=image.loss_weight,
             mask_1HW=None if view.mask_1HW is None else crop(view.mask_1HW, shape, corner),
             seen_noise_CHW=seen_noise(self._base, noise, draws),
+            control_3HW=controlled(view, shape, corner, self._latent_pixels),
         )
 
     def _preserving(self, prior: Prior, sample: Sample) -> Sample:
@@ -238,8 +244,19 @@ def crop(latents_CHW: Tensor, shape: tuple[int, int], corner: tuple[int, int]) -
     return latents_CHW[..., y : y + height, x : x + width]
 
 
+def controlled(
+    view: View, shape: tuple[int, int], corner: tuple[int, int], latent_pixels: int
+) -> Tensor | None:
+    """Return what a ControlNet sees of a crop of a view's latents."""
+    if view.control_3HW is None:
+        return None
+    (height, width), (y, x) = ((side * latent_pixels for side in sides) for sides in (shape, corner))
+    return crop(view.control_3HW, (height, width), (y, x))
+
+
 def _shape(sample: Sample) -> tuple[int, ...]:
-    return (*sample.x0_CHW.shape, sample.mask_1HW is not None, sample.from_base)
+    beside = (sample.mask_1HW is not None, sample.control_3HW is not None)
+    return (*sample.x0_CHW.shape, *beside, sample.from_base)
 
 
 def noised(batch: Batch, family: Family) -> Tensor:
@@ -259,6 +276,7 @@ def batch_of(samples: Sequence[Sample]) -> Batch:
 
     masks = [sample.mask_1HW for sample in samples if sample.mask_1HW is not None]
     seen = [sample.seen_noise_CHW for sample in samples if sample.seen_noise_CHW is not None]
+    controls = [sample.control_3HW for sample in samples if sample.control_3HW is not None]
     return Batch(
         samples=tuple(sample.n for sample in samples),
         x0_BCHW=stacked(lambda sample: sample.x0_CHW),
@@ -269,5 +287,6 @@ def batch_of(samples: Sequence[Sample]) -> Batch:
         weights_B=torch.tensor([sample.weight for sample in samples]),
         mask_B1HW=torch.stack(masks) if masks else None,
         seen_noise_BCHW=torch.stack(seen) if seen else None,
+        control_B3HW=torch.stack(controls) if controls else None,
         from_base=samples[0].from_base,
     )

@@ -3,7 +3,8 @@
 Each image and text is encoded alone, in fp32, so an entry never depends on what else was encoded with it.
 An image is scaled to cover the size that it is trained at, the square of the resolution or its bucket. With
 ``center_crop`` the middle of that size is encoded; without it the whole image, and samples are cut out of its
-latents, in steps of one latent. Its mask goes the same way, and is kept as what each latent counts.
+latents, in steps of one latent. Its mask goes the same way, and is kept as what each latent counts; and
+what a ControlNet sees of it, in pixels.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from .config import Dataset, RunSpec
 from .config.buckets import Size, bucket_sizes, nearest
 from .data import EncodedImage, View
 from .dataset.folder import Example
-from .dataset.images import image_size, read_alpha, read_image, read_mask
+from .dataset.images import edges, image_size, read_alpha, read_control, read_image, read_mask
 from .errors import BadInput
 from .families import Conditioning, Family, Posterior
 from .randomness import platform_fingerprint
@@ -101,7 +102,7 @@ def _encode_image(
         top, left = (int(number) for number in entry.pop(OFFSET))
         if not all(torch.isfinite(part).all() for part in entry.values()):
             raise BadInput(f"dataset image {example.name}: the VAE encodes it as NaN or infinity")
-        return View(Posterior(**entry), (top, left), mask(mirrored))
+        return View(Posterior(**entry), (top, left), mask(mirrored), control(mirrored))
 
     def mask(mirrored: bool) -> Tensor | None:
         if dataset.masks == "none":
@@ -120,6 +121,23 @@ def _encode_image(
         return cache.through(
             key, lambda: {"mask": _mask(example, target, dataset, mirrored, family.latent_pixels)}
         )["mask"]
+
+    def control(mirrored: bool) -> Tensor | None:
+        if dataset.control == "none":
+            return None
+        key = cache_key(
+            kind="control",
+            control=dataset.control,
+            file=_file_digest(example.control or example.path),
+            image=list(original),
+            mirrored=mirrored,
+            latent=family.latent_pixels,
+            pillow=PIL.__version__,
+            **way,
+        )
+        return cache.through(
+            key, lambda: {"control": _control(example, target, dataset, mirrored, family.latent_pixels)}
+        )["control"]
 
     return EncodedImage(
         name=example.name,
@@ -168,6 +186,19 @@ def _mask(example: Example, target: Size, dataset: Dataset, mirrored: bool, late
     )
     levels_1HW = torch.from_numpy(np.array(seen.image))[None].float() / 255
     return torch.nn.functional.avg_pool2d(levels_1HW, latent_pixels)
+
+
+def _control(example: Example, target: Size, dataset: Dataset, mirrored: bool, latent_pixels: int) -> Tensor:
+    """Return what a ControlNet sees of an image, (3, H, W) of bytes, as large as what is encoded of it."""
+    image = read_image(example.path)
+    shown = read_control(example.control, image.size) if example.control else image
+    seen = fit(
+        ImageOps.mirror(shown) if mirrored else shown,
+        target,
+        cut=dataset.center_crop,
+        multiple=latent_pixels,
+    ).image
+    return torch.from_numpy(np.array(seen if example.control else edges(seen))).permute(2, 0, 1)
 
 
 class Fitted(NamedTuple):

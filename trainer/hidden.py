@@ -8,7 +8,6 @@ finds those that are done.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Protocol
 
 import diffusers
 import torch
@@ -28,22 +27,6 @@ SHARD = 64
 _NOISY, _TIMESTEPS = "noisy", "timesteps"
 _AT_HAND = 2
 """Shards that are kept in memory: a step's samples follow one another."""
-
-
-class Beside(Protocol):
-    """What the denoiser is told of a batch besides its texts and sizes."""
-
-    def conditioning(self, batch: Batch) -> Conditioning:
-        """Return it, batched, on the family's device."""
-
-
-class Nothing:
-    """See ``Beside``."""
-
-    def conditioning(self, batch: Batch) -> Conditioning:
-        return {}
-
-NOTHING: Beside = Nothing()
 
 
 class HiddenStates:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from .average import Average
+from .beside import NOTHING, Beside
 from .config import RunSpec
 from .data import EncodedImage, TrainingSet
 from .families import Family
-from .hidden import NOTHING, Beside
 from .methods import Methods
 from .objective import Objective
 from .ranks import ALONE, Ranks

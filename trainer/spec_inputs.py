@@ -37,6 +37,7 @@ class Place:
 PLACES = (
     Place(block=("dataset",), path_key="path", digest_key="digest", what="dataset", kind="images"),
     Place(block=("base",), path_key="model", digest_key="digest", what="base model", kind="model"),
+    Place(block=("base", "control"), path_key="model", digest_key="digest", what="ControlNet", kind="model"),
     Place(block=("prior",), path_key="path", digest_key="digest", what="class images", kind="images"),
     Place(
         block=("base",),

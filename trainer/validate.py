@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .data import SPLIT_SEED, EncodedImage, crop, crop_corner, sizes
+from .data import SPLIT_SEED, EncodedImage, controlled, crop, crop_corner, sizes
 from .families import Conditioning, Family
 from .randomness import generator
 from .stop import Stop
@@ -47,6 +47,9 @@ def validation_loss(
             size_6 = sizes(image, view, corner, image.shape, family.latent_pixels)
             conditioning = texts.conditioning([image.caption])
             conditioning |= family.size_conditioning(size_6[None].to(family.device))
+            seen = controlled(view, image.shape, corner, family.latent_pixels)
+            if seen is not None:
+                conditioning |= family.control_conditioning(seen[None])
             for first in range(0, len(levels), _CHUNK):
                 stop.check()
                 chunk_B = levels[first : first + _CHUNK]

@@ -92,7 +92,7 @@ def identity(spec: RunSpec, pins: Mapping[str, str], *, defaults: bool = False) 
     if spec.command:
         return {"command": _command_identity(spec.command, data["command"], pins)}
     for named in inputs_of(spec):
-        if named.digest and named.place.kind != "model":
+        if named.digest and named.what != "base model":
             next(block for at, block in blocks(data, named.place.block) if at == named.at).pop(
                 named.place.path_key
             )

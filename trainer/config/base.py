@@ -1,6 +1,7 @@
 """``Base``: the model to start from and how it is trained: one block in a sweep file, here by subject."""
 
 from .adapter import AdapterKeys
+from .control import ControlKeys
 from .hollow import HollowKeys
 from .hypernetwork import HypernetworkKeys
 from .model import ModelKeys
@@ -17,6 +18,7 @@ class Base(
     AdapterKeys,
     HypernetworkKeys,
     HollowKeys,
+    ControlKeys,
     TextualInversionKeys,
     ModelKeys,
 ):

@@ -21,6 +21,7 @@ def contradictions(spec: "RunSpec") -> list[str]:
         *ill_assorted(spec),
         *_adapter(spec),
         *_hollow(spec),
+        *_control(spec),
         *token_contradictions(spec),
         *_texts(spec),
         *_buckets(spec),
@@ -71,6 +72,22 @@ def _hollow(spec: "RunSpec") -> Iterator[str]:
         yield (
             "base.hollow stores what the frozen model makes of each caption, which "
             "base.train_text_encoder would change: leave one of the two out"
+        )
+
+
+def _control(spec: "RunSpec") -> Iterator[str]:
+    control, seen = spec.base.control, spec.dataset.control
+    if control and seen == "none":
+        yield (
+            "base.control names a ControlNet, but dataset.control is none, so it has nothing to see: set "
+            "that to files or edges"
+        )
+    if seen != "none" and not control:
+        yield f"dataset.control {seen} is what a ControlNet sees: name one in base.control, or leave it out"
+    if control and spec.base.hollow is not None:
+        yield (
+            "base.control goes into all layers of the UNet, of which base.hollow takes the deepest out: "
+            "leave one of the two out"
         )
 
 

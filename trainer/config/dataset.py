@@ -63,6 +63,9 @@ class Dataset(Frozen):
     """Sides are multiples of this."""
     masks: Literal["none", "alpha", "files"] = "none"
     """What counts of an image: all; by its alpha channel; or ``x.mask.png`` beside ``x.png``, white."""
+    control: Literal["none", "files", "edges"] = "none"
+    """What a ControlNet (``base.control``) sees: ``x.control.png`` beside ``x.png``, or the image's own edges
+    (Pillow's ``FIND_EDGES``: grey, thicker than Canny's)."""
     val_fraction: Fraction = 0.1
     """Share of images held out for the validation loss; at least one image if above 0."""
 

@@ -15,7 +15,7 @@ from ..config import Dataset
 from ..errors import BadInput
 from .captions import CAPTION_SUFFIXES, METADATA, captions_in
 from .concepts import WHOLE, concept_of, unknown_concepts
-from .images import MASK, SUFFIXES, is_image, is_mask
+from .images import CONTROL, MASK, SUFFIXES, is_companion, is_image
 
 _SHOWN = 10
 """How many problems of one kind a message lists."""
@@ -31,6 +31,8 @@ class Example:
     caption: str
     mask: Path | None = None
     """Its mask file, if masks are files and it has one."""
+    control: Path | None = None
+    """What a ControlNet sees of it, if that is a file."""
     concept: str = WHOLE
     """The subfolder that its settings come from."""
     repeats: int = 1
@@ -73,6 +75,7 @@ def contents_of(dataset: Dataset, folder: Path) -> Contents:
         return Contents(problems=("no PNG, JPEG or WebP image in it",))
     captions, problems = captions_in(folder, images)
     masks, strays = _masks(dataset, images, files)
+    controls, uncontrolled = _controls(dataset, images, files)
     examples, missing, untriggered = [], [], False
     for name, path in images.items():
         where, concept = concept_of(dataset, name)
@@ -88,6 +91,7 @@ def contents_of(dataset: Dataset, folder: Path) -> Contents:
                 path=path,
                 caption=fill_trigger(caption, trigger),
                 mask=masks.get(name),
+                control=controls.get(name),
                 concept=where,
                 repeats=concept.repeats,
                 loss_weight=concept.loss_weight,
@@ -95,7 +99,7 @@ def contents_of(dataset: Dataset, folder: Path) -> Contents:
         )
     if missing and not problems:  # a broken metadata file explains missing captions by itself
         problems.append(f"{len(missing)} of {len(images)} images have no caption: {_listed(missing, ', ')}")
-    problems += strays + unknown_concepts(dataset, images)
+    problems += strays + uncontrolled + unknown_concepts(dataset, images)
     if untriggered:
         problems.append("captions contain [trigger], but dataset.trigger is not set")
     if len(images) - held_out(len(images), dataset.val_fraction) < 1:
@@ -154,26 +158,50 @@ def _masks(
     """The mask file of each image, and masks that are nobody's or of which an image has two."""
     if dataset.masks != "files":
         return {}, []
-    by_stem: dict[str, list[str]] = {}
-    for name in images:
-        by_stem.setdefault(str(PurePosixPath(name).with_suffix("")), []).append(name)
-    masks: dict[str, Path] = {}
-    problems = []
-    for name, path in files.items():
-        if is_mask(name):
-            owners = by_stem.get(str(PurePosixPath(name).with_suffix("")).removesuffix(MASK), [])
-            if not owners:
-                problems.append(f"{name} is a mask, but the image that it would belong to is not there")
-            for owner in owners:
-                if owner in masks:
-                    problems.append(f"{owner} has two masks, {masks[owner].name} and {path.name}: keep one")
-                masks[owner] = path
+    masks, problems = _companions(images, files, MASK, "mask")
     if not masks and not problems:
         problems.append(
             f"dataset.masks is files, but there is no mask: put x{MASK}.png beside x.png, "
             "or set dataset.masks to none"
         )
     return masks, problems
+
+
+def _controls(
+    dataset: Dataset, images: Mapping[str, Path], files: Mapping[str, Path]
+) -> tuple[dict[str, Path], list[str]]:
+    """The file that a ControlNet sees of each image, and what is wrong: each image must have one."""
+    if dataset.control != "files":
+        return {}, []
+    controls, problems = _companions(images, files, CONTROL, "condition image")
+    if missing := [name for name in images if name not in controls]:
+        problems.append(
+            f"{len(missing)} of {len(images)} images have no condition image x{CONTROL}.png beside x.png: "
+            f"{_listed(missing, ', ')}"
+        )
+    return controls, problems
+
+
+def _companions(
+    images: Mapping[str, Path], files: Mapping[str, Path], ending: str, what: str
+) -> tuple[dict[str, Path], list[str]]:
+    """What lies beside each image under its name with an ending; what is nobody's, or one of two."""
+    by_stem: dict[str, list[str]] = {}
+    for name in images:
+        by_stem.setdefault(str(PurePosixPath(name).with_suffix("")), []).append(name)
+    found: dict[str, Path] = {}
+    problems = []
+    for name, path in files.items():
+        if not is_companion(name, ending):
+            continue
+        owners = by_stem.get(str(PurePosixPath(name).with_suffix("")).removesuffix(ending), [])
+        if not owners:
+            problems.append(f"{name} is a {what}, but the image that it would belong to is not there")
+        for owner in owners:
+            if owner in found:
+                problems.append(f"{owner} has two {what}s, {found[owner].name} and {path.name}: keep one")
+            found[owner] = path
+    return found, problems
 
 
 def _listed(items: list[str], separator: str = "; ") -> str:

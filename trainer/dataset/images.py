@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 
 from ..errors import BadInput
 
@@ -14,6 +14,8 @@ MAX_PIXELS = 64_000_000
 """Larger images are refused before they are decoded: a small file can unpack to gigabytes."""
 MASK = ".mask"
 """``x.mask.png`` beside ``x.png`` is its mask, and no image."""
+CONTROL = ".control"
+"""``x.control.png`` beside ``x.png`` is what a ControlNet sees of it, and no image."""
 _ORIENTATION = 0x0112
 _ON_ITS_SIDE = range(5, 9)
 
@@ -21,12 +23,13 @@ _ON_ITS_SIDE = range(5, 9)
 def is_image(name: str) -> bool:
     """Whether a name is that of an image to train on."""
     path = PurePosixPath(name)
-    return path.suffix.lower() in SUFFIXES and not path.stem.endswith(MASK)
+    return path.suffix.lower() in SUFFIXES and not path.stem.endswith((MASK, CONTROL))
 
 
-def is_mask(name: str) -> bool:
+def is_companion(name: str, ending: str) -> bool:
+    """Whether a name is that of what lies beside an image: ``ending`` is ``MASK`` or ``CONTROL``."""
     path = PurePosixPath(name)
-    return path.suffix.lower() in SUFFIXES and path.stem.endswith(MASK)
+    return path.suffix.lower() in SUFFIXES and path.stem.endswith(ending)
 
 
 def read_image(path: Path) -> Image.Image:
@@ -59,13 +62,27 @@ def read_mask(path: Path, size: tuple[int, int]) -> Image.Image:
     Raises:
         BadInput: As ``read_image``; it has another size, or is black everywhere.
     """
-    mask = _flatten(_decoded(path)).convert("L")
-    if mask.size != size:
-        raise BadInput(
-            f"{path}: the mask has {mask.width}×{mask.height} pixels, its image {size[0]}×{size[1]}: "
-            "save it at the size of the image"
-        )
+    mask = _of_size(path, "mask", size).convert("L")
     return _not_empty(path, mask, "black everywhere")
+
+
+def read_control(path: Path, size: tuple[int, int]) -> Image.Image:
+    """Decode the file that a ControlNet sees, as RGB, upright.
+
+    Args:
+        size: Width and height of the upright image that it belongs to.
+
+    Raises:
+        BadInput: As ``read_image``; or it has another size.
+    """
+    return _of_size(path, "condition image", size)
+
+
+def edges(image: Image.Image) -> Image.Image:
+    """Return where an image changes, as grey on black: Pillow's ``FIND_EDGES``, which has no border."""
+    found = image.convert("L").filter(ImageFilter.FIND_EDGES)
+    inner = found.crop((1, 1, image.width - 1, image.height - 1))
+    return ImageOps.expand(inner, border=1, fill=0).convert("RGB")
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -111,6 +128,16 @@ def _flatten(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def _of_size(path: Path, what: str, size: tuple[int, int]) -> Image.Image:
+    image = _flatten(_decoded(path))
+    if image.size != size:
+        raise BadInput(
+            f"{path}: the {what} has {image.width}×{image.height} pixels, its image {size[0]}×{size[1]}: "
+            "save it at the size of the image"
+        )
+    return image
 
 
 def _not_empty(path: Path, mask: Image.Image, what: str) -> Image.Image:

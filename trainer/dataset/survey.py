@@ -15,7 +15,7 @@ from ..config.buckets import Size, bucket_sizes, nearest
 from ..errors import BadInput
 from .concepts import WHOLE
 from .folder import Contents, Example, contents_of, held_out
-from .images import image_size, read_alpha, read_image, read_mask
+from .images import image_size, read_alpha, read_control, read_image, read_mask
 
 ENLARGED = 2.0
 """An image that is scaled up by more than this gains nothing but blur."""
@@ -119,6 +119,8 @@ def _undecodable(dataset: Dataset, example: Example) -> str | None:
             read_alpha(example.path)
         if example.mask:
             read_mask(example.mask, image.size)
+        if example.control:
+            read_control(example.control, image.size)
     except BadInput as error:
         return str(error)
     return None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Base
+from ..config.control import Control
 from ..config.families import FAMILIES
 from ..objective.process import Process
 
@@ -52,7 +53,7 @@ class Family(Protocol):
     targets: Mapping[str, tuple[str, ...]]
     """Endings of the denoiser's module names by ``TargetSet``; ``conv``: its convolutions."""
     cut: "Cut | None"
-    """What the denoiser does without wherever ``predict`` is told what comes instead of it; see ``hidden``."""
+    """What the denoiser does without wherever ``predict`` is told what comes instead; see ``hidden``."""
 
     tokenizers: Sequence[Any]
     """One for each text encoder, in the order of their names."""
@@ -86,6 +87,17 @@ class Family(Protocol):
     def hidden(self, noisy_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Conditioning:
         """Return what ``predict`` is to be told besides so that it does without what ``cut`` removes; of a
         family that has one."""
+
+    def inject(self, control: Control, hub_cache: Path | None = None) -> None:
+        """Load a ControlNet, whose residuals go into each prediction that is told what it sees.
+
+        Raises:
+            BadInput: There is no such ControlNet, or it is not one of this model.
+            BaseUnavailable: The hub did not answer.
+        """
+
+    def control_conditioning(self, pixels_B3HW: Tensor) -> Conditioning:
+        """Return what ``predict`` is to be told of what a ControlNet sees, bytes on the CPU."""
 
     def sampling_schedule(self) -> Any:
         """Return a fresh diffusers scheduler with this model's noise levels."""

@@ -7,6 +7,7 @@ the denoiser is kept in the precision asked for and runs under autocast.
 import json
 from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..cache import tensors_digest
 from ..config import Base
+from ..config.control import Control
 from ..errors import BadInput
 from ..randomness import own_memory
 from . import Conditioning, Posterior
@@ -117,6 +119,15 @@ class LatentFamily:
         self._vae.to("cpu")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def inject(self, control: Control, hub_cache: Path | None = None) -> None:
+        raise BadInput(
+            f"base.control: {control.model} cannot go into a {self.name} model, which has no UNet",
+            "leave control out; it is for Stable Diffusion 1, 2 and XL",
+        )
+
+    def control_conditioning(self, pixels_B3HW: Tensor) -> Conditioning:
+        raise NotImplementedError
 
     def hidden(self, noisy_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Conditioning:
         raise NotImplementedError

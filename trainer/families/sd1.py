@@ -32,10 +32,6 @@ class StableDiffusion1(UNetFamily):
             states_BLD = getattr(encoder, "text_model", encoder).final_layer_norm(layers[-self._clip_skip])
         return {"states": states_BLD.float()}
 
-    def _denoise(self, noisy_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Tensor:
-        states_BLD = conditioning["states"].to(noisy_BCHW.dtype)
-        return cast(Tensor, self.denoiser(noisy_BCHW, timesteps_B, encoder_hidden_states=states_BLD).sample)
-
     def _check(self, pipeline: Any, base: Base) -> None:
         super()._check(pipeline, base)
         layers = pipeline.text_encoder.config.num_hidden_layers

@@ -52,17 +52,12 @@ class StableDiffusionXL(UNetFamily):
     def text_identity(self) -> str:
         return f"{self._zeros_for_empty} {super().text_identity()}"
 
-    def _denoise(self, noisy_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Tensor:
-        predicted = self.denoiser(
-            noisy_BCHW,
-            timesteps_B,
-            encoder_hidden_states=conditioning["states"].to(noisy_BCHW.dtype),
-            added_cond_kwargs={
-                "text_embeds": conditioning["pooled"].to(noisy_BCHW.dtype),
-                "time_ids": conditioning["time_ids"],  # fp32: half precision would round sizes
-            },
-        )
-        return cast(Tensor, predicted.sample)
+    def _told(self, dtype: torch.dtype, conditioning: Conditioning) -> dict[str, Any]:
+        sizes_and_style = {
+            "text_embeds": conditioning["pooled"].to(dtype),
+            "time_ids": conditioning["time_ids"],  # fp32: half precision would round sizes
+        }
+        return super()._told(dtype, conditioning) | {"added_cond_kwargs": sizes_and_style}
 
     def _text_width(self, pipeline: Any) -> int:
         first, second = pipeline.text_encoder.config, pipeline.text_encoder_2.config

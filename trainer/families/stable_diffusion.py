@@ -1,23 +1,28 @@
 """What Stable Diffusion 1.x, 2.x and XL share: a UNet with cross-attention, and noise levels of DDPM."""
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from ..config import Base
+from ..config.control import Control
 from ..config.layer_sizes import UNET_TARGETS
 from ..errors import BadInput
 from ..objective.process import Diffusion
 from . import Conditioning
+from .control import load_control, misfit, residuals
 from .hollow import Hollow, cut_of
-from .latent import LatentFamily
+from .latent import LatentFamily, frozen
 
 HIDDEN = "hidden"
 """In a conditioning: what enters the first layer of a hollowed UNet's decoder."""
 
+CONTROL = "control"
+"""In a conditioning: what a ControlNet sees, (batch, 3, height, width) in [0, 1]."""
 NO_SIGNAL = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 """Zero-terminal SNR for diffusers' schedulers: sampling must begin at the last timestep (Lin et al. 2024)."""
 
@@ -50,6 +55,8 @@ class UNetFamily(LatentFamily):
                 "take a model with v-prediction, or noise_offset for very dark and bright images",
             )
 
+        self._control: Any = None
+        self._control_scale = 1.0
         self._hollow: Hollow | None = None
         if base.hollow is not None:
             wanted = self.usual_cut if base.hollow == "auto" else base.hollow
@@ -66,6 +73,31 @@ class UNetFamily(LatentFamily):
         assert self._hollow is not None
         whole = super().predict
         return {HIDDEN: self._hollow.hidden(lambda: whole(noisy_BCHW, timesteps_B, conditioning))}
+
+    def inject(self, control: Control, hub_cache: Path | None = None) -> None:
+        network = load_control(control, hub_cache)
+        if problem := misfit(network, self.denoiser, self.latent_pixels):
+            raise BadInput(
+                f"base.control: {control.model} is no ControlNet of this base: {problem}",
+                "take one that was made for the family of base.model",
+            )
+        self._control = frozen(network, self.device, self._dtype)
+        self._control_scale = control.scale
+
+    def control_conditioning(self, pixels_B3HW: Tensor) -> Conditioning:
+        return {CONTROL: pixels_B3HW.to(self.device, non_blocking=True).float() / 255}
+
+    def _denoise(self, noisy_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Tensor:
+        told = self._told(noisy_BCHW.dtype, conditioning)
+        seen = conditioning.get(CONTROL)
+        injected = {}
+        if seen is not None:
+            injected = residuals(self._control, self._control_scale, noisy_BCHW, timesteps_B, seen, told)
+        return cast(Tensor, self.denoiser(noisy_BCHW, timesteps_B, **told, **injected).sample)
+
+    def _told(self, dtype: torch.dtype, conditioning: Conditioning) -> dict[str, Any]:
+        """Return what the UNet is told besides image and noise level, by its own names."""
+        return {"encoder_hidden_states": conditioning["states"].to(dtype)}
 
     def sampling_schedule(self) -> Any:
         return DPMSolverMultistepScheduler.from_config(self._schedule_config)
