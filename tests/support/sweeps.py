@@ -97,6 +97,20 @@ def fake_commit(claimed: Claimed, step: int) -> Committed:
     )
 
 
+def under_way(
+    store: ObjectStore, sweep: Sweep, seconds: int, **cluster: Any
+) -> tuple[FakeCluster, Controller]:
+    """A controller that has worked on a sweep for so many seconds.
+
+    Args:
+        cluster: Of ``FakeCluster``.
+    """
+    made = FakeCluster(store, sweep, **cluster)
+    controller = Controller(sweep, store, made, made.clock)
+    ticks(controller, made, seconds)
+    return made, controller
+
+
 def wait_for(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():

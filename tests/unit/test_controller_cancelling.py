@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 from support.fake_cluster import FakeCluster, small_sweep
-from support.sweeps import R0, R1, Outage, finish, state, ticks, told
+from support.sweeps import R0, R1, Outage, finish, state, ticks, told, under_way
 
 from orchestrator.commands.cancelling import ask_to_cancel
 from orchestrator.control.controller import Controller
@@ -16,9 +16,7 @@ from storage.records import Outcome
 
 def test_cancelling_lets_trainers_save_themselves_and_ends_every_run() -> None:
     store, sweep = MemoryStore(), small_sweep(runs=3, max_steps=20)
-    cluster = FakeCluster(store, sweep, nodes=2, commit_every=10)
-    controller = Controller(sweep, store, cluster, cluster.clock)
-    ticks(controller, cluster, 4)
+    cluster, controller = under_way(store, sweep, 4, nodes=2, commit_every=10)
 
     controller.cancel([run.run_id for run in sweep.runs])
     finish(controller, cluster)
@@ -31,9 +29,7 @@ def test_cancelling_lets_trainers_save_themselves_and_ends_every_run() -> None:
 
 def test_cancelling_a_run_whose_node_is_lost_ends_it_and_brings_it_back_never() -> None:
     store, sweep = MemoryStore(), small_sweep(runs=1, max_steps=20)
-    cluster = FakeCluster(store, sweep)
-    controller = Controller(sweep, store, cluster, cluster.clock)
-    ticks(controller, cluster, 4)
+    cluster, controller = under_way(store, sweep, 4)
 
     cluster.silence("n1/0")
     controller.cancel([R0])
@@ -65,8 +61,7 @@ def test_one_run_that_cannot_be_asked_to_stop_keeps_no_other_from_it(through_con
 
 def test_cancelling_what_is_over_changes_nothing() -> None:
     store, sweep = MemoryStore(), small_sweep(runs=1)
-    cluster = FakeCluster(store, sweep)
-    controller = Controller(sweep, store, cluster, cluster.clock)
+    cluster, controller = under_way(store, sweep, 0)
     finish(controller, cluster)
     before = told(store, R0)
 
@@ -77,9 +72,7 @@ def test_cancelling_what_is_over_changes_nothing() -> None:
 
 def test_a_cancel_that_somebody_else_wrote_into_the_log_is_obeyed() -> None:
     store, sweep = MemoryStore(), small_sweep(runs=2, max_steps=400)
-    cluster = FakeCluster(store, sweep, nodes=1)
-    controller = Controller(sweep, store, cluster, cluster.clock)
-    ticks(controller, cluster, 4)
+    cluster, controller = under_way(store, sweep, 4, nodes=1)
 
     other = Controller(sweep, store, FakeCluster(store, sweep, nodes=0), cluster.clock)
     other.cancel([R0, R1])

@@ -6,7 +6,18 @@ from typing import Any
 
 import pytest
 from support.fake_cluster import FakeCluster, small_sweep
-from support.sweeps import R0, R1, Outage, assert_well_ended, fake_commit, finish, state, ticks, told
+from support.sweeps import (
+    R0,
+    R1,
+    Outage,
+    assert_well_ended,
+    fake_commit,
+    finish,
+    state,
+    ticks,
+    told,
+    under_way,
+)
 
 from orchestrator.control.cluster import Slot
 from orchestrator.control.controller import Controller
@@ -20,9 +31,7 @@ from storage.records import Claimed, Ended, EndReason, Outcome, Retired
 
 def test_agents_may_hand_their_records_to_the_controller_and_repeat_them() -> None:
     store, sweep = MemoryStore(), small_sweep(runs=1, max_steps=20)
-    cluster = FakeCluster(store, sweep, commit_every=100)
-    controller = Controller(sweep, store, cluster, cluster.clock)
-    ticks(controller, cluster, 3)
+    _, controller = under_way(store, sweep, 3, commit_every=100)
     running = state(store, R0).running
     assert running is not None
     commit = fake_commit(running.claimed, 3)
@@ -35,9 +44,7 @@ def test_agents_may_hand_their_records_to_the_controller_and_repeat_them() -> No
 
 def test_a_ghosts_record_is_refused_by_the_controller() -> None:
     store, sweep = MemoryStore(), small_sweep(runs=1, max_steps=20)
-    cluster = FakeCluster(store, sweep)
-    controller = Controller(sweep, store, cluster, cluster.clock)
-    ticks(controller, cluster, 3)
+    cluster, controller = under_way(store, sweep, 3)
     ghost = state(store, R0).attempts[0].claimed
     cluster.lose_node("n1")
     ticks(controller, cluster, 2)
@@ -107,9 +114,7 @@ def test_a_damaged_log_ends_its_run_and_no_other_and_nothing_is_appended_to_it()
 
 def test_an_attempt_whose_log_is_damaged_is_stopped_and_its_slot_serves_another_run() -> None:
     store, sweep = MemoryStore(), small_sweep(runs=2, max_steps=50)
-    cluster = FakeCluster(store, sweep, nodes=1, commit_every=100)
-    controller = Controller(sweep, store, cluster, cluster.clock)
-    ticks(controller, cluster, 3)
+    cluster, controller = under_way(store, sweep, 3, nodes=1, commit_every=100)
     assert cluster.training(R0) == "n1/0"
     store.put(layout.log_entry(layout.run_log_prefix(R0), 2), b"{")
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 from support.fake_cluster import FILE, FakeCluster, small_sweep, weights_at
-from support.sweeps import R0, assert_well_ended, finish, records, state, stored_data, ticks
+from support.sweeps import R0, assert_well_ended, finish, records, state, stored_data, ticks, under_way
 
 from orchestrator.control.cluster import Listening
 from orchestrator.control.controller import Controller
@@ -16,9 +16,7 @@ from storage.records import EndReason, Outcome, Quarantined
 
 def test_a_lost_node_costs_its_run_the_steps_since_the_last_commit_and_another_node_goes_on() -> None:
     store, sweep = MemoryStore(), small_sweep(runs=1, max_steps=9)
-    cluster = FakeCluster(store, sweep, nodes=2, commit_every=4)
-    controller = Controller(sweep, store, cluster, cluster.clock)
-    ticks(controller, cluster, 7)
+    cluster, controller = under_way(store, sweep, 7, nodes=2, commit_every=4)
     assert cluster.busy() == ["n1/0"]
 
     cluster.lose_node("n1")
@@ -40,9 +38,7 @@ def test_a_lost_node_costs_its_run_the_steps_since_the_last_commit_and_another_n
 
 def test_a_lost_agent_is_told_from_a_lost_node() -> None:
     store, sweep = MemoryStore(), small_sweep(runs=1)
-    cluster = FakeCluster(store, sweep)
-    controller = Controller(sweep, store, cluster, cluster.clock)
-    ticks(controller, cluster, 3)
+    cluster, controller = under_way(store, sweep, 3)
 
     cluster.lose_agent("n1/0")
     finish(controller, cluster)
@@ -54,9 +50,7 @@ def test_a_lost_agent_is_told_from_a_lost_node() -> None:
 
 def test_silence_is_no_death_before_it_lasts_too_long() -> None:
     store, sweep = MemoryStore(), small_sweep(runs=1, max_steps=20)
-    cluster = FakeCluster(store, sweep)
-    controller = Controller(sweep, store, cluster, cluster.clock)
-    ticks(controller, cluster, 3)
+    cluster, controller = under_way(store, sweep, 3)
 
     cluster.silence("n1/0")
     ticks(controller, cluster, 10)
@@ -69,9 +63,7 @@ def test_silence_is_no_death_before_it_lasts_too_long() -> None:
 
 def test_after_too_long_a_silence_another_attempt_takes_over_and_the_ghost_is_fenced() -> None:
     store, sweep = MemoryStore(), small_sweep(runs=1, max_steps=30)
-    cluster = FakeCluster(store, sweep)
-    controller = Controller(sweep, store, cluster, cluster.clock)
-    ticks(controller, cluster, 3)
+    cluster, controller = under_way(store, sweep, 3)
 
     cluster.freeze("n1/0")
     ticks(controller, cluster, 17)
@@ -94,9 +86,7 @@ def test_after_too_long_a_silence_another_attempt_takes_over_and_the_ghost_is_fe
 def test_a_ghost_that_is_heard_of_again_is_asked_to_stop_at_once() -> None:
     """Its next commit would be refused, but that may be an hour away, and the slot is needed."""
     store, sweep = MemoryStore(), small_sweep(runs=1, max_steps=60)
-    cluster = FakeCluster(store, sweep, commit_every=50)
-    controller = Controller(sweep, store, cluster, cluster.clock)
-    ticks(controller, cluster, 3)
+    cluster, controller = under_way(store, sweep, 3, commit_every=50)
     cluster.silence("n1/0")
     ticks(controller, cluster, 14)
     assert cluster.busy() == ["n1/0", "n2/0"]
@@ -161,9 +151,7 @@ def test_the_storms_above_are_storms() -> None:
 
 def test_a_flipped_byte_in_the_newest_checkpoint_costs_one_checkpoint() -> None:
     store, sweep = MemoryStore(), small_sweep(runs=1, max_steps=12)
-    cluster = FakeCluster(store, sweep)
-    controller = Controller(sweep, store, cluster, cluster.clock)
-    ticks(controller, cluster, 6)
+    cluster, controller = under_way(store, sweep, 6)
     newest = state(store, R0).newest
     assert newest is not None
     key = layout.committed_file(R0, newest, FILE)

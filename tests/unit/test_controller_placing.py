@@ -1,7 +1,7 @@
 """The controller on a cluster in virtual time: what it starts where, and how it says so."""
 
 from support.fake_cluster import FILE, FakeCluster, run_to_end, small_sweep
-from support.sweeps import R0, R1, Counting, assert_well_ended, finish, state, stored_data, ticks
+from support.sweeps import R0, R1, Counting, assert_well_ended, finish, state, stored_data, ticks, under_way
 
 from orchestrator.control.cluster import Health, Order
 from orchestrator.control.controller import Controller
@@ -43,8 +43,7 @@ def test_a_busy_or_unheard_slot_is_not_free() -> None:
 
 def test_a_lost_order_is_repeated_and_starts_one_attempt() -> None:
     store, sweep = MemoryStore(), small_sweep(runs=1)
-    cluster = FakeCluster(store, sweep)
-    controller = Controller(sweep, store, cluster, cluster.clock)
+    cluster, controller = under_way(store, sweep, 0)
 
     cluster.lose_orders = 3
     finish(controller, cluster)
@@ -100,8 +99,7 @@ def test_nobody_is_told_the_same_again_before_it_had_time_to_do_it() -> None:
 def test_a_trainer_that_stalls_is_tried_again_elsewhere_after_a_wait_and_fails_in_the_end() -> None:
     store = MemoryStore()
     sweep = small_sweep(runs=1, recovery=Recovery(max_failures=3, backoff_s=4.0, max_backoff_s=60.0))
-    cluster = FakeCluster(store, sweep, nodes=2, commit_every=5)
-    controller = Controller(sweep, store, cluster, cluster.clock)
+    cluster, controller = under_way(store, sweep, 0, nodes=2, commit_every=5)
 
     for number, _ in enumerate(run_to_end(controller, cluster)):
         for slot in cluster.busy():
@@ -119,9 +117,7 @@ def test_a_trainer_that_stalls_is_tried_again_elsewhere_after_a_wait_and_fails_i
 
 def test_one_run_that_fails_does_not_keep_the_others_from_succeeding() -> None:
     store, sweep = MemoryStore(), small_sweep(runs=2)
-    cluster = FakeCluster(store, sweep, nodes=1)
-    controller = Controller(sweep, store, cluster, cluster.clock)
-    ticks(controller, cluster, 2)
+    cluster, controller = under_way(store, sweep, 2, nodes=1)
 
     cluster.exit("n1/0", 78, error="BadInput: no images")
     finish(controller, cluster)

@@ -17,6 +17,7 @@ from support.sweeps import (
     state,
     stored_data,
     ticks,
+    under_way,
     wait_for,
 )
 
@@ -207,8 +208,7 @@ def test_without_any_snapshot_a_sweep_begins_later_and_ends_as_well(
 
 def test_a_long_log_gets_a_snapshot_of_its_own_that_its_next_attempt_starts_from() -> None:
     store, sweep = Counting(), small_sweep(runs=1, max_steps=3 * LONG, checkpoint=Checkpoint(keep_last=2))
-    cluster = FakeCluster(store, sweep, commit_every=1)
-    controller = Controller(sweep, store, cluster, cluster.clock)
+    cluster, controller = under_way(store, sweep, 0, commit_every=1)
     ticks(controller, cluster, LONG)
     wait_for(lambda: read_run(store, R0) is not None)
     snapshot = read_run(store, R0)
@@ -223,9 +223,7 @@ def test_a_long_log_gets_a_snapshot_of_its_own_that_its_next_attempt_starts_from
 
 def test_what_a_ghost_leaves_after_the_end_is_deleted_by_the_next_controller_and_looked_for_once() -> None:
     store, sweep = Counting(), small_sweep(runs=1, max_steps=20)
-    cluster = FakeCluster(store, sweep)
-    controller = Controller(sweep, store, cluster, cluster.clock)
-    ticks(controller, cluster, 3)
+    cluster, controller = under_way(store, sweep, 3)
     ghost = state(store, R0).attempts[0].claimed
     cluster.lose_node("n1")
     finish(controller, cluster)

@@ -5,7 +5,17 @@ from collections.abc import Iterable
 
 import pytest
 from support.fake_cluster import FILE, FakeCluster, small_sweep
-from support.sweeps import R0, R1, assert_well_ended, fake_commit, finish, state, stored_data, ticks
+from support.sweeps import (
+    R0,
+    R1,
+    assert_well_ended,
+    fake_commit,
+    finish,
+    state,
+    stored_data,
+    ticks,
+    under_way,
+)
 
 from orchestrator.control.controller import Controller
 from orchestrator.grid.schema import Checkpoint, Metric
@@ -18,9 +28,7 @@ from storage.records import CheckpointRef, Pinned, Started
 
 def test_what_a_fenced_attempt_uploaded_is_swept_when_its_run_ends() -> None:
     store, sweep = MemoryStore(), small_sweep(runs=1)
-    cluster = FakeCluster(store, sweep)
-    controller = Controller(sweep, store, cluster, cluster.clock)
-    ticks(controller, cluster, 3)
+    cluster, controller = under_way(store, sweep, 3)
     incarnation = cluster.begun[0].incarnation
     orphan = layout.checkpoint_file(R0, 1, incarnation, 5, FILE)
     store.put(orphan, b"uploaded, never committed")
@@ -49,9 +57,7 @@ def test_the_policy_keeps_the_best_and_every_so_many() -> None:
 def test_what_the_live_attempt_may_still_be_reading_is_not_retired() -> None:
     store = MemoryStore()
     sweep = small_sweep(runs=1, max_steps=20, checkpoint=Checkpoint(keep_last=1, grace_s=1e9))
-    cluster = FakeCluster(store, sweep)
-    controller = Controller(sweep, store, cluster, cluster.clock)
-    ticks(controller, cluster, 6)
+    cluster, controller = under_way(store, sweep, 6)
     cluster.lose_node("n1")
     cluster.lose_orders = 99
     controller.tick()
@@ -77,9 +83,7 @@ def test_what_a_person_has_pinned_is_not_retired() -> None:
         MemoryStore(),
         small_sweep(runs=1, max_steps=9, checkpoint=Checkpoint(keep_last=1, grace_s=0.0)),
     )
-    cluster = FakeCluster(store, sweep, commit_every=2)
-    controller = Controller(sweep, store, cluster, cluster.clock)
-    ticks(controller, cluster, 4)
+    cluster, controller = under_way(store, sweep, 4, commit_every=2)
     run_log(store, R0).append(Pinned(checkpoint=CheckpointRef(step=2, attempt=1), at=0.0))
 
     finish(controller, cluster)
@@ -102,8 +106,7 @@ def test_a_store_that_refuses_to_delete_is_told_once_a_run_and_stops_nothing(
         KeepsEverything(),
         small_sweep(runs=2, max_steps=20, checkpoint=Checkpoint(keep_last=1, grace_s=0.0)),
     )
-    cluster = FakeCluster(store, sweep, nodes=1)
-    controller = Controller(sweep, store, cluster, cluster.clock)
+    cluster, controller = under_way(store, sweep, 0, nodes=1)
 
     with caplog.at_level(logging.WARNING, logger="orchestrator.control.controller"):
         ticks(controller, cluster, 8)

@@ -6,7 +6,18 @@ from collections.abc import Iterator
 
 import pytest
 from support.fake_cluster import FakeCluster, run_to_end, small_sweep
-from support.sweeps import R0, R1, Counting, Outage, assert_well_ended, finish, state, ticks, wait_for
+from support.sweeps import (
+    R0,
+    R1,
+    Counting,
+    Outage,
+    assert_well_ended,
+    finish,
+    state,
+    ticks,
+    under_way,
+    wait_for,
+)
 
 from orchestrator.control.controller import REFRESH_S, Controller
 from orchestrator.grid.schema import Checkpoint
@@ -79,9 +90,7 @@ def test_a_bug_that_one_run_meets_leaves_the_others_alone_and_is_told_once(
 ) -> None:
     store, sweep = Buggy(), small_sweep(runs=3)
     store.broken = layout.run_prefix(R0)
-    cluster = FakeCluster(store, sweep)
-    controller = Controller(sweep, store, cluster, cluster.clock)
-    ticks(controller, cluster, 40)
+    cluster, controller = under_way(store, sweep, 40)
     assert [s.outcome for s in controller.states.values()] == [None, *[Outcome.SUCCEEDED] * 2]
     (line,) = [line for line in caplog.records if "a bug" in line.getMessage()]
     assert line.exc_info, "where it happened is told too"
@@ -110,9 +119,7 @@ class Slow(MemoryStore):
 
 def test_a_run_whose_part_of_the_store_hangs_holds_up_no_other() -> None:
     store, sweep = Slow(R0), small_sweep(runs=2, max_steps=30)
-    cluster = FakeCluster(store, sweep, nodes=2)
-    controller = Controller(sweep, store, cluster, cluster.clock)
-    ticks(controller, cluster, 3)
+    cluster, controller = under_way(store, sweep, 3, nodes=2)
 
     store.answers.clear()
     for _ in range(200):
@@ -130,9 +137,7 @@ def test_a_run_whose_part_of_the_store_hangs_holds_up_no_other() -> None:
 
 def test_a_steady_tick_asks_the_store_for_nothing() -> None:
     store, sweep = Counting(), small_sweep(runs=6, max_steps=200)
-    cluster = FakeCluster(store, sweep, nodes=3, commit_every=100)
-    controller = Controller(sweep, store, cluster, cluster.clock)
-    ticks(controller, cluster, 8)
+    cluster, controller = under_way(store, sweep, 8, nodes=3, commit_every=100)
     cluster.now += REFRESH_S
     controller.tick()
     store.take()
@@ -149,9 +154,7 @@ def test_a_steady_tick_asks_the_store_for_nothing() -> None:
 
 def test_checkpoints_that_wait_for_their_grace_cost_no_request() -> None:
     store, sweep = Counting(), small_sweep(runs=1, max_steps=200, checkpoint=Checkpoint(grace_s=300.0))
-    cluster = FakeCluster(store, sweep)
-    controller = Controller(sweep, store, cluster, cluster.clock)
-    ticks(controller, cluster, 30)
+    cluster, controller = under_way(store, sweep, 30)
     assert controller.states[R0].retired
     cluster.now += REFRESH_S
     controller.tick()
@@ -163,8 +166,7 @@ def test_checkpoints_that_wait_for_their_grace_cost_no_request() -> None:
 def test_very_many_runs_are_looked_at_less_often() -> None:
     runs = 150
     store, sweep = Counting(), small_sweep(runs=runs)
-    cluster = FakeCluster(store, sweep, nodes=0)
-    controller = Controller(sweep, store, cluster, cluster.clock)
+    cluster, controller = under_way(store, sweep, 0, nodes=0)
     controller.tick()
     store.take()
 
