@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import Base
-from trainer.config.families import DENOISERS, FAMILIES, FLOW_MATCHING, SKIPPING_LAYERS
+from trainer.config.families import CONVOLUTIONAL, DENOISERS, FAMILIES, FLOW_MATCHING, SKIPPING_LAYERS
 
 from ..errors import Problem, shown
 
@@ -24,10 +24,18 @@ def base_model_problems(bases: Iterable[Base]) -> Iterator[Problem]:
     """Yield what is wrong with the base models, or worth a warning."""
     read = (
         *("model", "revision", "prediction_type", "zero_terminal_snr", "clip_skip"),
-        *("min_timestep", "max_timestep"),
+        *("min_timestep", "max_timestep", "hollow", "control"),
     )
     for base in {tuple(getattr(base, key) for key in read): base for base in bases}.values():
         yield from _model(base)
+        yield from _control(base)
+
+
+def _control(base: Base) -> Iterator[Problem]:
+    if base.control and Path(base.control.model).is_absolute() and not Path(base.control.model).is_dir():
+        hint = "a diffusers folder of a ControlNet; relative paths start at the folder of the sweep file"
+        message = f"ControlNet {base.control.model} is no folder"
+        yield Problem("E2301", message, "base.control.model", hint)
 
 
 def _model(base: Base) -> Iterator[Problem]:
@@ -88,6 +96,10 @@ def _asked(base: Base, kind: str, stated: str | None) -> Iterator[Problem]:
         message = f"a {kind} was trained on one fixed layer of each of its text encoders"
         hint = "leave clip_skip out; it is for Stable Diffusion 1.x and 2.x"
         yield Problem("E2305", message, _CLIP_SKIP, hint)
+    for key in ("hollow", "control") if kind not in CONVOLUTIONAL else ():
+        if getattr(base, key) is not None:
+            message = f"a {kind} has no UNet, which base.{key} needs"
+            yield Problem("E2305", message, f"base.{key}", f"leave {key} out")
     if kind in FLOW_MATCHING:
         message = f"a {kind} is trained by flow matching: one kind of prediction, and pure noise at the end"
         for key, given in ((_PREDICTION, base.prediction_type), (_ZERO_SNR, base.zero_terminal_snr)):

@@ -253,6 +253,8 @@ def test_39_a_bad_base_model_is_named(
         ("StableDiffusionPipeline", None, "clip_skip: 2", None),
         ("StableDiffusionXLPipeline", "epsilon", "clip_skip: 2", "one fixed layer of each"),
         ("StableDiffusion3Pipeline", None, "zero_terminal_snr: true", "leave zero_terminal_snr out"),
+        ("StableDiffusion3Pipeline", None, "hollow: auto", "leave hollow out"),
+        ("StableDiffusionPipeline", "epsilon", "hollow: up_blocks.1", None),
     ],
 )
 def test_what_a_base_model_does_not_do_is_refused(
