@@ -71,7 +71,10 @@ ROWS: dict[str, tuple[str, Change]] = {
     "LoRA, int8 base": ("adapter", {"base": {"quantize": "int8"}}),
     "LoRA, nf4 base": ("adapter", {"base": {"quantize": "nf4"}}),
     "LoRA, fp8 base": ("adapter", {"base": {"quantize": "fp8"}}),
-    "LoRA, hollowed UNet": ("adapter", {"base": {"hollow": 1}}),
+    "LoRA of all layers that stay, hollowed UNet": (
+        "adapter",
+        {"base": {"hollow": 1, "targets": "linear", "conv_rank": 8}},
+    ),
     "hypernetwork": ("method", {"base": {"train": "hypernetwork", "hypernetwork_activation": "swish"}}),
     "full": ("method", {"base": {"train": "full", "learning_rate": 1e-4}}),
     "full, class images": ("method", {"base": {"train": "full", "learning_rate": 1e-4}, "prior": PRIOR}),
