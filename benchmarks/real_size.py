@@ -7,7 +7,8 @@ SD 1.5 and SDXL have their real sizes and random weights, see ``random_base.py``
 
 Ours beside diffusers' recipe: what its LoRA training scripts do (``examples/text_to_image`` there),
 with the same adapter, batch and precision. Ours has latents and text states cached and the encoders freed,
-as every run has; the recipe encodes images and captions in each step with encoders that stay on the device.
+as every run has; the recipe encodes images and captions in each step with encoders that stay on the device,
+and hollows nothing.
 Every case runs in a process of its own, the contenders in turn; a step's time is the median of the last ones.
 Memory is what torch had allocated at its highest (``torch.cuda.max_memory_allocated``), loading included.
 """
@@ -36,6 +37,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "DoRA": {"use_dora": True},
     "LoHa": {**LINEAR, "adapter": "loha"},
     "LoKr": {**LINEAR, "adapter": "lokr"},
+    **{f"LoRA, hollowed at {cut}": {"hollow": cut} for cut in range(4)},
 }
 BATCHES = (1, 4)
 

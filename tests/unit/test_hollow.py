@@ -4,7 +4,7 @@ import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -86,6 +86,27 @@ def test_it_equals_the_whole_unet_and_leads_the_same_gradients(
 
 def parameters_of(family: Family) -> int:
     return sum(parameter.numel() for parameter in family.denoiser.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("name", CUTS)
+def test_on_a_gpu_it_equals_the_whole_unet_and_holds_less(
+    bases: dict[str, Path], name: str, precision: Literal["no", "bf16"]
+) -> None:
+    family = load_family(Base(model=str(bases[name]), hollow=2, mixed_precision=precision))
+    noisy, timesteps, told = given_to(family)
+    noisy, timesteps = noisy.to(family.device), timesteps.to(family.device)
+    told = {key: part.to(family.device) for key, part in told.items()}
+    hidden = family.hidden(noisy, timesteps, told)
+    with torch.no_grad():
+        whole = family.predict(noisy, timesteps, told)
+        held = torch.cuda.memory_allocated()
+        rest = family.predict(noisy, timesteps, told | hidden)
+
+    assert torch.cuda.memory_allocated() < held
+    assert torch.equal(rest, whole)
 
 
 @pytest.mark.parametrize(("name", "cut", "form"), [("sd1", "auto", "kohya"), ("sdxl", 1, "diffusers")])
