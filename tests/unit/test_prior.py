@@ -13,8 +13,9 @@ from support.training import Lay, StopAtStep, contents, newest
 from torch import Tensor
 
 from trainer.attempt import prepare, run_attempt
+from trainer.batch import Batch
 from trainer.config import Base, Dataset, Prior, RunSpec
-from trainer.data import Batch, EncodedImage, TrainingSet, View
+from trainer.data import EncodedImage, TrainingSet, View
 from trainer.errors import BadInput
 from trainer.families import Family, Posterior, load_family
 from trainer.objective.process import Diffusion
@@ -208,6 +209,24 @@ def test_online_the_base_is_asked_about_the_same_noisy_image(world: Path, lay: L
     assert float(change.square().mean()) > 1e-6
     loss = float(stepper._loss(samples[-1]).detach())
     assert loss == pytest.approx(0.25 * float(change.square().mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("prior", [{}, {"online": True}], ids=["class-images", "online"])
+def test_a_step_beside_a_prior_is_the_same_in_passes_of_any_size(
+    world: Path, lay: Lay, prior: dict[str, Any]
+) -> None:
+    spec = spec_of(world, prior, lora_dropout=0.0)
+    gradients = []
+    for micro_batch in (1, 2, 4):
+        parts = prepare(lay(str(micro_batch), spec, micro_batch=micro_batch), Stop())
+        for parameter in parts.methods.parameters.values():
+            if not parameter.any():
+                parameter.data.fill_(0.01)  # both matrices of each layer have a gradient, the prior a loss
+        Stepper(parts, None)._accumulate(1)
+        own = (parameter.grad for parameter in parts.methods.parameters.values())
+        gradients.append(torch.cat([grad.flatten() for grad in own if grad is not None]))
+    for other in gradients[1:]:
+        assert float((other - gradients[0]).norm() / gradients[0].norm()) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,8 @@ TARGETS: tuple[Target, ...] = ("diffusers", "kohya", "comfyui", "a1111", "hf", "
 
 WEIGHT = 0.8
 """With which an adapter is proposed to be used in web interfaces."""
+_SAMPLER = {"sd3": "Euler"}
+"""What A1111 calls what samples are drawn with, where it is not DPM-Solver multistep."""
 _A1111_VERSION = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL", "sd3": "SD3"}
 _MANAGER_BASE = {"sd1": "SD 1.5", "sd2": "SD 2.1", "sdxl": "SDXL 1.0", "sd3": "SD 3"}
 
@@ -159,7 +161,7 @@ def _write_image(sample: Sample, target: Path, trained: Trained, name: str) -> P
     if samples:
         settings = {
             "Steps": samples.steps,
-            "Sampler": "DPM++ 2M",
+            "Sampler": _SAMPLER.get(trained.family, "DPM++ 2M"),
             "CFG scale": samples.cfg,
             "Seed": sample.seed,
             "Size": f"{side}x{side}",
