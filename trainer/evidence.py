@@ -50,16 +50,19 @@ def less_memory(base: Base, micro_batch: int | None) -> str:
     Args:
         micro_batch: The most images of one forward pass on this node; None: ``train_batch_size``.
     """
-    is_8bit, states = base.optimizer == "adamw8bit", base.optimizer in ("adamw", "prodigy")
+    states = base.optimizer in ("adamw", "prodigy")
+    is_full, has_adapter = "full" in base.train, "adapter" in base.train
     steps = (
+        (is_full and states, "base.optimizer adamw8bit"),  # its state is larger than all else
         (not base.gradient_checkpointing, "base.gradient_checkpointing true"),
         ((micro_batch or base.train_batch_size) > 1, "resources.micro_batch 1"),
         (base.mixed_precision == "no", "base.mixed_precision bf16"),
         (base.train_text_encoder, "base.train_text_encoder false"),
         (base.resolution > LOW_RESOLUTION, f"base.resolution below {base.resolution}"),
-        (states and not is_8bit, "base.optimizer adamw8bit"),
+        (states and not is_full, "base.optimizer adamw8bit"),
         (base.ema_decay is not None, "no base.ema_decay"),
-        (base.rank > LOW_RANK, f"base.rank below {base.rank}"),
+        (has_adapter and base.rank > LOW_RANK, f"base.rank below {base.rank}"),
+        (is_full, "an adapter instead of base.train full"),
     )
     return LESS_MEMORY + ", ".join([*(said for helps, said in steps if helps), "or a larger GPU"])
 

@@ -200,7 +200,7 @@ class Loop:
         """
         norm = float(torch.nn.utils.get_total_norm([parameter.data for parameter in self._parameters]))
         if not math.isfinite(norm):
-            raise Diverged(f"step {self.progress.step}: the adapter's norm is {norm}", LOWER_RATE)
+            raise Diverged(f"step {self.progress.step}: the norm of what is trained is {norm}", LOWER_RATE)
 
     def _finish(self) -> None:
         """Validate, sample and score the finished adapter; then write the final checkpoint."""

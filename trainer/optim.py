@@ -74,7 +74,9 @@ def _maker(base: Base) -> Callable[..., torch.optim.Optimizer]:
     try:
         match base.optimizer:
             case "adamw":
-                return partial(torch.optim.AdamW, betas=betas, eps=eps)
+                # One tensor at a time: all at once take another copy of the weights, which may be gigabytes.
+                at_once = False if "full" in base.train else None
+                return partial(torch.optim.AdamW, betas=betas, eps=eps, foreach=at_once)
             case "adamw8bit":
                 from bitsandbytes.optim import AdamW8bit
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from storage.records import EndReason
 
-from .data import Batch, noised
+from .batch import Batch, noised
 from .errors import Diverged
 from .evidence import ADVICE
 from .optim import learning_rate, set_learning_rate
@@ -130,7 +130,7 @@ class Stepper:
         return (weights * losses_B).sum()
 
     def _update(self, mean_loss: float, step: int, rate: float) -> None:
-        """Clip the gradient and let the optimizer move, unless that would put NaN into the adapter."""
+        """Clip the gradient and let the optimizer move, unless that would put NaN into what is trained."""
         optimizer = self._parts.optimizer
         self._scaler.unscale_(optimizer)
         limit = math.inf if self._base.max_grad_norm is None else self._base.max_grad_norm

@@ -37,12 +37,13 @@ def adapter_problems(specs: Iterable[RunSpec]) -> Iterator[Problem]:
             yield Problem("E2331", f"adapter {path} does not exist", key, hint)
     for spec in specs:
         yield from _of_another_base(spec)
-    read = ("model", "adapter", "rank", "conv_rank", "targets")
+    read = ("train", "model", "adapter", "rank", "conv_rank", "targets")
     for base in {tuple(getattr(spec.base, key) for key in read): spec.base for spec in specs}.values():
-        yield from _ranks(base)
+        yield from _fitting(base)
 
 
-def _ranks(base: Base) -> Iterator[Problem]:
+def _fitting(base: Base) -> Iterator[Problem]:
+    """Yield why a model cannot be trained so, by the sizes and the kind of its layers."""
     folder = Path(base.model)
     if not folder.is_absolute() or not folder.is_dir():
         return
@@ -51,6 +52,11 @@ def _ranks(base: Base) -> Iterator[Problem]:
         shapes = _layers(folder / DENOISERS.get(kind, "unet"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # said of the model itself
+    if "hypernetwork" in base.train and kind not in CONVOLUTIONAL:
+        message = f"a {kind} has no UNet, whose attention a hypernetwork changes"
+        yield Problem("E2333", message, "base.train", "train an adapter")
+    if "adapter" not in base.train:
+        return
     if kind not in CONVOLUTIONAL and base.conv_rank:
         message = f"a {kind} has no convolutions to adapt"
         yield Problem("E2333", message, "base.conv_rank", "leave conv_rank out")

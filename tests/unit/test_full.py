@@ -33,7 +33,7 @@ TEXTS: dict[str, Any] = {"train_text_encoder": True, "text_encoder_learning_rate
 
 
 def spec_of(world: Path, model: Path | None = None, **keys: Any) -> RunSpec:
-    base = {"train": "full", "max_train_steps": 3, "gradient_accumulation_steps": 1, **keys}
+    base = {"train": "full", "max_train_steps": 2, "gradient_accumulation_steps": 1, **keys}
     blocks = {"prior": base.pop("prior")} if "prior" in base else {}
     return tiny_spec(model or world / "base", world / "images", base=base, **blocks)
 
@@ -81,7 +81,7 @@ def test_stopped_equals_never_stopped(world: Path, lay: Lay, keys: dict[str, Any
     straight = lay("straight", spec)
     assert run_attempt(straight, Stop()) == EXIT_COMPLETE
     first = lay("first", spec)
-    assert run_attempt(first, StopAtStep(first, 2)) == EXIT_PREEMPTED
+    assert run_attempt(first, StopAtStep(first, 1)) == EXIT_PREEMPTED
     again = lay("again", spec, resume=newest(first))
     assert run_attempt(again, Stop()) == EXIT_COMPLETE
 

@@ -13,16 +13,16 @@ from support.tiny_models import build_base
 from support.tiny_world import tiny_spec
 from support.training import Lay, StopAtStep, contents, newest
 
+from orchestrator.launching.adapters import adapter_problems
 from trainer.attempt import run_attempt
 from trainer.config import Base, RunSpec
 from trainer.errors import BadInput
-from trainer.export.bundle import Target
 from trainer.export.checkpoint import Wanted, export_checkpoint
 from trainer.families import Family, load_family
 from trainer.generate import Wish, generate
 from trainer.methods import Methods, attach
 from trainer.methods.hypernetwork import Hypernetwork
-from trainer.methods.hypernetwork_files import put_onto, read_hypernetwork
+from trainer.methods.hypernetwork_files import a1111_bytes, put_onto, read_hypernetwork
 from trainer.rundir import EXIT_COMPLETE, EXIT_PREEMPTED
 from trainer.sample import trained_on_base
 from trainer.stop import Stop
@@ -67,8 +67,9 @@ def watched(module: torch.nn.Module) -> list[torch.Tensor]:
     return seen
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-@pytest.mark.parametrize("keys", [{}, {**RICH, "mixed_precision": "bf16"}], ids=["plain", "rich-bf16"])
+@pytest.mark.parametrize(
+    ("kind", "keys"), [("sd1", {}), ("sd1", {**RICH, "mixed_precision": "bf16"}), ("sdxl", RICH)]
+)
 def test_a_fresh_one_changes_nothing_and_a_trained_one_does(
     world: Path, xl: Path, kind: str, keys: dict[str, Any]
 ) -> None:
@@ -137,26 +138,21 @@ def test_runs_that_share_a_base_do_not_see_each_other_s(base: Base) -> None:
     assert all(parameter.requires_grad for parameter in one.parameters.values())
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {**RICH, "ema_decay": 0.9},
-        {
-            "train": ["adapter", "hypernetwork"],
-            "mixed_precision": "bf16",
-            "gradient_checkpointing": True,
-            "train_text_encoder": True,
-        },
-    ],
-    ids=["rich-ema", "with-adapter"],
-)
-def test_stopped_equals_never_stopped(world: Path, lay: Lay, keys: dict[str, Any]) -> None:
-    keys = {"train": "hypernetwork", "max_train_steps": 3, **keys}
+def test_stopped_equals_never_stopped(world: Path, lay: Lay) -> None:
+    """Beside an adapter, with dropout in both, activations computed again, and averages."""
+    keys = {
+        "train": ["adapter", "hypernetwork"],
+        "max_train_steps": 2,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": True,
+        "ema_decay": 0.9,
+        **RICH,
+    }
     spec = tiny_spec(world / "base", world / "images", base=keys)
     straight = lay("straight", spec)
     assert run_attempt(straight, Stop()) == EXIT_COMPLETE
     first = lay("first", spec)
-    assert run_attempt(first, StopAtStep(first, 2)) == EXIT_PREEMPTED
+    assert run_attempt(first, StopAtStep(first, 1)) == EXIT_PREEMPTED
     again = lay("again", spec, resume=newest(first))
     assert run_attempt(again, Stop()) == EXIT_COMPLETE
 
@@ -180,9 +176,15 @@ def checkpoint(spec: RunSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return adapted_checkpoint(spec, tmp_path_factory.mktemp("trained"))
 
 
-def exported(checkpoint: Path, spec: RunSpec, folder: Path, to: Target, **how: Any) -> list[Path]:
-    wanted = Wanted(to=to, name=folder.name, **how)
-    return [each.path for each in export_checkpoint(checkpoint, spec, folder, wanted)]
+@pytest.fixture(scope="module")
+def exported(spec: RunSpec, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Our own file and A1111's, both verified."""
+    folder = tmp_path_factory.mktemp("exported") / "cat"
+    theirs, ours = export_checkpoint(checkpoint, spec, folder, Wanted(to="dir", name="cat"))
+    card = (folder / "README.md").read_text()
+    assert "A hypernetwork, layers 1, 2, 1, swish, for base" in card
+    assert "orchestrate generate cat-hypernetwork.safetensors" in card
+    return ours.path, theirs.path
 
 
 def as_a1111_builds_it(width: int, said: dict[Any, Any], part: int) -> torch.nn.Module:
@@ -203,9 +205,9 @@ def as_a1111_builds_it(width: int, said: dict[Any, Any], part: int) -> torch.nn.
 
 
 def test_a1111_builds_from_the_exported_file_what_was_trained(
-    spec: RunSpec, checkpoint: Path, tmp_path: Path
+    spec: RunSpec, checkpoint: Path, exported: tuple[Path, Path]
 ) -> None:
-    (file,) = exported(checkpoint, spec, tmp_path / "cat", "a1111")
+    _, file = exported
     assert file.name == "cat.pt"
     said = torch.load(file, weights_only=True)
     _, methods = trained_on_base(spec.base, checkpoint)
@@ -216,14 +218,14 @@ def test_a1111_builds_from_the_exported_file_what_was_trained(
     for part, letter in enumerate("kv"):
         theirs = context + as_a1111_builds_it(32, said, part)(context)
         torch.testing.assert_close(theirs, networks[f"32_{letter}"](context))
-    (again,) = exported(checkpoint, spec, tmp_path / "again" / "cat", "a1111")
-    assert again.read_bytes() == file.read_bytes()
+    again = a1111_bytes(member, torch.float32, name="cat", step=3, base="base")
+    assert again == file.read_bytes()
 
 
 def test_images_are_the_same_from_each_form_and_from_the_run(
-    spec: RunSpec, checkpoint: Path, tmp_path: Path
+    spec: RunSpec, checkpoint: Path, exported: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    ours, theirs = exported(checkpoint, spec, tmp_path / "cat", "dir")
+    ours, theirs = exported
     wish = Wish(
         prompts=("a [trigger]",), steps=2, scale=1.0, resolution=32, trigger="rufus", model=spec.base.model
     )
@@ -233,21 +235,24 @@ def test_images_are_the_same_from_each_form_and_from_the_run(
     ]
     bare = generate(ours, None, replace(wish, scale=0.0), tmp_path / "bare")[0].read_bytes()
     assert drawn[0] == drawn[1] == drawn[2] != bare
-    assert (tmp_path / "cat" / "README.md").read_text().count("orchestrate generate") == 1
 
 
 def test_beside_an_adapter_each_is_a_file_of_its_own(world: Path, tmp_path: Path) -> None:
     keys = {"train": ["adapter", "hypernetwork"], "rank": 2}
     spec = tiny_spec(world / "base", world / "images", base=keys)
     checkpoint = adapted_checkpoint(spec, tmp_path / "trained", size=0.1)
-    files = exported(checkpoint, spec, tmp_path / "cat", "a1111", dtype="fp16")
-    assert [file.name for file in files] == ["cat.safetensors", "cat.pt"]
+    wanted = Wanted(to="a1111", name="cat", dtype="fp16")
+    files = export_checkpoint(checkpoint, spec, tmp_path / "cat", wanted)
+    assert [file.path.name for file in files] == ["cat.safetensors", "cat.pt"]
+    assert [file.usage for file in files] == ["<lora:cat:0.8>", "<hypernet:cat:0.8>"]
 
 
-def test_a_bad_file_is_refused(spec: RunSpec, checkpoint: Path, xl: Path, tmp_path: Path) -> None:
+def test_a_bad_file_is_refused(
+    spec: RunSpec, checkpoint: Path, exported: tuple[Path, Path], xl: Path, tmp_path: Path
+) -> None:
     with pytest.raises(BadInput, match="diffusers loads no hypernetwork"):
-        exported(checkpoint, spec, tmp_path / "cat", "diffusers")
-    (file,) = exported(checkpoint, spec, tmp_path / "cat", "a1111")
+        export_checkpoint(checkpoint, spec, tmp_path / "cat", Wanted(to="diffusers", name="cat"))
+    _, file = exported
     of_another = load_family(Base(model=str(xl)))
     with pytest.raises(BadInput, match="nothing for 80_k"):
         put_onto(read_hypernetwork(file), of_another, "given", file)
@@ -267,10 +272,13 @@ def test_a_bad_file_is_refused(spec: RunSpec, checkpoint: Path, xl: Path, tmp_pa
         read_hypernetwork(tmp_path / "half.pt")
 
 
-def test_a_transformer_is_refused(tmp_path: Path) -> None:
-    base = Base(model=str(build_base(tmp_path / "sd3", "sd3-without-t5")), train="hypernetwork")
+def test_a_transformer_is_refused(world: Path, tmp_path: Path) -> None:
+    model = build_base(tmp_path / "sd3", "sd3-without-t5")
+    spec = tiny_spec(model, world / "images", base={"train": "hypernetwork"})
+    (problem,) = adapter_problems([spec])
+    assert (problem.code, problem.where) == ("E2333", "base.train")
     with pytest.raises(BadInput, match="a hypernetwork changes what a UNet attends to"):
-        attach(base, load_family(base))
+        attach(spec.base, load_family(spec.base))
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_reaches_the_adapter(wo
     )
     run_dir = lay("run", spec, every_steps=1)
 
-    with pytest.raises(Diverged, match=r"step 1: the adapter's norm is inf"):
+    with pytest.raises(Diverged, match=r"step 1: the norm of what is trained is inf"):
         run_attempt(run_dir, Stop())
     assert list(run_dir.checkpoints.iterdir()) == [], "nobody can go on from there"
 

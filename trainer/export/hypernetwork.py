@@ -36,7 +36,7 @@ _FORMS: dict[str, tuple[str, ...]] = {
     "comfyui": (A1111_SUFFIX,),
     "kohya": (A1111_SUFFIX,),
     "hf": (".safetensors",),
-    "dir": (".safetensors", A1111_SUFFIX),
+    "dir": (A1111_SUFFIX, ".safetensors"),
 }
 
 
