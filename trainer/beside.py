@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from .data import Batch
+from .batch import Batch
 from .families import Conditioning, Family
 
 

@@ -5,17 +5,18 @@ A pure function of the seed and ``n``, the global index of the sample: step ``s`
 interrupted before. Images were encoded beforehand; no pixel is touched here.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from .batch import Batch, Sample, batch_of, shape_of
 from .captions import caption_of
 from .config import Base, Dataset, Prior
 from .epochs import Epochs
-from .families import Family, Posterior
+from .families import Posterior
 from .objective.noise import sample_noise, seen_noise
 from .objective.process import Process
 from .randomness import generator
@@ -61,47 +62,6 @@ class Draw:
     top: float
     """Where the crop lies in the free room above and below, in [0, 1)."""
     left: float
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """What one sample brings to a forward pass, on the CPU."""
-
-    n: int
-    """Its global index; of what is trained on beside sample ``n`` for prior preservation, ``-1 - n``."""
-    x0_CHW: Tensor
-    noise_CHW: Tensor
-    timestep: Tensor
-    caption: str
-    size_6: Tensor
-    """See ``Family.size_conditioning``."""
-    weight: float
-    """Of its loss in the sum over the step, before division by the images of a step."""
-    mask_1HW: Tensor | None = None
-    seen_noise_CHW: Tensor | None = None
-    """The noise in what the model sees, if that is another than it should predict."""
-    control_3HW: Tensor | None = None
-    """See ``Family.control_conditioning``."""
-    from_base: bool = False
-    """The base's own prediction is the target, instead of the process's."""
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What one forward pass sees: samples of one shape."""
-
-    samples: tuple[int, ...]
-    """Their global indices."""
-    x0_BCHW: Tensor
-    noise_BCHW: Tensor
-    timesteps_B: Tensor
-    captions: tuple[str, ...]
-    sizes_B6: Tensor
-    weights_B: Tensor
-    mask_B1HW: Tensor | None
-    seen_noise_BCHW: Tensor | None
-    control_B3HW: Tensor | None
-    from_base: bool
 
 
 def draw(n: int, *, views: int, seed: int) -> Draw:
@@ -155,10 +115,10 @@ class TrainingSet:
         """Return the samples of an optimizer step, in forward passes of at most ``largest`` of one shape."""
         count = self._base.samples_per_step
         samples = self.samples(range(step * count, (step + 1) * count))
-        samples.sort(key=_shape)  # stable: within a shape they stay in order
+        samples.sort(key=shape_of)  # stable: within a shape they stay in order
         return [
             batch_of(alike[first : first + largest])
-            for _, group in groupby(samples, _shape)
+            for _, group in groupby(samples, shape_of)
             for alike in [list(group)]
             for first in range(0, len(alike), largest)
         ]
@@ -252,41 +212,3 @@ def controlled(
         return None
     (height, width), (y, x) = ((side * latent_pixels for side in sides) for sides in (shape, corner))
     return crop(view.control_3HW, (height, width), (y, x))
-
-
-def _shape(sample: Sample) -> tuple[int, ...]:
-    beside = (sample.mask_1HW is not None, sample.control_3HW is not None)
-    return (*sample.x0_CHW.shape, *beside, sample.from_base)
-
-
-def noised(batch: Batch, family: Family) -> Tensor:
-    """Return what the denoiser sees of a batch, on the family's device."""
-    seen = batch.noise_BCHW if batch.seen_noise_BCHW is None else batch.seen_noise_BCHW
-    x0, noise, timesteps = (
-        part.to(family.device, non_blocking=True) for part in (batch.x0_BCHW, seen, batch.timesteps_B)
-    )
-    return family.process.add_noise(x0, noise, timesteps)
-
-
-def batch_of(samples: Sequence[Sample]) -> Batch:
-    """Return samples of one shape as what one forward pass sees."""
-
-    def stacked(part: Callable[[Sample], Tensor]) -> Tensor:
-        return torch.stack([part(sample) for sample in samples])
-
-    masks = [sample.mask_1HW for sample in samples if sample.mask_1HW is not None]
-    seen = [sample.seen_noise_CHW for sample in samples if sample.seen_noise_CHW is not None]
-    controls = [sample.control_3HW for sample in samples if sample.control_3HW is not None]
-    return Batch(
-        samples=tuple(sample.n for sample in samples),
-        x0_BCHW=stacked(lambda sample: sample.x0_CHW),
-        noise_BCHW=stacked(lambda sample: sample.noise_CHW),
-        timesteps_B=stacked(lambda sample: sample.timestep),
-        captions=tuple(sample.caption for sample in samples),
-        sizes_B6=stacked(lambda sample: sample.size_6),
-        weights_B=torch.tensor([sample.weight for sample in samples]),
-        mask_B1HW=torch.stack(masks) if masks else None,
-        seen_noise_BCHW=torch.stack(seen) if seen else None,
-        control_B3HW=torch.stack(controls) if controls else None,
-        from_base=samples[0].from_base,
-    )

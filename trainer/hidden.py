@@ -13,9 +13,10 @@ import diffusers
 import torch
 from torch import Tensor
 
+from .batch import Batch, Sample, batch_of, noised
 from .cache import Cache, cache_key, tensors_digest
 from .config import Base
-from .data import Batch, Sample, TrainingSet, batch_of, noised
+from .data import TrainingSet
 from .errors import TrainerError
 from .families import Conditioning, Family
 from .narration import say

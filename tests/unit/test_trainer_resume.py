@@ -12,8 +12,8 @@ from support.training import Lay, StopAtStep, contents, events, newest
 from torch import Tensor
 
 from trainer.attempt import run_attempt
+from trainer.batch import Batch
 from trainer.config import RunSpec
-from trainer.data import Batch
 from trainer.errors import BadCheckpoint
 from trainer.process import serve
 from trainer.rundir import EXIT_BAD_CHECKPOINT, EXIT_COMPLETE, EXIT_PREEMPTED
