@@ -112,7 +112,7 @@ def test_zero_convolutions_change_nothing(controlled: Path) -> None:
 
 def test_stopped_equals_never_stopped(controlled: Path, lay: Lay) -> None:
     """Beside class images, which have no condition image, and with validation on the way."""
-    base = {"control": {"model": str(controlled / "control")}, "max_train_steps": 3, "train_batch_size": 1}
+    base = {"control": {"model": str(controlled / "control")}, "max_train_steps": 2, "train_batch_size": 1}
     spec = tiny_spec(
         *(controlled / "base", controlled / "images"),
         base=base,
@@ -124,7 +124,7 @@ def test_stopped_equals_never_stopped(controlled: Path, lay: Lay) -> None:
     for run_dir in (straight, plain):
         assert run_attempt(run_dir, Stop()) == EXIT_COMPLETE
     first = lay("first", spec)
-    assert run_attempt(first, StopAtStep(first, 2)) == EXIT_PREEMPTED
+    assert run_attempt(first, StopAtStep(first, 1)) == EXIT_PREEMPTED
     second = lay("second", spec, resume=newest(first))
     assert run_attempt(second, Stop()) == EXIT_COMPLETE
 

@@ -153,16 +153,16 @@ def test_stopped_equals_never_stopped(world: Path, lay: Lay) -> None:
     """With captions that vary and a prior; validated and drawn with the whole UNet on the way."""
     spec = tiny_spec(
         *(world / "base", world / "images"),
-        base={**SHORT, "hollow": 2, "hollow_pool": 3, "gradient_checkpointing": True},
+        base={**SHORT, "hollow": 2, "hollow_pool": 3, "max_train_steps": 2},
         dataset={"tag_dropout": 0.3, "shuffle_caption": True},
         prior={"prompt": "a dog", "online": True},
         validation={"every": 1, "timesteps": 1},
-        samples={"prompts": ["a dog"], "every": 2, "steps": 1},
+        samples={"prompts": ["a dog"], "every": 1, "steps": 1},
     )
     straight = lay("straight", spec)
     assert run_attempt(straight, Stop()) == EXIT_COMPLETE
     first = lay("first", spec)
-    assert run_attempt(first, StopAtStep(first, 2)) == EXIT_PREEMPTED
+    assert run_attempt(first, StopAtStep(first, 1)) == EXIT_PREEMPTED
     second = lay("second", spec, resume=newest(first))
     assert run_attempt(second, Stop()) == EXIT_COMPLETE
 
