@@ -44,15 +44,15 @@ def held(rows_ND: Tensor, rule: Rule, usual: Usual, rate: float) -> Tensor:
     Args:
         rate: The learning rate of the tokens at this step.
     """
-    lengths_N1 = rows_ND.norm(dim=-1, keepdim=True).clamp_min(_LEAST)
+    lengths_N1 = torch.linalg.vector_norm(rows_ND, dim=-1, keepdim=True).clamp_min(_LEAST)
     match rule:
         case "none":
             return rows_ND
         case "decay":
             pull = min(1.0, DECAY * rate)
-            wanted_N1 = lengths_N1 + pull * (usual.mean - lengths_N1)
+            wanted_N1 = torch.lerp(lengths_N1, torch.full_like(lengths_N1, usual.mean), pull)
             return rows_ND * (wanted_N1 / lengths_N1)
         case "retract":
-            return rows_ND * (torch.std(rows_ND).clamp_min(_LEAST) / usual.std) ** -RETRACTION
+            return rows_ND * torch.pow(torch.std(rows_ND).clamp_min(_LEAST) / usual.std, -RETRACTION)
         case "project":
             return rows_ND / lengths_N1 * usual.median
