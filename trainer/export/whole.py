@@ -26,7 +26,7 @@ from .verify import SUMS, ExportFailed, compare_outputs
 
 NO_SINGLE_FILE = (
     "diffusers writes whole models as folders only, and not as one file for A1111",
-    "export it with --to diffusers: ComfyUI's DiffusersLoader and Forge read such a folder, and diffusers' "
+    "export it with --to diffusers: ComfyUI's DiffusersLoader reads such a folder, and diffusers' "
     "scripts/convert_diffusers_to_original_stable_diffusion.py (…_sdxl.py) makes one file of it",
 )
 
