@@ -44,7 +44,7 @@ def held(rows_ND: Tensor, rule: Rule, usual: Usual, rate: float) -> Tensor:
     Args:
         rate: The learning rate of the tokens at this step.
     """
-    lengths_N1 = torch.linalg.vector_norm(rows_ND, dim=-1, keepdim=True).clamp_min(_LEAST)
+    lengths_N1: Tensor = torch.linalg.vector_norm(rows_ND, dim=-1, keepdim=True).clamp_min(_LEAST)
     match rule:
         case "none":
             return rows_ND
