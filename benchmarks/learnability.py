@@ -10,7 +10,7 @@ process of its own with one thread; seconds and memory are of that process, with
 
 For x0 and v prediction the base is first taught to predict that: see ``taught_base.py``.
 
-It holds if every row's mean score lies above its control by ``MARGIN``, and if prior preservation keeps more
+It holds if every row's mean score lies above its control by ``MARGIN``, ``MAY_FAIL`` excepted, and if prior preservation keeps more
 of the old digits than the same run without it.
 """
 
@@ -96,6 +96,9 @@ ROWS: dict[str, tuple[str, Change]] = {
     "DreamBooth, online prior": ("DreamBooth", {"base": FORGETFUL, "prior": ONLINE}),
 }
 WITHOUT_PRIOR = "DreamBooth, no prior"
+MAY_FAIL = (WITHOUT_PRIOR, "textual inversion")
+"""Rows that are there to be compared with: no prior is what forgets, and a word can only name what the base
+draws already, which a nine is not."""
 SAMPLES = {
     "prompts": [f"a handwritten {word}" for word in ("nine", "zero", "three", "four", "seven")],
     "seeds": list(range(1, 13)),
@@ -282,7 +285,7 @@ def _failures(rows: list[dict[str, Any]]) -> list[str]:
     found = [
         f"{row['name']}: score {row['score']}, control {row['control']}"
         for row in rows
-        if row["score"] < row["control"] + MARGIN and row["name"] != WITHOUT_PRIOR
+        if row["score"] < row["control"] + MARGIN and row["name"] not in MAY_FAIL
     ]
     by_name = {row["name"]: row for row in rows}
     if without := by_name.get(WITHOUT_PRIOR):
