@@ -10,8 +10,8 @@ process of its own with one thread; seconds and memory are of that process, with
 
 For x0 and v prediction the base is first taught to predict that: see ``taught_base.py``.
 
-It holds if every row's mean score lies above its control by ``MARGIN``, ``MAY_FAIL`` excepted, and if prior preservation keeps more
-of the old digits than the same run without it.
+It holds if every row's mean score lies above its control by ``MARGIN``, but for those of ``MAY_FAIL``, and if
+prior preservation keeps more of the old digits than the same run without it.
 """
 
 import json

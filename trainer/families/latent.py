@@ -5,6 +5,7 @@ the denoiser is kept in the precision asked for and runs under autocast.
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -28,7 +29,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _READ_BY_CLIP = ("hidden_act", "num_attention_heads", "layer_norm_eps", "eos_token_id")
 
 
-class LatentFamily:
+class LatentFamily(ABC):
     """See ``Family``. A subclass says how its texts are encoded and what its denoiser is called with."""
 
     name: str
@@ -127,13 +128,14 @@ class LatentFamily:
         )
 
     def control_conditioning(self, pixels_B3HW: Tensor) -> Conditioning:
-        raise NotImplementedError
+        return {}  # what has no UNet is told nothing more
 
     def hidden(self, noisy_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Conditioning:
-        raise NotImplementedError
+        return {}  # what has no UNet is told nothing more
 
+    @abstractmethod
     def _denoise(self, noisy_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Tensor:
-        raise NotImplementedError
+        """Return what the denoiser says, in the precision that it computes in."""
 
     def _check(self, pipeline: Any, base: Base) -> None:
         if base.clip_skip != 1 and not self.skips_layers:
