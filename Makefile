@@ -72,6 +72,7 @@ race: $(READY) ## eight writers for SECONDS on each real store; the last line is
 
 gpu: $(READY) ## tests that need a CUDA device, and real-size memory and speed; the last line is JSON
 	$(BIN)/python -m pytest -m gpu
+	@$(BIN)/python benchmarks/peak_memory.py
 	@$(BIN)/python benchmarks/real_size.py $(ARGS)
 
 learnability: $(READY) ## does each adapter and objective learn? half an hour; the last line is JSON

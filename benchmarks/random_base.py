@@ -15,6 +15,32 @@ LENGTH = 77
 def build(family: str, target: Path) -> Path:
     """Write a model of ``sd1``, ``sdxl`` or ``small-sdxl`` and return its folder: 2 GB, 7 GB or 30 MB."""
     import torch
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float16)
+    try:
+        _pipeline(family).save_pretrained(target)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return target
+
+
+def describe(family: str, target: Path) -> Path:
+    """Write such a model without its weights and return its folder: what a memory plan needs."""
+    import torch
+
+    with torch.device("meta"):
+        pipeline = _pipeline(family)
+    pipeline.save_config(target)
+    for name, part in pipeline.components.items():
+        if part is not None:
+            described = part.config if name.startswith("text_encoder") else part
+            save = getattr(described, "save_config", None) or described.save_pretrained
+            save(target / name)
+    return target
+
+
+def _pipeline(family: str) -> Any:
     from diffusers import (
         DDPMScheduler,
         StableDiffusionPipeline,
@@ -23,34 +49,26 @@ def build(family: str, target: Path) -> Path:
     )
     from transformers import CLIPTokenizer
 
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float16)
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(DIGITS / "base" / "tokenizer", model_max_length=LENGTH)
-        parts: dict[str, Any] = {
-            "unet": UNet2DConditionModel(**UNETS[family]),
-            "vae": _autoencoder(0.18215 if family == "sd1" else 0.13025, small="small" in family),
-            "text_encoder": _text_encoder(tokenizer, 96 if "small" in family else 768),
-            "tokenizer": tokenizer,
-            "scheduler": DDPMScheduler(
-                beta_start=0.00085,
-                beta_end=0.012,
-                beta_schedule="scaled_linear",
-                clip_sample=False,
-                steps_offset=1,
-            ),
-        }
-        if family == "sd1":
-            pipeline: Any = StableDiffusionPipeline(
-                **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-            )
-        else:
-            second = _text_encoder(tokenizer, 160 if "small" in family else 1280, projected=True)
-            pipeline = StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=tokenizer)
-        pipeline.save_pretrained(target)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    return target
+    tokenizer = CLIPTokenizer.from_pretrained(DIGITS / "base" / "tokenizer", model_max_length=LENGTH)
+    parts: dict[str, Any] = {
+        "unet": UNet2DConditionModel(**UNETS[family]),
+        "vae": _autoencoder(0.18215 if family == "sd1" else 0.13025, small="small" in family),
+        "text_encoder": _text_encoder(tokenizer, 96 if "small" in family else 768),
+        "tokenizer": tokenizer,
+        "scheduler": DDPMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            steps_offset=1,
+        ),
+    }
+    if family == "sd1":
+        return StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    second = _text_encoder(tokenizer, 160 if "small" in family else 1280, projected=True)
+    return StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=tokenizer)
 
 
 UNETS: dict[str, dict[str, Any]] = {

@@ -109,16 +109,11 @@ def _precision() -> str:
 
 def _ours(wanted: dict[str, Any]) -> list[float]:
     """Train through the real loop, on images and captions that are random where the cache would have them."""
-    import torch
-
-    from trainer.attempt import run_attempt
     from trainer.config import RunSpec
-    from trainer.rundir import CheckpointPolicy, Options, RunDir, StartOrder, read_events
-    from trainer.stop import Stop
 
     side = RESOLUTION[wanted["family"]]
     images = Path(wanted["scratch"]) / f"images-{side}"
-    _write_images(images, side)
+    write_images(images, side)
     spec = RunSpec.model_validate_json(
         json.dumps(
             {
@@ -135,11 +130,21 @@ def _ours(wanted: dict[str, Any]) -> list[float]:
             }
         )
     )
-    root = Path(tempfile.mkdtemp(dir=wanted["scratch"]))
-    run_dir = RunDir(root)
+    return train(spec, Path(wanted["scratch"]))
+
+
+def train(spec: Any, scratch: Path) -> list[float]:
+    """Train a run to its end in this process and return what each step took, in seconds."""
+    import torch
+
+    from trainer.attempt import run_attempt
+    from trainer.rundir import CheckpointPolicy, Options, RunDir, StartOrder, read_events
+    from trainer.stop import Stop
+
+    run_dir = RunDir(Path(tempfile.mkdtemp(dir=scratch)))
     run_dir.checkpoints.mkdir(parents=True)
     run_dir.spec.write_text(spec.model_dump_json())
-    options = Options(cache_dir=f"{wanted['scratch']}/cache", checkpoint=CheckpointPolicy(every_s=None))
+    options = Options(cache_dir=f"{scratch}/cache", checkpoint=CheckpointPolicy(every_s=None))
     run_dir.options.write_text(options.model_dump_json())
     run_dir.order_start(StartOrder(resume=None))
     if torch.cuda.is_available():
@@ -149,7 +154,7 @@ def _ours(wanted: dict[str, Any]) -> list[float]:
     return [event["step_s"] for _, event in read_events(run_dir.events) if event["event"] == "step"]
 
 
-def _write_images(folder: Path, side: int) -> None:
+def write_images(folder: Path, side: int) -> None:
     import numpy as np
     from PIL import Image
 

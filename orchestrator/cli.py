@@ -62,6 +62,23 @@ def main() -> None:
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Write over a value of the file."
 )
+def plan(file: Path, overrides: tuple[str, ...]) -> None:
+    """Tell what the runs of a sweep file will need of a GPU's memory, before one is rented.
+
+    Needs the configuration of the base model, no weights and no GPU; half a minute for each kind of run.
+    """
+    from .commands.planning import planned_memory
+    from .grid.sweep import load
+
+    for line in planned_memory(load(file, overrides=overrides)):
+        click.echo(line)
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Write over a value of the file."
+)
 @click.option(
     "--all", "everything", is_flag=True, help="Also what it names: images, models, programs, store."
 )

@@ -4,6 +4,7 @@
     python -m trainer export --checkpoint DIR --spec run.json --out DIR --to diffusers
     python -m trainer sample --spec run.json [--checkpoint DIR] --out DIR
     python -m trainer generate --adapter FILE --prompt TEXT --out DIR
+    python -m trainer plan --spec run.json
     python -m trainer lora TOOL …
 
 ``run`` claims the run's next attempt in its log, so that killing it and starting it again resumes it, here or
@@ -214,6 +215,18 @@ def sample(spec_path: Path, checkpoint: Path | None, out: Path) -> None:
 
     sample_images(_spec(spec_path), checkpoint, out)
     click.echo(out)
+
+
+@main.command()
+@spec_option
+@click.option("--micro-batch", type=click.IntRange(min=1), help="The most images of one forward pass.")
+@click.option("--runs-on-a-gpu", type=click.IntRange(min=1), default=1, help="How many such runs share one.")
+def plan(spec_path: Path, micro_batch: int | None, runs_on_a_gpu: int) -> None:
+    """Tell what a run will need of a GPU's memory: from its base's configuration, without weights or GPU."""
+    from .memory_estimate import estimate
+
+    found = estimate(_spec(spec_path), micro_batch=micro_batch)
+    click.echo("\n".join(found.lines(runs_on_a_gpu)))
 
 
 main.add_command(lora)

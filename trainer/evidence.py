@@ -29,8 +29,9 @@ LESS_MEMORY = "to need less memory, in order of effect: "
 
 ADVICE = {
     EndReason.OOM_GPU: LESS_MEMORY
-    + "base.gradient_checkpointing true, resources.micro_batch 1, base.mixed_precision bf16, a lower "
-    "base.resolution, base.optimizer adamw8bit, a lower base.rank, or a larger GPU",
+    + "base.gradient_checkpointing true, resources.micro_batch 1, base.mixed_precision bf16, "
+    "base.quantize fp8 (SDXL: nf4), a lower base.resolution, base.optimizer adamw8bit, a lower base.rank, "
+    "or a larger GPU",
     EndReason.OOM_HOST: "give each run a larger resources.cpus, so that fewer share a node, lower "
     "base.resolution or the number of images, or use nodes with more memory",
     EndReason.CUDA_ERROR: "set CUDA_LAUNCH_BLOCKING=1 and train it alone to see which operation it is; if "
@@ -57,6 +58,7 @@ def less_memory(base: Base, micro_batch: int | None) -> str:
         (not base.gradient_checkpointing, "base.gradient_checkpointing true"),
         ((micro_batch or base.train_batch_size) > 1, "resources.micro_batch 1"),
         (base.mixed_precision == "no", "base.mixed_precision bf16"),
+        (base.quantize == "none" and "full" not in base.train, "base.quantize fp8 (SDXL: nf4)"),
         (base.train_text_encoder, "base.train_text_encoder false"),
         (base.resolution > LOW_RESOLUTION, f"base.resolution below {base.resolution}"),
         (states and not is_full, "base.optimizer adamw8bit"),

@@ -259,8 +259,8 @@ def test_out_of_memory_says_what_is_left_to_do_in_order_of_effect(
         hints.append(events(run_dir)[0]["hint"])
 
     after = (
-        "base.mixed_precision bf16, base.resolution below 512, base.optimizer adamw8bit, base.rank below 64, "
-        "or a larger GPU"
+        "base.mixed_precision bf16, base.quantize fp8 (SDXL: nf4), base.resolution below 512, "
+        "base.optimizer adamw8bit, base.rank below 64, or a larger GPU"
     )
     assert hints == [
         f"to need less memory, in order of effect: resources.micro_batch 1, {after}",

@@ -136,10 +136,11 @@ def family_of(pipeline: Any, base: Base) -> Family:
     Raises:
         BadInput: As ``load_family``.
     """
-    from .latent import check_precision  # families share this module
+    from .latent import check_finite, check_precision  # families share this module
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_precision(base, device)
+    check_finite(base, pipeline)
     found = (family_class(name) for name in FAMILIES[type(pipeline).__name__])
     family: Family = next(kind for kind in found if kind.fits(pipeline))(pipeline, base, device)
     return family

@@ -156,7 +156,6 @@ class LatentFamily(ABC):
                 f"gives {vae.latent_channels}",
                 "inpainting and other models that are given an image cannot be trained",
             )
-        _check_finite(base, pipeline)
 
     def _columns(self, token_ids: Sequence[list[list[int]]]) -> list[Tensor]:
         """Return the tokens for each encoder, (batch, length)."""
@@ -212,7 +211,7 @@ def padded_ids(tokenizer: Any, text: str, length: int) -> list[int]:
     return [int(i) for i in ids]
 
 
-def _check_finite(base: Base, pipeline: Any) -> None:
+def check_finite(base: Base, pipeline: Any) -> None:
     for part, network in pipeline.components.items():
         if not isinstance(network, nn.Module):
             continue

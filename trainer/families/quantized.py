@@ -20,6 +20,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.grad import conv2d_input
 
 from ..errors import BadInput
 
@@ -97,7 +98,7 @@ class _Quantized(nn.Module):
         raise NotImplementedError
 
 
-class QuantizedLinear(_Quantized, nn.Linear):
+class QuantizedLinear(_Quantized, nn.Linear):  # type: ignore[override]
     def __new__(cls, *given: Any, **named: Any) -> Any:
         return nn.Linear(*given, **named)
 
@@ -108,18 +109,19 @@ class QuantizedLinear(_Quantized, nn.Linear):
         return gradient @ weight
 
 
-class QuantizedConv2d(_Quantized, nn.Conv2d):
+class QuantizedConv2d(_Quantized, nn.Conv2d):  # type: ignore[override]
     def __new__(cls, *given: Any, **named: Any) -> Any:
         return nn.Conv2d(
             *given, **named
         )  # PEFT makes its matrices of the type of the layer that they are beside
 
     def product(self, given: Tensor, weight: Tensor) -> Tensor:
-        return self._conv_forward(given, weight, None if self.bias is None else self.bias.to(given.dtype))
+        bias = None if self.bias is None else self.bias.to(given.dtype)
+        return cast(Tensor, self._conv_forward(given, weight, bias))
 
     def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
         how = (self.stride, self.padding, self.dilation, self.groups)
-        return nn.grad.conv2d_input(shape, weight, gradient, *cast(Any, how))
+        return cast(Tensor, cast(Any, conv2d_input)(shape, weight, gradient, *how))
 
 
 class _Product(torch.autograd.Function):
@@ -132,7 +134,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         weight = ctx.layer.restored(gradient.dtype)
         return ctx.layer.input_gradient(gradient, weight, ctx.shape), None
 

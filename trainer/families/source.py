@@ -99,7 +99,7 @@ def _quiet_libraries() -> None:
 def _load_folder(name: str, base: Base, where: dict[str, Any]) -> Any:
     try:
         index = diffusers.DiffusionPipeline.load_config(name, **where)
-        pipeline_class, left_out = _pipeline_class(base.model, index)
+        pipeline_class, left_out = pipeline_kind(base.model, index)
         return pipeline_class.from_pretrained(name, use_safetensors=True, **left_out, **where)
     except BadInput:
         raise
@@ -112,7 +112,7 @@ def _load_folder(name: str, base: Base, where: dict[str, Any]) -> Any:
         raise BadInput(f"base model {base.model} cannot be loaded: {error}", WHERE) from error
 
 
-def _pipeline_class(model: str, index: Any) -> tuple[Any, dict[str, Any]]:
+def pipeline_kind(model: str, index: Any) -> tuple[Any, dict[str, Any]]:
     """Return the class that a ``model_index.json`` names, and its parts to leave out.
 
     Raises:
@@ -137,7 +137,7 @@ def _load_file(path: Path, hub_cache: Path | None) -> Any:
             if config.is_dir()
             else {"_class_name": _kind_of_file(path, shapes)}
         )
-        pipeline_class, left_out = _pipeline_class(str(path), index)
+        pipeline_class, left_out = pipeline_kind(str(path), index)
         for name in FAMILIES[pipeline_class.__name__]:
             left_out |= dict.fromkeys(family_class(name).absent(shapes))
         pipeline = pipeline_class.from_single_file(str(path), **left_out, **where)

@@ -7,6 +7,7 @@ The name of a tensor is that of its module, of PEFT's parameter and nothing else
 
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -107,6 +108,11 @@ def _named(holder: Any) -> Iterator[tuple[str, nn.Parameter]]:
             yield f".{inner}", parameter
 
 
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Tensors without numbers have no autocast, and torch refuses to switch it off for them."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
 class _InFp32:
     """DoRA's norms in fp32. PEFT takes those of convolutions in the base's precision, in which the quotient
     of magnitude and norm is not 1 before anything was trained."""
@@ -114,12 +120,12 @@ class _InFp32:
     def get_weight_norm(
         self, weight: Tensor, lora_weight: Tensor, scaling: float, adapter_name: str | None = None
     ) -> Tensor:
-        with torch.autocast(weight.device.type, enabled=False):
+        with _without_autocast(weight):
             norm: Tensor = super().get_weight_norm(weight.float(), lora_weight.float(), scaling)  # type: ignore[misc]
             return norm
 
     def get_lora_weight(self, lora_A: Any, lora_B: Any, adapter_name: str | None = None) -> Tensor:
-        with torch.autocast(lora_A.weight.device.type, enabled=False):
+        with _without_autocast(lora_A.weight):
             product: Tensor = super().get_lora_weight(lora_A, lora_B)  # type: ignore[misc]
             return product
 
