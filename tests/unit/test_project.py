@@ -74,7 +74,7 @@ def test_the_two_lock_files_can_be_installed_together() -> None:
 
 UNSAFE_MODULES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 A1111_FILES = "trainer/methods/hypernetwork_files.py"
-"""The one place that may: A1111 knows hypernetworks as pickles only, see docs/decisions/0023. Never the store's."""
+"""The one place that may: A1111 knows hypernetworks as pickles only, see docs/decisions/0023."""
 UNSAFE_CALLS = {"torch.load", "torch.save", "numpy.load", "np.load", "yaml.load", "yaml.unsafe_load"}
 
 
