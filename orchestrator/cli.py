@@ -62,7 +62,13 @@ def main() -> None:
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Write over a value of the file."
 )
-def plan(file: Path, overrides: tuple[str, ...]) -> None:
+@click.option(
+    "--hollow-below",
+    type=float,
+    metavar="GB",
+    help="Find the cut (base.hollow) with which training needs less.",
+)
+def plan(file: Path, overrides: tuple[str, ...], hollow_below: float | None) -> None:
     """Tell what the runs of a sweep file will need of a GPU's memory, before one is rented.
 
     Needs the configuration of the base model, no weights and no GPU; half a minute for each kind of run.
@@ -70,7 +76,7 @@ def plan(file: Path, overrides: tuple[str, ...]) -> None:
     from .commands.planning import planned_memory
     from .grid.sweep import load
 
-    for line in planned_memory(load(file, overrides=overrides)):
+    for line in planned_memory(load(file, overrides=overrides), hollow_below):
         click.echo(line)
 
 

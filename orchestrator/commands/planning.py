@@ -22,8 +22,11 @@ _OF_NO_EFFECT = frozenset(
 """Keys of ``base`` in which runs of one kind may differ. A key that is missing here costs a plan more."""
 
 
-def planned_memory(sweep: Sweep) -> Iterator[str]:
+def planned_memory(sweep: Sweep, hollow_below: float | None = None) -> Iterator[str]:
     """Yield the lines of the plan.
+
+    Args:
+        hollow_below: Find instead with which cut training needs less than so many GB.
 
     Raises:
         OrchestrateError: The base model is not described where the file says.
@@ -44,6 +47,8 @@ def planned_memory(sweep: Sweep) -> Iterator[str]:
             options = ["--micro-batch", str(resources.micro_batch)] if resources.micro_batch else []
             if 0 < resources.gpus < 1:
                 options += ["--runs-on-a-gpu", str(int(1 / resources.gpus))]
+            if hollow_below is not None:
+                options += ["--hollow-below", str(hollow_below)]
             yield from trainer_lines("plan", "--spec", str(file), *options)
     if resources.gpus == 0:
         yield "resources.gpus is 0: the runs train on CPUs, in their memory, with other kernels"

@@ -14,6 +14,7 @@ from trainer.config import Base, RunSpec
 from trainer.errors import BadInput
 from trainer.families import load_family
 from trainer.live_bytes import LiveBytes
+from trainer.memory_cuts import cuts_until
 from trainer.memory_estimate import estimate, size_of
 from trainer.memory_plan import MemoryPlan, Need, Phase
 from trainer.methods import attach
@@ -116,6 +117,20 @@ def test_a_plan_of_all_of_the_base_counts_its_weights_once_and_needs_none(
     assert training["VAE"] == sampling["VAE"] == encoding["VAE"] > 0
     assert sampling["work"] > 0
     assert "quantize" not in plan.advice
+
+
+def test_a_cut_is_found_by_a_limit_of_memory(world: Path) -> None:
+    first = estimate(spec_of(world, {"resolution": 32, "hollow": 0})).phases[1]
+    assert first.name == "training"
+    told = list(cuts_until(spec_of(world, {"resolution": 32}), first.size))
+    assert [line.partition(":")[0] for line in told[:3]] == ["whole UNet", "base.hollow 0", "base.hollow 1"]
+    assert told[3:] == ["write into base: hollow: 1"]
+    with pytest.raises(BadInput, match="hollow 0"):
+        list(
+            cuts_until(
+                RunSpec.model_validate({"base": {"model": "", "train": ["full"]}, "dataset": {"path": ""}}), 1
+            )
+        )
 
 
 def test_what_is_not_described_is_refused(tmp_path: Path) -> None:
