@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from pydantic import ValidationError
+
 from .config import RunSpec
 from .errors import BadInput
 from .families.hollow import taking
@@ -48,5 +50,6 @@ def _hollowed(spec: RunSpec, cut: int | None) -> RunSpec:
     told = spec.model_dump(mode="json")
     try:
         return RunSpec.model_validate({**told, "base": {**told["base"], "hollow": cut}})
-    except ValueError as error:
-        raise BadInput(f"base.hollow {cut}: {error}", "plan without --hollow-below") from error
+    except ValidationError as error:
+        why = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise BadInput(why, "plan without --hollow-below") from error
