@@ -1,6 +1,6 @@
 """Does each adapter and each objective learn? On the digits world, with a classifier as judge.
 
-    python benchmarks/learnability.py [--seeds 3] [--only NAME …] [--save]
+    python benchmarks/learnability.py [--seeds 3] [--only NAME …] [--save] [--keep FOLDER]
 
 Every row teaches the nine, which the base model has never seen, with ``examples/digits``' own data, prompts
 and judge, and differs from plain LoRA in what its name says. ``score`` is the harmonic mean of two shares: of
@@ -14,9 +14,11 @@ It holds if every row's mean score lies above its control by ``MARGIN``, but for
 prior preservation keeps more of the old digits than the same run without it.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import statistics
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,23 +129,29 @@ class Outcome(NamedTuple):
 @click.option(
     "--save", is_flag=True, help="Keep the figures under benchmarks/results/ and the table in docs/."
 )
-def main(seeds: int, steps: int, only: tuple[str, ...], jobs: int, save: bool) -> None:
+@click.option(
+    "--keep",
+    type=click.Path(path_type=Path),
+    help="Leave each run's outcome there, and go on from what is there.",
+)
+def main(seeds: int, steps: int, only: tuple[str, ...], jobs: int, save: bool, keep: Path | None) -> None:
     names = list(only or ROWS)
-    with tempfile.TemporaryDirectory(prefix="learnability-") as scratch:
-        bases = _bases(Path(scratch), names)
+    with contextlib.ExitStack() as stack:
+        scratch = keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="learnability-")))
+        bases = _bases(scratch, names)
         # "spawn": a forked process inherits the threads' locks of torch, and the memory of its parent.
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
             controls = {
-                taught: pool.submit(_control, base, Path(scratch) / f"control-{taught}")
+                taught: pool.submit(_once, _control, base, scratch / f"control-{taught}")
                 for taught, base in bases.items()
             }
             runs = {
                 (name, seed): pool.submit(
-                    _train, _spec(name, seed, steps, bases), Path(scratch) / f"{names.index(name)}-{seed}"
+                    _once, _train, _spec(name, seed, steps, bases), scratch / _folder(name, steps, seed)
                 )
-                for name in names
                 for seed in range(seeds)
+                for name in names
             }
             for (name, seed), outcome in runs.items():
                 print(f"{name}, seed {seed}: {outcome.result()}", file=sys.stderr)
@@ -169,9 +178,31 @@ def _bases(scratch: Path, names: list[str]) -> dict[str, Path]:
     script = Path(__file__).with_name("taught_base.py")
     for taught in sorted({ROWS[name][1].get("taught", "epsilon") for name in names} - {"epsilon"}):
         bases[taught] = scratch / taught
+        if bases[taught].exists():
+            continue
         print(f"teaching the base model {taught} (two minutes or so)", file=sys.stderr)
-        subprocess.run([sys.executable, str(script), taught, str(bases[taught])], check=True)
+        new = scratch / f"{taught}.tmp"
+        subprocess.run([sys.executable, str(script), taught, str(new)], check=True)
+        new.rename(bases[taught])
     return bases
+
+
+def _folder(name: str, steps: int, seed: int) -> str:
+    return f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{steps}-{seed}"
+
+
+def _once(measure: Callable[[Any, Path], Outcome], given: Any, folder: Path) -> Outcome:
+    """Measure in a folder, unless its outcome lies beside it already."""
+    kept = folder.with_name(f"{folder.name}.json")
+    if kept.exists():
+        return Outcome(**json.loads(kept.read_text()))
+    for cut_off in (folder, folder.with_name(f"{folder.name}-nines")):
+        shutil.rmtree(cut_off, ignore_errors=True)
+    outcome = measure(given, folder)
+    new = kept.with_suffix(".tmp")
+    new.write_text(json.dumps(outcome._asdict()))
+    new.rename(kept)
+    return outcome
 
 
 def _spec(name: str, seed: int, steps: int, bases: dict[str, Path]) -> dict[str, Any]:
