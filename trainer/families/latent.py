@@ -37,6 +37,7 @@ class LatentFamily(ABC):
     targets: Mapping[str, tuple[str, ...]]
     skips_layers: ClassVar[bool] = False
     """Whether ``clip_skip`` means something."""
+    takes_words: ClassVar[bool] = False
     hollows: ClassVar[bool] = False
     """Whether the denoiser can do without its deepest layers."""
     cut: Cut | None = None

@@ -32,6 +32,7 @@ class UNetFamily(LatentFamily):
 
     denoiser_prefix = "unet"
     targets: Mapping[str, tuple[str, ...]] = UNET_TARGETS
+    takes_words = True
     hollows = True
     usual_cut = 3
     """What ``hollow: auto`` means: about two fifths of the UNet's weights."""

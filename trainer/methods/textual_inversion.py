@@ -84,7 +84,7 @@ def textual_inversion(base: Base, family: Family, name: str) -> list[Tokens]:
     Raises:
         BadInput: The model has other text encoders too, knows such a word, or a phrase does not fit.
     """
-    if family.name == "sd3":
+    if not family.takes_words:
         raise BadInput(
             f"base.train textual_inversion: {base.model} reads texts with T5 too, and no program loads words "
             "for it from a file",
