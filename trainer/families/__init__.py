@@ -7,7 +7,7 @@ loop, validation and sampling speak only to ``Family``; they do not know which o
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ class Family(Protocol):
     """Of its parameters in checkpoints and diffusers files: ``unet`` or ``transformer``."""
     text_encoders: Mapping[str, nn.Module]
     """By diffusers' names, ``text_encoder``, ``text_encoder_2``…; empty once they were freed."""
+    takes_words: ClassVar[bool]
+    """Whether other programs load new words of its texts from files."""
     targets: Mapping[str, tuple[str, ...]]
     """Endings of the denoiser's module names by ``TargetSet``; ``conv``: its convolutions."""
     cut: "Cut | None"
