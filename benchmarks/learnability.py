@@ -135,7 +135,7 @@ class Outcome(NamedTuple):
     help="Leave each run's outcome there, and go on from what is there.",
 )
 def main(seeds: int, steps: int, only: tuple[str, ...], jobs: int, save: bool, keep: Path | None) -> None:
-    names = list(only or ROWS)
+    names = [name for name in ROWS if not only or name in only]
     with contextlib.ExitStack() as stack:
         scratch = keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="learnability-")))
         bases = _bases(scratch, names)

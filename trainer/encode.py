@@ -32,6 +32,10 @@ OFFSET = "offset_2"
 """In an entry: what was cut off above and left of the scaled image, in pixels."""
 
 
+Made = Callable[[Example, Size, Dataset, bool, int], Tensor]
+"""Makes what lies beside an image, at a size, mirrored or not; with the pixels of a latent."""
+
+
 def encode_texts(
     family: Family, cache: Cache, texts: Iterable[str], alive: Callable[[], None] = lambda: None
 ) -> dict[str, Conditioning]:
@@ -104,40 +108,32 @@ def _encode_image(
             raise BadInput(f"dataset image {example.name}: the VAE encodes it as NaN or infinity")
         return View(Posterior(**entry), (top, left), mask(mirrored), control(mirrored))
 
-    def mask(mirrored: bool) -> Tensor | None:
-        if dataset.masks == "none":
-            return None
-        source = example.mask if dataset.masks == "files" else example.path
+    def beside(kind: str, source: Path | None, made: Made, mirrored: bool, **how: str) -> Tensor:
+        """What goes the same way as the image."""
         key = cache_key(
-            kind="mask",
-            masks=dataset.masks,
+            kind=kind,
             file=_file_digest(source) if source else "none",
             image=list(original),
             mirrored=mirrored,
             latent=family.latent_pixels,
             pillow=PIL.__version__,
+            **how,
             **way,
         )
-        return cache.through(
-            key, lambda: {"mask": _mask(example, target, dataset, mirrored, family.latent_pixels)}
-        )["mask"]
+        pixels = family.latent_pixels
+        return cache.through(key, lambda: {kind: made(example, target, dataset, mirrored, pixels)})[kind]
+
+    def mask(mirrored: bool) -> Tensor | None:
+        if dataset.masks == "none":
+            return None
+        source = example.mask if dataset.masks == "files" else example.path
+        return beside("mask", source, _mask, mirrored, masks=dataset.masks)
 
     def control(mirrored: bool) -> Tensor | None:
         if dataset.control == "none":
             return None
-        key = cache_key(
-            kind="control",
-            control=dataset.control,
-            file=_file_digest(example.control or example.path),
-            image=list(original),
-            mirrored=mirrored,
-            latent=family.latent_pixels,
-            pillow=PIL.__version__,
-            **way,
-        )
-        return cache.through(
-            key, lambda: {"control": _control(example, target, dataset, mirrored, family.latent_pixels)}
-        )["control"]
+        source = example.control or example.path
+        return beside("control", source, _control, mirrored, control=dataset.control)
 
     return EncodedImage(
         name=example.name,

@@ -6,7 +6,15 @@ from typing import Any
 
 from storage.local import complete_checkpoints
 from trainer.config import RunSpec
-from trainer.rundir import CheckpointPolicy, Options, RunDir, StartOrder, read_events
+from trainer.rundir import (
+    EXIT_COMPLETE,
+    EXIT_PREEMPTED,
+    CheckpointPolicy,
+    Options,
+    RunDir,
+    StartOrder,
+    read_events,
+)
 from trainer.stop import Stop
 
 Lay = Callable[..., RunDir]
@@ -43,6 +51,19 @@ def lay_out(
     run_dir.options.write_text(options.model_dump_json())
     run_dir.order_start(StartOrder(resume=str(resume) if resume else None))
     return run_dir
+
+
+def interrupted(lay: Lay, spec: RunSpec, step: int) -> tuple[RunDir, RunDir, RunDir]:
+    """Train a run undisturbed, and once more with a stop after a step. Returns what was undisturbed, what was
+    stopped, and what went on from there."""
+    from trainer.attempt import run_attempt
+
+    straight, first = lay("straight", spec), lay("first", spec)
+    assert run_attempt(straight, Stop()) == EXIT_COMPLETE
+    assert run_attempt(first, StopAtStep(first, step)) == EXIT_PREEMPTED
+    again = lay("again", spec, resume=newest(first))
+    assert run_attempt(again, Stop()) == EXIT_COMPLETE
+    return straight, first, again
 
 
 def events(run_dir: RunDir, kind: str | None = None) -> list[dict[str, Any]]:

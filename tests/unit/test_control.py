@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import ValidationError
 from support.tiny_models import build_base
 from support.tiny_world import tiny_spec
-from support.training import Lay, StopAtStep, contents, events, newest
+from support.training import Lay, contents, events, interrupted, newest
 from torch import Tensor, nn
 
 from trainer.attempt import prepare, run_attempt
@@ -25,7 +25,7 @@ from trainer.errors import BadInput
 from trainer.families import Family, load_family
 from trainer.families.latent import frozen
 from trainer.families.stable_diffusion import UNetFamily
-from trainer.rundir import EXIT_COMPLETE, EXIT_PREEMPTED
+from trainer.rundir import EXIT_COMPLETE
 from trainer.spec_inputs import inputs_of, moved, pinned
 from trainer.stop import Stop
 
@@ -120,13 +120,9 @@ def test_stopped_equals_never_stopped(controlled: Path, lay: Lay) -> None:
         prior={"prompt": "a dog", "images": 2, "steps": 1},
         validation={"every": 1, "timesteps": 1},
     )
-    straight, plain = lay("straight", spec), lay("plain", spec.model_copy(update=_without_control(spec)))
-    for run_dir in (straight, plain):
-        assert run_attempt(run_dir, Stop()) == EXIT_COMPLETE
-    first = lay("first", spec)
-    assert run_attempt(first, StopAtStep(first, 1)) == EXIT_PREEMPTED
-    second = lay("second", spec, resume=newest(first))
-    assert run_attempt(second, Stop()) == EXIT_COMPLETE
+    straight, first, second = interrupted(lay, spec, 1)
+    plain = lay("plain", spec.model_copy(update=_without_control(spec)))
+    assert run_attempt(plain, Stop()) == EXIT_COMPLETE
 
     assert contents(newest(second)) == contents(newest(straight))
     seen, of_plain = ([e["val/loss"] for e in events(r, "validation")] for r in (straight, plain))

@@ -13,17 +13,16 @@ from safetensors.torch import load_file, save_file
 from support.single_file import write_single_file
 from support.single_file_sd3 import write_sd3_file
 from support.tiny_world import build_base, tiny_spec
-from support.training import Lay, StopAtStep, contents, newest
+from support.training import Lay, contents, interrupted, newest
 
 import trainer
-from trainer.attempt import prepare, run_attempt
+from trainer.attempt import prepare
 from trainer.config import Base
 from trainer.config.families import DENOISERS, FAMILIES, FLOW_MATCHING
 from trainer.errors import BadInput
 from trainer.families import Family, family_class, load_family
 from trainer.families.source import load_pipeline
 from trainer.methods import attach
-from trainer.rundir import EXIT_COMPLETE, EXIT_PREEMPTED
 from trainer.sample import draw_images
 from trainer.stop import Stop
 from trainer.texts import LiveTexts
@@ -89,11 +88,7 @@ def test_stopped_and_resumed_equals_never_stopped(name: str, model: Model, world
     keys = {"max_train_steps": 2, "gradient_accumulation_steps": 1}
     data = {"random_flip": False, "center_crop": True, "val_fraction": 0.0}
     spec = tiny_spec(model(name), world / "images", base=keys, dataset=data)
-    straight, first = lay("straight", spec), lay("first", spec)
-    assert run_attempt(straight, Stop()) == EXIT_COMPLETE
-    assert run_attempt(first, StopAtStep(first, 1)) == EXIT_PREEMPTED
-    second = lay("second", spec, resume=newest(first))
-    assert run_attempt(second, Stop()) == EXIT_COMPLETE
+    straight, _, second = interrupted(lay, spec, 1)
 
     assert contents(newest(second)) == contents(newest(straight))
 
@@ -311,7 +306,6 @@ def test_half_precision_and_channels_last_predict_nearly_the_same(name: str, mod
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.filterwarnings("ignore")  # torch's own compiler
 @pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "sd3"])

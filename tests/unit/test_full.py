@@ -1,8 +1,9 @@
 """Full fine-tuning: what is trained is the network itself, in fp32, and an interrupted run ends in the same
 bytes; what is exported is a whole model."""
 
+import errno
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,16 +12,16 @@ from pydantic import ValidationError
 from support.adapters import adapted_checkpoint
 from support.tiny_models import build_base
 from support.tiny_world import tiny_spec
-from support.training import Lay, StopAtStep, contents, newest
+from support.training import Lay, contents, interrupted, newest
 
-from trainer.attempt import prepare, run_attempt
+from trainer.attempt import prepare
 from trainer.config import Base, RunSpec
 from trainer.errors import BadInput
 from trainer.export.checkpoint import Wanted, export_checkpoint
+from trainer.export.pipeline_folder import INDEX, write_pipeline
 from trainer.families import load_family
 from trainer.generate import Wish, generate
 from trainer.methods import attach
-from trainer.rundir import EXIT_COMPLETE, EXIT_PREEMPTED
 from trainer.sample import trained_on_base
 from trainer.step import Stepper, in_training
 from trainer.stop import Stop
@@ -78,12 +79,7 @@ def test_layers_that_no_text_is_read_from_are_left_alone(tmp_path: Path) -> None
 )
 def test_stopped_equals_never_stopped(world: Path, lay: Lay, keys: dict[str, Any]) -> None:
     spec = spec_of(world, **keys)
-    straight = lay("straight", spec)
-    assert run_attempt(straight, Stop()) == EXIT_COMPLETE
-    first = lay("first", spec)
-    assert run_attempt(first, StopAtStep(first, 1)) == EXIT_PREEMPTED
-    again = lay("again", spec, resume=newest(first))
-    assert run_attempt(again, Stop()) == EXIT_COMPLETE
+    straight, _, again = interrupted(lay, spec, 1)
 
     assert contents(newest(again)) == contents(newest(straight))
     trained, header = read(newest(again) / "adapter.safetensors")
@@ -127,6 +123,30 @@ def test_what_is_no_model_is_neither_replaced_nor_written(world: Path, tmp_path:
         export_checkpoint(checkpoint, spec, tmp_path / "cat", Wanted(to="diffusers", name="cat"))
     with pytest.raises(BadInput, match="holds the weights of a whole model"):
         generate(checkpoint, None, Wish(prompts=("a dog",), model=spec.base.model), tmp_path / "drawn")
+
+
+class FullDisk:
+    """A pipeline for which the disk has no room once it has written a part."""
+
+    components: ClassVar[dict[str, Any]] = {}
+
+    def save_pretrained(self, folder: Path, **how: Any) -> None:
+        folder.mkdir()
+        (folder / "half").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_disk_that_fills_up_costs_neither_the_folder_before_nor_any_room(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / INDEX).write_text("{}")
+
+    with pytest.raises(BadInput, match="No space left"):
+        write_pipeline(FullDisk(), tmp_path / "cat")
+
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == [
+        "cat",
+        f"cat/{INDEX}",
+    ]
 
 
 def test_a_base_that_others_work_with_is_not_changed(world: Path) -> None:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from support.adapters import adapted_checkpoint
 from support.tiny_models import build_base
 from support.tiny_world import tiny_spec
-from support.training import Lay, StopAtStep, contents, events, newest
+from support.training import Lay, contents, events, interrupted, newest
 from torch import Tensor
 
 from trainer.attempt import prepare, run_attempt
@@ -24,7 +24,6 @@ from trainer.families import Family, load_family
 from trainer.families.hollow import cut_at
 from trainer.families.stable_diffusion import HIDDEN, UNetFamily
 from trainer.methods import attach
-from trainer.rundir import EXIT_COMPLETE, EXIT_PREEMPTED
 from trainer.snapshot import read_adapter
 from trainer.stop import Stop
 
@@ -89,7 +88,6 @@ def parameters_of(family: Family) -> int:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("name", CUTS)
 def test_on_a_gpu_it_equals_the_whole_unet_and_holds_less(
@@ -159,12 +157,7 @@ def test_stopped_equals_never_stopped(world: Path, lay: Lay) -> None:
         validation={"every": 1, "timesteps": 1},
         samples={"prompts": ["a dog"], "every": 1, "steps": 1},
     )
-    straight = lay("straight", spec)
-    assert run_attempt(straight, Stop()) == EXIT_COMPLETE
-    first = lay("first", spec)
-    assert run_attempt(first, StopAtStep(first, 1)) == EXIT_PREEMPTED
-    second = lay("second", spec, resume=newest(first))
-    assert run_attempt(second, Stop()) == EXIT_COMPLETE
+    straight, first, second = interrupted(lay, spec, 1)
 
     assert contents(newest(second)) == contents(newest(straight))
     seen = [[e["val/loss"] for e in events(run_dir, "validation")] for run_dir in (first, second, straight)]

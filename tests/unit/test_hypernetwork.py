@@ -11,10 +11,9 @@ from pydantic import ValidationError
 from support.adapters import adapted_checkpoint
 from support.tiny_models import build_base
 from support.tiny_world import tiny_spec
-from support.training import Lay, StopAtStep, contents, newest
+from support.training import Lay, StopAtStep, contents, interrupted, newest
 
 from orchestrator.launching.adapters import adapter_problems
-from trainer.attempt import run_attempt
 from trainer.config import Base, RunSpec
 from trainer.errors import BadInput
 from trainer.export.checkpoint import Wanted, export_checkpoint
@@ -23,9 +22,7 @@ from trainer.generate import Wish, generate
 from trainer.methods import Methods, attach
 from trainer.methods.hypernetwork import Hypernetwork
 from trainer.methods.hypernetwork_files import a1111_bytes, put_onto, read_hypernetwork
-from trainer.rundir import EXIT_COMPLETE, EXIT_PREEMPTED
 from trainer.sample import trained_on_base
-from trainer.stop import Stop
 from trainer.validate import evaluating
 
 # Of diffusers' sampler, with NumPy 2.
@@ -149,12 +146,7 @@ def test_stopped_equals_never_stopped(world: Path, lay: Lay) -> None:
         **RICH,
     }
     spec = tiny_spec(world / "base", world / "images", base=keys)
-    straight = lay("straight", spec)
-    assert run_attempt(straight, Stop()) == EXIT_COMPLETE
-    first = lay("first", spec)
-    assert run_attempt(first, StopAtStep(first, 1)) == EXIT_PREEMPTED
-    again = lay("again", spec, resume=newest(first))
-    assert run_attempt(again, Stop()) == EXIT_COMPLETE
+    straight, first, again = interrupted(lay, spec, 1)
 
     assert contents(newest(again)) == contents(newest(straight))
     assert contents(newest(again))["adapter.safetensors"] != contents(newest(first))["adapter.safetensors"]

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from support.tiny_world import build_base, tiny_spec
 from torch import Tensor
 
+from orchestrator.cli import main
 from trainer.config import Base, RunSpec
 from trainer.errors import BadInput
 from trainer.families import load_family
@@ -131,6 +133,15 @@ def test_a_cut_is_found_by_a_limit_of_memory(world: Path) -> None:
                 RunSpec.model_validate({"base": {"model": "", "train": ["full"]}, "dataset": {"path": ""}}), 1
             )
         )
+
+
+def test_the_command_tells_of_each_kind_of_run_of_a_sweep() -> None:
+    """Runs that differ in seed or rate only are one kind; the ranks of the example are two."""
+    grid = Path(__file__).parents[2] / "examples" / "digits" / "grid.yaml"
+    told = CliRunner().invoke(main, ["plan", str(grid), "--hollow-below", "1"])
+    assert told.exit_code == 0, told.output
+    whole = [line for line in told.output.splitlines() if line.startswith("whole UNet: training needs 0.0")]
+    assert len(whole) == told.output.count("base.hollow is not needed") == 2
 
 
 def test_what_is_not_described_is_refused(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from support.tiny_world import build_images, tiny_spec
-from support.training import Lay, StopAtStep, contents, newest
+from support.training import Lay, contents, interrupted, newest
 from torch import Tensor
 
-from trainer.attempt import prepare, run_attempt
+from trainer.attempt import prepare
 from trainer.batch import Batch
 from trainer.config import Base, Dataset, Prior, RunSpec
 from trainer.data import EncodedImage, TrainingSet, View
@@ -22,7 +22,6 @@ from trainer.objective.process import Diffusion
 from trainer.parts import Parts
 from trainer.prior import class_examples
 from trainer.randomness import generator
-from trainer.rundir import EXIT_COMPLETE, EXIT_PREEMPTED
 from trainer.step import Stepper
 from trainer.stop import Stop, Stopped
 from trainer.texts import LiveTexts, Texts
@@ -241,12 +240,6 @@ def test_stopped_equals_never_stopped(
     world: Path, lay: Lay, prior: dict[str, Any], base: dict[str, Any]
 ) -> None:
     spec = spec_of(world, prior, **base)
-    straight = lay("straight", spec)
-    assert run_attempt(straight, Stop()) == EXIT_COMPLETE
-
-    first = lay("first", spec)
-    assert run_attempt(first, StopAtStep(first, 2)) == EXIT_PREEMPTED
-    second = lay("second", spec, resume=newest(first))
-    assert run_attempt(second, Stop()) == EXIT_COMPLETE
+    straight, _, second = interrupted(lay, spec, 2)
 
     assert contents(newest(second)) == contents(newest(straight))

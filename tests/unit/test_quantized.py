@@ -9,10 +9,9 @@ import pytest
 import torch
 from support.adapters import adapted_checkpoint
 from support.tiny_world import build_base, tiny_spec
-from support.training import Lay, StopAtStep, contents, newest
+from support.training import Lay, contents, interrupted, newest
 from torch import Tensor, nn
 
-from trainer.attempt import run_attempt
 from trainer.config import Base
 from trainer.errors import BadInput
 from trainer.export import trained_adapter, verify_export
@@ -20,8 +19,7 @@ from trainer.export.files import write_weights
 from trainer.families import Family, load_family
 from trainer.families.quantized import Kind, QuantizedConv2d, QuantizedLinear, quantize
 from trainer.methods import attach
-from trainer.rundir import ADAPTER, EXIT_COMPLETE, EXIT_PREEMPTED
-from trainer.stop import Stop
+from trainer.rundir import ADAPTER
 
 # Of diffusers' sampler, with NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -198,11 +196,7 @@ def test_a_stopped_run_on_it_ends_in_the_same_bytes_and_is_exported_for_the_plai
         },
         validation={"every": 0, "timesteps": 1},
     )
-    straight, first = lay("straight", spec), lay("first", spec)
-    assert run_attempt(straight, Stop()) == EXIT_COMPLETE
-    assert run_attempt(first, StopAtStep(first, 1)) == EXIT_PREEMPTED
-    second = lay("second", spec, resume=newest(first))
-    assert run_attempt(second, Stop()) == EXIT_COMPLETE
+    straight, _, second = interrupted(lay, spec, 1)
     assert contents(newest(second)) == contents(newest(straight))
 
     trained = trained_adapter(newest(second), spec)

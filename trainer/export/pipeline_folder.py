@@ -31,13 +31,17 @@ def write_pipeline(pipeline: Any, folder: Path) -> None:
     _check_finite(pipeline)
     try:
         temporary = temporary_dir(folder.parent)
+    except OSError as error:
+        raise BadInput(f"{folder} cannot be written: {error.strerror or error}") from error
+    try:
         pipeline.save_pretrained(temporary / folder.name, safe_serialization=True)
         if folder.exists():
             folder.rename(temporary / "before")
         (temporary / folder.name).rename(folder)
-        shutil.rmtree(temporary)
     except OSError as error:
         raise BadInput(f"{folder} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_finite(pipeline: Any) -> None:

@@ -13,6 +13,7 @@ The stored numbers are a function of the weights alone. Whoever asks a layer for
 that is computed with: to PEFT it is an ordinary layer, whatever adapter goes beside it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, Literal, cast
@@ -64,7 +65,7 @@ def _layers(network: nn.Module, kind: Kind) -> Iterator[Any]:
             yield module
 
 
-class _Quantized(nn.Module):
+class _Quantized(nn.Module, ABC):
     """What both kinds of layers do. Such a layer is never made, only become: see ``quantize``."""
 
     bits: Kind
@@ -91,16 +92,18 @@ class _Quantized(nn.Module):
         result: Tensor = _Product.apply(given.to(dtype), self)  # type: ignore[no-untyped-call]
         return result
 
+    @abstractmethod
     def product(self, given: Tensor, weight: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Return what the layer makes of its input with this weight."""
 
+    @abstractmethod
     def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
-        raise NotImplementedError
+        """Return the gradient of an input of a shape, from that of the output."""
 
 
 class QuantizedLinear(_Quantized, nn.Linear):  # type: ignore[override]
     def __new__(cls, *given: Any, **named: Any) -> Any:
-        return nn.Linear(*given, **named)
+        return nn.Linear(*given, **named)  # PEFT makes its matrices of the type of the layer beside them
 
     def product(self, given: Tensor, weight: Tensor) -> Tensor:
         return functional.linear(given, weight, None if self.bias is None else self.bias.to(given.dtype))
@@ -111,9 +114,7 @@ class QuantizedLinear(_Quantized, nn.Linear):  # type: ignore[override]
 
 class QuantizedConv2d(_Quantized, nn.Conv2d):  # type: ignore[override]
     def __new__(cls, *given: Any, **named: Any) -> Any:
-        return nn.Conv2d(
-            *given, **named
-        )  # PEFT makes its matrices of the type of the layer that they are beside
+        return nn.Conv2d(*given, **named)
 
     def product(self, given: Tensor, weight: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(given.dtype)
