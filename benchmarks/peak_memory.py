@@ -89,7 +89,7 @@ def _spec(made: Path, side: int, way: str, keys: dict[str, Any]) -> dict[str, An
 
 def _planned_mb(spec: dict[str, Any], way: str) -> int:
     from trainer.config import RunSpec
-    from trainer.memory_estimate import estimate
+    from trainer.memory.estimate import estimate
 
     plan = estimate(RunSpec.model_validate_json(json.dumps(spec)))
     if way != "inference":

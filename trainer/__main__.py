@@ -224,9 +224,9 @@ def sample(spec_path: Path, checkpoint: Path | None, out: Path) -> None:
 @click.option("--hollow-below", type=float, metavar="GB", help="Find the cut with which training needs less.")
 def plan(spec_path: Path, micro_batch: int | None, runs_on_a_gpu: int, hollow_below: float | None) -> None:
     """Tell what a run will need of a GPU's memory: from its base's configuration, without weights or GPU."""
-    from .memory_cuts import cuts_until
-    from .memory_estimate import estimate
-    from .memory_plan import GB
+    from .memory.estimate import estimate
+    from .memory.hollow_cuts import cuts_until
+    from .memory.plan import GB
 
     if hollow_below is not None:
         for line in cuts_until(_spec(spec_path), hollow_below * GB, micro_batch=micro_batch):

@@ -10,7 +10,7 @@ import psutil
 
 from .evidence import Evidence
 from .hang import Quiet, dumped, hangs, looked, signs_of, where
-from .memory import MemoryWatch
+from .memory.host import MemoryWatch
 from .rundir import RunDir
 from .training_process import TrainingProcess
 

@@ -20,7 +20,7 @@ from storage import layout
 from storage.doctor.checks import judged_skew
 from storage.errors import AccessDenied, Corrupt, StorageError
 from storage.object_store import ObjectStore
-from trainer.memory import free_bytes
+from trainer.memory.host import free_bytes
 from trainer.patience import one_line
 
 from ..control.cluster import StoreSpeed

@@ -37,7 +37,7 @@ from storage.records import EndReason
 from storage.run_state import FREE_ENDS
 from trainer.evidence import Evidence, attributed
 from trainer.gpu_check import gpu_problem
-from trainer.memory import free_bytes
+from trainer.memory.host import free_bytes
 from trainer.rundir import EXIT_UNFIT, GPU_CHECK, GPU_WORKS
 from trainer.training_process import STUCK, TrainingProcess
 
@@ -163,8 +163,8 @@ def test_memory_is_what_the_tightest_control_group_leaves(
         for name, number in zip((limit, used), numbers, strict=True):
             (group / name).write_text(f"{number}\n")
         (group / "memory.stat").write_text(f"anon 7\n{droppable} 50\n")
-    monkeypatch.setattr("trainer.memory._CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr("trainer.memory._groups_of", lambda pid: [container])
+    monkeypatch.setattr("trainer.memory.host._CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr("trainer.memory.host._groups_of", lambda pid: [container])
     assert free_bytes(os.getpid()) == 900 - 500 + 50
 
     (pod / limit).write_text("max\n")

@@ -26,7 +26,7 @@ from trainer.config import Base, Dataset, RunSpec
 from trainer.errors import Diverged
 from trainer.evidence import ADVICE, Evidence, attributed, told
 from trainer.hang import where
-from trainer.memory import MemoryWatch
+from trainer.memory.host import MemoryWatch
 from trainer.rundir import Options, RunDir
 from trainer.stop import Stop
 from trainer.supervisor import Assignment, Progress, Supervisor
@@ -175,7 +175,7 @@ def test_a_process_that_takes_all_memory_while_its_checkpoint_is_fetched_was_too
     group.mkdir()
     (group / "memory.max").write_text("1000000")
     (group / "memory.events").write_text("oom_kill 3\n")
-    monkeypatch.setattr("trainer.memory._groups_of", lambda pid: [group])
+    monkeypatch.setattr("trainer.memory.host._groups_of", lambda pid: [group])
     process = start("hang")
 
     class Fetching(MemoryStore):

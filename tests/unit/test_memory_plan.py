@@ -15,10 +15,10 @@ from orchestrator.cli import main
 from trainer.config import Base, RunSpec
 from trainer.errors import BadInput
 from trainer.families import load_family
-from trainer.live_bytes import LiveBytes
-from trainer.memory_cuts import cuts_until
-from trainer.memory_estimate import estimate, size_of
-from trainer.memory_plan import MemoryPlan, Need, Phase
+from trainer.memory.estimate import estimate, size_of
+from trainer.memory.hollow_cuts import cuts_until
+from trainer.memory.live_bytes import LiveBytes
+from trainer.memory.plan import MemoryPlan, Need, Phase
 from trainer.methods import attach
 from trainer.optim import build_optimizer
 

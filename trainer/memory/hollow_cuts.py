@@ -5,12 +5,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from .config import RunSpec
-from .errors import BadInput
-from .families.hollow import taking
-from .families.unloaded import unloaded_family
-from .memory_estimate import estimate
-from .memory_plan import GB
+from ..config import RunSpec
+from ..errors import BadInput
+from ..families.hollow import taking
+from ..families.unloaded import unloaded_family
+from .estimate import estimate
+from .plan import GB
 
 
 def cuts_until(spec: RunSpec, below: float, *, micro_batch: int | None = None) -> Iterator[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from .evidence import Evidence
+from ..evidence import Evidence
 
 RECENT_S = 30.0
 """A kill longer ago than this was not this process's: others may share its control group."""

@@ -20,15 +20,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .config import Base, RunSpec
-from .errors import BadInput
-from .families import Conditioning
-from .families.unloaded import unloaded_family
+from ..config import Base, RunSpec
+from ..errors import BadInput
+from ..families import Conditioning
+from ..families.unloaded import unloaded_family
+from ..methods import Methods, attach
+from ..optim import build_optimizer
+from ..texts import is_cached
 from .live_bytes import LiveBytes
-from .memory_plan import MemoryPlan, Need, Phase, advice
-from .methods import Methods, attach
-from .optim import build_optimizer
-from .texts import is_cached
+from .plan import MemoryPlan, Need, Phase, advice
 
 CPU = torch.device("cpu")
 TOGETHER = 8

@@ -1,12 +1,12 @@
 """What a run will need of a GPU's memory, as a table: by phase, what for, and which keys would lower it.
 
-Pure; ``memory_estimate`` finds the numbers.
+Pure; ``estimate`` finds the numbers.
 """
 
 from dataclasses import dataclass
 
-from .config import Base
-from .evidence import less_memory
+from ..config import Base
+from ..evidence import less_memory
 
 GB = 1e9
 
