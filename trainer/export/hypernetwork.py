@@ -24,11 +24,10 @@ from ..methods.hypernetwork_files import (
     put_onto,
     read_hypernetwork,
 )
-from ..sample import trained_on_base
 from ..tensor_file import to_bytes
 from .files import DTYPES, Dtype, in_dtype, put
 from .headers import Amount, description, public_name
-from .trained import Trained, in_fp32, outputs_of, trained_part
+from .trained import Trained, in_fp32, on_base, outputs_of, trained_part
 from .verify import EPSILON, ExportFailed, compare_outputs
 
 _FORMS: dict[str, tuple[str, ...]] = {
@@ -59,9 +58,7 @@ def trained_hypernetwork(checkpoint_dir: Path, spec: RunSpec) -> TrainedHypernet
         BadCheckpoint: The checkpoint is damaged, or does not belong to this spec.
         BadInput, BaseUnavailable: The base cannot be loaded.
     """
-    family, methods = trained_on_base(in_fp32(spec).base, checkpoint_dir)
-    (made,) = (member for member in methods.members if isinstance(member, Hypernetwork))
-    with methods.only(Hypernetwork):
+    with on_base(checkpoint_dir, spec, Hypernetwork) as (family, (made,)):
         return TrainedHypernetwork(trained_part(spec, "hypernetwork", checkpoint_dir, family), made)
 
 

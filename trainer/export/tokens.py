@@ -22,12 +22,11 @@ from ..families.new_rows import read_pooled_at
 from ..families.new_words import NewWords
 from ..families.source import load_pipeline
 from ..methods.textual_inversion import PREFIX, Tokens, put_words, rows_by_word
-from ..sample import trained_on_base
 from ..tensor_file import read, to_bytes
 from .files import DTYPES, Dtype, in_dtype, put
 from .headers import Amount, description
 from .token_files import ENCODERS, KOHYA, WORD, rows_of, stem_of, tensors_of
-from .trained import Trained, in_fp32, outputs_of, trained_part
+from .trained import Trained, in_fp32, on_base, outputs_of, trained_part
 from .verify import EPSILON, ExportFailed, compare_outputs
 
 
@@ -49,9 +48,7 @@ def trained_tokens(checkpoint_dir: Path, spec: RunSpec) -> TrainedTokens:
         BadCheckpoint: The checkpoint is damaged, or does not belong to this spec.
         BadInput, BaseUnavailable: The base cannot be loaded.
     """
-    family, methods = trained_on_base(in_fp32(spec).base, checkpoint_dir)
-    (tokens,) = (member for member in methods.members if isinstance(member, Tokens))
-    with methods.only(Tokens):
+    with on_base(checkpoint_dir, spec, Tokens) as (family, (tokens,)):
         trained = trained_part(spec, "textual_inversion", checkpoint_dir, family)
         said = {word: outputs_of(family, _text(word)) for word in tokens.vectors}
     return TrainedTokens(trained, rows_by_word(tokens.parameters, tokens.vectors), said)

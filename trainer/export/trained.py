@@ -1,10 +1,11 @@
 """What a checkpoint holds as a program sees it that has it on its base: an adapter module by module, and what
 each part of it does."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from .modules import AdaptedModule, adapted_modules, networks
 _TEXT = "a photo of a cat, seen from afar"
 _LATENTS = 8
 _TIMESTEP = 500
+
+M = TypeVar("M")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +60,27 @@ def trained_adapter(checkpoint_dir: Path, spec: RunSpec) -> Trained:
         BadCheckpoint: The checkpoint is damaged, or does not belong to this spec.
         BadInput, BaseUnavailable: The base cannot be loaded.
     """
-    family, methods = trained_on_base(in_fp32(spec).base, checkpoint_dir)
-    _, metadata = read(checkpoint_dir / ADAPTER)
-    with methods.only(Adapter):
+    with on_base(checkpoint_dir, spec, Adapter) as (family, _):
+        _, metadata = read(checkpoint_dir / ADAPTER)
         return trained_part(
             *(spec, "adapter", checkpoint_dir, family),
             configs=read_configs(metadata),
             modules=adapted_modules(networks(family), "default"),
         )
+
+
+@contextmanager
+def on_base(checkpoint_dir: Path, spec: RunSpec, kind: type[M]) -> Iterator[tuple[Family, list[M]]]:
+    """Load a verified checkpoint on its base, in fp32. Within, the family computes with the methods of one
+    class, which are given beside it, and with nothing else that was trained.
+
+    Raises:
+        BadCheckpoint: The checkpoint is damaged, or does not belong to this spec.
+        BadInput, BaseUnavailable: The base cannot be loaded.
+    """
+    family, methods = trained_on_base(in_fp32(spec).base, checkpoint_dir)
+    with methods.only(kind):
+        yield family, [member for member in methods.members if isinstance(member, kind)]
 
 
 def trained_part(
