@@ -12,8 +12,10 @@ from trainer.config import RunSpec
 __all__ = ["build_base", "build_images", "build_tokenizer", "tiny_spec"]
 
 
-def build_images(folder: Path, *, count: int = 6, size: tuple[int, int] = (40, 32)) -> Path:
-    """Write ``count`` different gradients with captions in a ``metadata.jsonl``."""
+def build_images(
+    folder: Path, *, count: int = 6, size: tuple[int, int] = (40, 32), of: str = "a dog"
+) -> Path:
+    """Write ``count`` different gradients, with captions in a ``metadata.jsonl`` that say what they are of."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for index in range(count):
@@ -27,7 +29,7 @@ def build_images(folder: Path, *, count: int = 6, size: tuple[int, int] = (40, 3
         )
         image.save(folder / f"{index:02d}.png")
         lines.append(
-            json.dumps({"file_name": f"{index:02d}.png", "text": f"a photo of a dog, number {index}"})
+            json.dumps({"file_name": f"{index:02d}.png", "text": f"a photo of {of}, number {index}"})
         )
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder

@@ -56,10 +56,7 @@ def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = build_images(tmp_path_factory.mktemp("captioned"), count=5)
-    lines = (folder / "metadata.jsonl").read_text()
-    (folder / "metadata.jsonl").write_text(lines.replace("a dog", "<sks>, <b>"))
-    return folder
+    return build_images(tmp_path_factory.mktemp("captioned"), count=5, of="<sks>, <b>")
 
 
 def spec_of(base: Path, images: Path, keys: dict[str, Any], **more: Any) -> RunSpec:
