@@ -1,6 +1,9 @@
-"""What tests of the trainer share: a tiny base model, images, and directories of runs to train there."""
+"""A tiny base model, images, and directories of runs to train there; and a folder that is fast to write."""
 
+import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,14 @@ if TYPE_CHECKING:
 # A machine may be as slow as it likes: an example that takes long shows nothing.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+
+@pytest.fixture
+def disk_in_memory() -> Iterator[Path]:
+    """A folder, in memory where there is such a thing: a store in a folder flushes all that it is given."""
+    shm = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=shm) as directory:
+        yield Path(directory)
 
 
 @pytest.fixture(scope="session")

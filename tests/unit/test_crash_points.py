@@ -7,9 +7,7 @@ After each death a fresh reader must find that
     a successor can carry out the operation to its end.
 """
 
-import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
@@ -30,11 +28,9 @@ Prepare = Callable[[ObjectStore, Path], None]
 
 
 @pytest.fixture
-def node() -> Iterator[Path]:
-    """A node's disk: in memory where there is such a thing, for hundreds of checkpoints are flushed to it."""
-    shm = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=shm) as directory:
-        yield Path(directory)
+def node(disk_in_memory: Path) -> Path:
+    """A node's disk, to which hundreds of checkpoints are flushed."""
+    return disk_in_memory
 
 
 def opened(store: ObjectStore) -> tuple[RunLog, CheckpointStore]:

@@ -1,67 +1,15 @@
-"""What may go and what may not, as plain values, and that carrying it out may be cut off anywhere."""
-
-import contextlib
-import os
-import tempfile
-from collections.abc import Iterator
-from itertools import count
-from pathlib import Path
+"""What of a run may go and what may not, as plain values."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.flaky_store import Died, Fault, FlakyStore
-from support.invariants import leftovers as unexplained
-from support.invariants import violations
-from support.runs import (
-    RUN,
-    claimed,
-    committed,
-    ended,
-    finished,
-    incarnation,
-    ref,
-    retired,
-    write_checkpoint,
-)
+from support.runs import RUN, claimed, committed, ended, finished, incarnation, ref, retired
 
 from storage import layout
-from storage.checkpoints import CheckpointStore
-from storage.content.hashing import hashed
-from storage.content.store import store_for
-from storage.errors import AccessDenied, Corrupt, Unavailable
-from storage.garbage.collecting import (
-    Collected,
-    collect_content,
-    collect_loose,
-    collect_run,
-    collect_uploads,
-    plan_contents,
-    read_logs,
-)
-from storage.garbage.inventory import RunObjects, sort_out, take
-from storage.garbage.rules import (
-    ABANDONED_S,
-    GRACE_S,
-    Keep,
-    leftovers,
-    orphans,
-    plan_run,
-)
-from storage.log import run_log
-from storage.memory import MemoryStore
-from storage.object_store import ObjectInfo, ObjectStore
-from storage.records import (
-    Committed,
-    Entry,
-    Pinned,
-    Quarantined,
-    Reaped,
-    Record,
-    Retired,
-    RunEntry,
-    Started,
-)
+from storage.garbage.inventory import RunObjects, sort_out
+from storage.garbage.rules import Keep, orphans, plan_run
+from storage.object_store import ObjectInfo
+from storage.records import Committed, Entry, Pinned, Quarantined, Record, RunEntry, Started
 from storage.run_state import RunState, fold
 
 KEEP = Keep(last=2)
@@ -150,9 +98,6 @@ def test_whatever_was_written_last_tells_the_time(key: str) -> None:
     assert sort_out([ObjectInfo(key, 1, 200.0), older]).newest_s == 200.0
 
 
-# what is superseded
-
-
 def test_all_but_what_must_stay_is_retired_and_each_that_stays_has_its_reasons() -> None:
     state, entries = history(
         claimed(),
@@ -201,9 +146,6 @@ def test_a_salvage_goes_once_a_whole_checkpoint_is_as_far_and_its_attempt_is_ove
     assert planned(state, entries)[0] == [10, 15]
 
 
-# the two phases
-
-
 @pytest.mark.parametrize(
     ("written", "now", "ripe"),
     [
@@ -236,9 +178,6 @@ def test_a_file_that_a_whole_checkpoint_names_is_spared_when_its_salvage_goes() 
     )
     plan = plan_run(RUN, RunObjects(data=shared), state, entries, keep=None, grace_s=0.0, now_s=None)
     assert [d.sized for d in plan.reap] == [()]
-
-
-# orphans
 
 
 def test_only_fenced_and_unnamed_data_is_an_orphan() -> None:
@@ -293,70 +232,6 @@ def test_what_is_pinned_stays_whatever_a_node_says_of_it() -> None:
     assert orphans(RUN, state, data(committed(10), committed(20))) == ()
 
 
-# what belongs to no run
-
-UUID = "0badcafe-0000-4000-8000-00000badcafe"
-PROBES = [f"probe/{UUID}/0", f"probe/doctor-{UUID}/speed/1", "probe/0badcafe0badcafe/granted"]
-FOREIGN = ["probe/mars-2020/image.tif", "probe/granted"]
-CONTENT = f"content/{'0' * 64}/data/0badcafe/{'f' * 64}"
-
-
-def test_probes_terms_and_uploads_go_when_old_by_the_stores_clock_and_the_newest_term_stays() -> None:
-    now = 1e6
-    aged = {"old": now - ABANDONED_S, "new": now - GRACE_S + 1}
-    inventory = sort_out(
-        [
-            *(ObjectInfo(key, 64, aged["old"]) for key in PROBES),
-            ObjectInfo(f"probe/{UUID}/1", 64, aged["new"]),
-            *(ObjectInfo(key, 9, aged["old"]) for key in FOREIGN),
-            *(ObjectInfo(layout.term("cat", n), 9, aged["old"]) for n in (2, 3, 4)),
-            ObjectInfo(layout.term("dog", 0), 9, aged["old"]),
-            ObjectInfo(layout.sweep_spec("cat"), 9, aged["old"]),
-            ObjectInfo("holiday.jpg", 9, aged["old"]),
-        ],
-        [
-            ObjectInfo(CONTENT, 0, aged["old"]),
-            ObjectInfo(f"{CONTENT}0", 0, aged["new"]),
-            *(ObjectInfo(key, 0, aged["old"]) for key in (*FOREIGN, "r", "backups/db")),
-        ],
-    )
-
-    gone = [[info.key for info in infos] for infos in leftovers(inventory, now)]
-
-    assert gone == [PROBES, [layout.term("cat", 2), layout.term("cat", 3)], [CONTENT]]
-    assert leftovers(inventory, None) == ((), (), ())
-    assert [info.key for info in inventory.unknown] == [*FOREIGN, "holiday.jpg"]
-
-
-class Uploads(MemoryStore):
-    """A store with unfinished uploads, as a bucket has them."""
-
-    def __init__(self, *uploads: ObjectInfo) -> None:
-        super().__init__()
-        self.uploads = list(uploads)
-
-    def unfinished(self, prefix: str) -> Iterator[ObjectInfo]:
-        return (info for info in list(self.uploads) if info.key.startswith(prefix))
-
-    def abort_uploads(self, prefix: str) -> int:
-        before, self.uploads = self.uploads, [i for i in self.uploads if not i.key.startswith(prefix)]
-        return len(before) - len(self.uploads)
-
-
-@pytest.mark.parametrize("fresh", ["the same key", "a longer key"])
-def test_a_fresh_upload_never_ends_with_an_old_one(fresh: str) -> None:
-    old = [ObjectInfo(CONTENT, 0, 1.0), ObjectInfo(PROBES[0], 0, 1.0)]
-    begun = ObjectInfo(CONTENT if fresh == "the same key" else f"{CONTENT}0", 0, 2.0)
-    store = Uploads(*old, begun)
-    assert [part.objects for part in collect_uploads(store, old)] == [0, 1]
-    assert [(info.key, info.modified_s) for info in store.uploads] == [(CONTENT, 1.0), (begun.key, 2.0)]
-    store.uploads = [info for info in store.uploads if info.modified_s != begun.modified_s]
-    assert [part.objects for part in collect_uploads(store, old)] == [1, 0]
-    assert store.uploads == []
-
-
-# any history
-
 STEPS = st.lists(st.integers(1, 30), unique=True, min_size=1, max_size=12).map(sorted)
 
 
@@ -400,273 +275,3 @@ def test_no_plan_ever_takes_what_must_stay(
     if retire:
         _, again = history(*records, retired(*retire))  # the log admits it
         assert again
-
-
-# carrying it out
-
-
-@pytest.fixture
-def disk() -> Iterator[Path]:
-    shm = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=shm) as directory:
-        yield Path(directory)
-
-
-def busy(disk: Path, *, over: bool = False) -> MemoryStore:
-    """A run with something of every kind to collect: retired, superseded, half uploaded."""
-    store = MemoryStore()
-    log = run_log(store, RUN)
-    checkpoints = CheckpointStore(store, RUN, log)
-    log.append(claimed())
-    for step in (10, 20):
-        checkpoints.publish(write_checkpoint(disk / "out", step), 1, incarnation(1))
-    store.put(layout.checkpoint_file(RUN, 1, incarnation(1), 30, "half"), b"half uploaded")
-    log.append(ended())
-    log.append(claimed(2))
-    for step in (30, 40, 50):
-        checkpoints.publish(write_checkpoint(disk / "out", step), 2, incarnation(2))
-    log.append(retired(ref(10)))
-    if over:
-        log.append(finished())
-    return store
-
-
-def collect(store: ObjectStore, *, keep: Keep | None = KEEP, record: bool = True) -> Collected:
-    """What one ``gc`` does with the run, its grace being over at once."""
-    objects = take(store).runs[RUN]
-    log = read_logs(store, [RUN])[RUN]
-    assert not isinstance(log, Corrupt)
-    plan = plan_run(RUN, objects, log.state, log.entries(), keep=keep, grace_s=0.0, now_s=None)
-    done = Collected()
-    for part in collect_run(store, plan, log if record else None, clock=lambda: 9.0):
-        done.add(part)
-    return done
-
-
-def sound(store: ObjectStore) -> RunState:
-    """What a fresh reader finds: nothing is violated."""
-    assert violations(store, RUN) == []
-    return run_log(store, RUN).refresh()
-
-
-def clean(store: ObjectStore) -> None:
-    state = sound(store)
-    assert [c.step for c in state.checkpoints] == [40, 50]
-    assert state.retired == ()
-    assert unexplained(store, RUN, state) == []
-
-
-def copied(store: MemoryStore) -> MemoryStore:
-    copy = MemoryStore()
-    for info in store.list(""):
-        copy.put(info.key, store.get(info.key))
-    return copy
-
-
-def test_two_collections_leave_only_what_is_kept(disk: Path) -> None:
-    store = busy(disk)
-
-    first = collect(store)
-    # 30 and its successors are attempt 2's; what it resumed from, 20, stays while it runs.
-    assert (first.retired, first.objects) == (1, 3)
-    run_log(store, RUN).append(finished())
-    assert collect(store).retired == 1
-    collect(store)
-
-    clean(store)
-    nothing = collect(store)
-    assert nothing == Collected()
-
-
-@pytest.mark.parametrize("fault", list(Fault))
-def test_a_collection_that_is_cut_off_anywhere_is_finished_by_the_next(fault: Fault, disk: Path) -> None:
-    before = busy(disk, over=True)
-    for at in count(1):
-        store = copied(before)
-        flaky = FlakyStore(store, at, fault)
-        with contextlib.suppress(Died, Unavailable):
-            collect(flaky)
-        sound(store)
-        collect(store)
-        collect(store)
-        clean(store)
-        if flaky.calls < at:
-            return
-
-
-class Interleaved(FlakyStore):
-    """Runs another collection in the middle of this one."""
-
-    def __init__(self, inner: ObjectStore, at: int) -> None:
-        super().__init__(inner, at, Fault.DIE_BEFORE)
-        self._now = at
-
-    def _call(self, effect, half=lambda: None):  # type: ignore[no-untyped-def]
-        self.calls += 1
-        if self.calls == self._now:
-            collect(self._inner)
-        return effect()
-
-
-def test_two_collections_at_once_are_as_good_as_one_after_the_other(disk: Path) -> None:
-    before = busy(disk, over=True)
-    for at in count(1):
-        store = copied(before)
-        both = Interleaved(store, at)
-        assert collect(both).failed == ""
-        sound(store)
-        collect(store)
-        clean(store)
-        if both.calls < at:
-            return
-
-
-def test_a_pin_that_comes_between_plan_and_record_wins(disk: Path) -> None:
-    store = busy(disk, over=True)
-    log = run_log(store, RUN)
-    plan = plan_run(
-        RUN, take(store).runs[RUN], log.refresh(), log.entries(), keep=KEEP, grace_s=1e9, now_s=None
-    )
-    run_log(store, RUN).append(Pinned(checkpoint=ref(20), at=1.0))
-
-    done = Collected()
-    for part in collect_run(store, plan, log):
-        done.add(part)
-
-    state = sound(store)
-    assert [c.step for c in state.retired] == [10, 30]
-    assert [c.step for c in state.checkpoints] == [20, 40, 50]
-
-
-def test_who_may_not_append_still_deletes_what_needs_no_record(disk: Path) -> None:
-    store = busy(disk, over=True)
-
-    done = collect(store, record=False)
-
-    assert (done.retired, done.objects) == (0, 3)
-    assert [c.step for c in sound(store).retired] == [10]
-    assert not any("/data/000001-00000001/000000010/" in info.key for info in store.list(""))
-    assert collect(store, record=False) == Collected()
-
-
-class Locked(FlakyStore):
-    """Refuses to delete some objects."""
-
-    def __init__(self, inner: ObjectStore, part: str) -> None:
-        super().__init__(inner, 0, Fault.DIE_BEFORE)
-        self._part = part
-
-    def delete(self, keys):  # type: ignore[no-untyped-def]
-        for key in keys:
-            if self._part in key:
-                raise AccessDenied(f"{key}: locked")
-            self._inner.delete([key])
-
-
-def test_an_object_that_may_not_be_deleted_stops_nothing_else(disk: Path) -> None:
-    store = busy(disk, over=True)
-
-    done = collect(Locked(store, "/000000030/half"))
-
-    assert done.denied.endswith("/000000030/half: locked")
-    assert done.retired == 2
-    state = sound(store)
-    assert [c.step for c in state.retired] == [20, 30]
-    collect(store)
-    clean(store)
-
-
-def test_a_retired_checkpoint_whose_data_is_locked_stays_retired(disk: Path) -> None:
-    store = busy(disk, over=True)
-    done = collect(Locked(store, "adapter"))
-    assert "locked" in done.denied
-    assert ref(10) in {c.ref for c in sound(store).retired}
-
-
-def test_a_store_that_refuses_every_delete_is_said_once() -> None:
-    store = MemoryStore()
-    infos = [ObjectInfo(f"probe/a/{n}", 1) for n in range(3)]
-    assert collect_loose(Locked(store, "probe"), infos).denied == "probe/a/0: locked"
-
-
-def test_what_was_retired_and_reaped_by_another_is_no_failure(disk: Path) -> None:
-    store = busy(disk, over=True)
-    log = run_log(store, RUN)
-    log.refresh()
-    plan = plan_run(RUN, take(store).runs[RUN], log.state, log.entries(), keep=KEEP, grace_s=0, now_s=None)
-    collect(store)
-    collect(store)
-
-    done = Collected()
-    for part in collect_run(store, plan, log):
-        done.add(part)
-    assert (done.failed, done.denied, done.retired) == ("", "", 0)
-    clean(store)
-    records = [e.record for e in run_log_entries(store)]
-    assert [r for r in records if isinstance(r, Retired | Reaped)] == [
-        Retired(checkpoints=(ref(10),), at=4.0),
-        Reaped(checkpoints=(ref(10),), at=9.0),
-        Retired(checkpoints=(ref(20), ref(30, 2)), at=9.0),
-        Reaped(checkpoints=(ref(20), ref(30, 2)), at=9.0),
-    ]
-
-
-def run_log_entries(store: ObjectStore) -> tuple[RunEntry, ...]:
-    log = run_log(store, RUN)
-    log.refresh()
-    return log.entries()
-
-
-# shared content
-
-
-class Timed(MemoryStore):
-    """Says of every object that it was written at 1000."""
-
-    def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
-        for info in super().list(prefix, after):
-            yield ObjectInfo(info.key, info.size_bytes, 1000.0)
-
-
-def shared(store: ObjectStore, folder: Path) -> str:
-    """A dataset that sweep cat uses, submitted; returns its digest."""
-    folder.mkdir()
-    (folder / "a.png").write_bytes(b"an image")
-    local = hashed("", {"a.png": folder / "a.png"})
-    store_for(store, "cat", local, submitted=False)
-    store.put(layout.sweep_spec("cat"), b"{}")
-    return local.digest
-
-
-def collect_contents(store: ObjectStore, now_s: float | None) -> tuple[int, int]:
-    """What one ``gc`` retires and how many objects it deletes."""
-    done = Collected()
-    for plan in plan_contents(store, take(store).contents, now_s):
-        for part in collect_content(store, plan):
-            done.add(part)
-    assert (done.failed, done.denied) == ("", "")
-    return done.retired, done.objects
-
-
-def test_content_goes_in_two_phases_once_no_sweep_uses_it(tmp_path: Path) -> None:
-    store = Timed()
-    digest = shared(store, tmp_path / "data")
-    assert collect_contents(store, 1e6) == (0, 0), "cat uses it"
-
-    store.delete([layout.sweep_spec("cat")])
-    assert collect_contents(store, None) == (0, 0), "no clock, no age"
-    assert collect_contents(store, 1000 + GRACE_S - 1) == (0, 0), "a submission may be under way"
-    assert collect_contents(store, 1000 + GRACE_S) == (1, 0)
-    assert collect_contents(store, 1000 + GRACE_S - 1) == (0, 0), "the grace is not over"
-    assert collect_contents(store, 1000 + GRACE_S) == (0, 2)
-    assert collect_contents(store, 1e6) == (0, 0)
-    assert [info.key for info in store.list(layout.content_data_prefix(digest))] == []
-
-
-def test_an_upload_of_content_that_nobody_finished_goes_after_a_day(tmp_path: Path) -> None:
-    store = Timed()
-    store.put(layout.content_file("a" * 64, "0" * 8, "b" * 64), b"half")
-    assert collect_contents(store, 1000 + ABANDONED_S - 1) == (0, 0)
-    assert collect_contents(store, 1000 + ABANDONED_S) == (1, 0)
-    assert collect_contents(store, 1000 + ABANDONED_S) == (0, 1)
-    assert take(store).contents["a" * 64].data == {}

@@ -1,0 +1,35 @@
+"""Sweeps of different ages, and what of them is in a store, for tests of the commands that clean up."""
+
+import os
+import time
+
+from support.fake_cluster import small_sweep
+from support.invariants import violations
+
+from orchestrator.grid.schema import Checkpoint, Metric
+from storage.directory import DirectoryStore
+from storage.log import run_log
+from storage.object_store import ObjectStore
+from storage.run_state import RunState
+
+CAT = small_sweep(
+    runs=2, name="cat", metric=Metric(name="loss"), checkpoint=Checkpoint(keep_last=2, grace_s=300.0)
+)
+R0, R1 = (run.run_id for run in CAT.runs)
+DAY_S = 86_400.0
+
+
+def aged(store: DirectoryStore, seconds: float) -> None:
+    """Make everything in the store so much older."""
+    then = time.time() - seconds
+    for info in store.list(""):
+        os.utime(store.root / info.key, (then, then))
+
+
+def keys(store: ObjectStore) -> list[str]:
+    return [info.key for info in store.list("")]
+
+
+def state(store: ObjectStore, run_id: str = R0) -> RunState:
+    assert violations(store, run_id) == []
+    return run_log(store, run_id).refresh()
