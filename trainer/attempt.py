@@ -110,7 +110,8 @@ def _prepared(run_dir: RunDir, spec: RunSpec, options: Options, examples: list[E
     say("encoding the images that no run here has met yet")
     images = encode_images(family, cache, examples, spec, stop.alive)
     class_images = class_set(local, options, family, cache, texts, stop)
-    family.rest_encoders(texts=is_cached(spec))
+    if is_cached(spec):
+        family.free_text_encoders()
     train, validation = split(len(images), held_out(len(images), spec.dataset.val_fraction))
     check_enough(spec, sum(images[index].repeats for index in train))
     check_captioned(spec.base, [images[index].caption for index in train])

@@ -46,6 +46,7 @@ def encode_texts(
     for text in sorted(set(texts)):
         states[text] = _encode_text(family, cache, text, identity)
         alive()
+    family.rest_text_encoders()
     return states
 
 
@@ -77,6 +78,7 @@ def encode_images(
     for example in examples:
         images.append(_encode_image(family, cache, example, spec, identity))
         alive()
+    family.rest_vae()
     return images
 
 

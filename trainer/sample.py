@@ -68,6 +68,7 @@ def draw_images(family: Family, spec: RunSpec, texts: Texts, stop: Stop) -> Iter
                 images = [_to_image(family.decode(latents_CHW)) for latents_CHW in latents_BCHW]
             for seed, image in zip(seeds, images, strict=True):
                 yield SampleImage(prompt, seed, image)
+    family.rest_vae()
 
 
 def write_samples(root: Path, step: int, images: Iterator[SampleImage]) -> Path:

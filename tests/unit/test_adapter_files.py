@@ -140,7 +140,7 @@ def test_an_adapter_of_text_encoders_too_is_not_taken_for_another_bases(world: P
     write(tmp_path / "a.safetensors", kohya(tensors, base.lora_alpha, ONE), {})
     plain = base.model_copy(update={"train_text_encoder": False})
     family = load_family(plain)
-    family.rest_encoders(texts=True)
+    family.free_text_encoders()
     with pytest.raises(BadInput, match="adapts text encoders too") as refused:
         begin_with(tmp_path / "a.safetensors", attach(plain, family), family)
     assert "train_text_encoder" in refused.value.hint

@@ -341,11 +341,33 @@ def test_encoders_are_freed_and_images_can_still_be_decoded(model: Model) -> Non
     family = loaded(model("sdxl"))
     latents = family.encode_image(torch.zeros(3, 32, 32)).mean_CHW
 
-    family.rest_encoders(texts=False)
+    family.rest_vae()
+    family.rest_text_encoders()
     assert list(family.text_encoders) == ["text_encoder", "text_encoder_2"]
-    family.rest_encoders(texts=True)
+    family.free_text_encoders()
     assert not family.text_encoders
     assert family.decode(latents).shape == (3, 32, 32)
+
+
+def test_a_network_comes_to_the_device_when_it_is_used_and_no_sooner(model: Model) -> None:
+    """On a device that has room for shapes only, so that what it computes cannot be read."""
+    base = Base(model=str(model("sdxl")))
+    family: Any = family_class("sdxl")(load_pipeline(base), base, torch.device("meta"))
+    networks = {"denoiser": family.denoiser, "VAE": family._vae, **family.text_encoders}
+
+    def there() -> set[str]:
+        return {name for name, network in networks.items() if all(p.is_meta for p in network.parameters())}
+
+    assert there() == set()
+    told = family.encode_tokens([family.token_ids(PROMPT)])
+    assert there() == {"text_encoder", "text_encoder_2"}
+    with pytest.raises(NotImplementedError, match="meta"):
+        family.encode_image(torch.zeros(3, 32, 32))
+    assert there() == {"text_encoder", "text_encoder_2", "VAE"}
+    told |= family.size_conditioning(torch.zeros(1, 6, device="meta"))
+    noisy = torch.zeros(1, family.latent_channels, 4, 4, device="meta")
+    family.predict(noisy, torch.ones(1, dtype=torch.long, device="meta"), told)
+    assert there() == set(networks)
 
 
 def test_gradients_flow_into_text_encoders_that_ask_for_them(model: Model) -> None:

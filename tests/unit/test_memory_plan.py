@@ -84,7 +84,7 @@ def kept_bytes(family: Any, spec: RunSpec) -> int:
 )
 def test_the_plan_names_the_bytes_of_a_real_step(world: Path, base: dict[str, Any]) -> None:
     spec = spec_of(world, base)
-    planned = needs(estimate(spec, on_cuda=False).phases[1])
+    planned = needs(estimate(spec, on_cuda=False).phase("training"))
 
     family: Any = load_family(spec.base)
     weights = size_of(tensors(family.denoiser))
@@ -113,17 +113,22 @@ def test_a_plan_of_all_of_the_base_counts_its_weights_once_and_needs_none(
     samples = {"prompts": ["a dog"], "every": 1}
     spec = RunSpec.model_validate({"base": base, "dataset": {"path": "images"}, "samples": samples})
     plan = estimate(spec)
-    encoding, training, sampling = map(needs, plan.phases)
+    training, sampling = (needs(plan.phase(name)) for name in ("training", "sampling"))
     unet = size_of(tensors(load_family(Base(model=str(world / "base"))).denoiser))
     assert (training["denoiser"], training["trained parameters"]) == (0, unet)
-    assert training["VAE"] == sampling["VAE"] == encoding["VAE"] > 0
+    assert [phase.name for phase in plan.phases] == [
+        "encoding captions",
+        "encoding images",
+        "training",
+        "sampling",
+    ]
+    assert sampling["VAE"] == needs(plan.phase("encoding images"))["VAE"] > 0
     assert sampling["work"] > 0
     assert "quantize" not in plan.advice
 
 
 def test_a_cut_is_found_by_a_limit_of_memory(world: Path) -> None:
-    first = estimate(spec_of(world, {"resolution": 32, "hollow": 0})).phases[1]
-    assert first.name == "training"
+    first = estimate(spec_of(world, {"resolution": 32, "hollow": 0})).phase("training")
     told = list(cuts_until(spec_of(world, {"resolution": 32}), first.size))
     assert [line.partition(":")[0] for line in told[:3]] == ["whole UNet", "base.hollow 0", "base.hollow 1"]
     assert told[3:] == ["write into base: hollow: 1"]
@@ -185,10 +190,9 @@ def test_the_table_names_the_phase_that_needs_most_and_all_runs_of_a_gpu() -> No
 def test_a_gpu_allocates_what_was_planned(world: Path, base: dict[str, Any]) -> None:
     """Images so large that what an allocator rounds up does not count."""
     spec = spec_of(world, {"resolution": 512, "train_batch_size": 8, **base})
-    planned = needs(estimate(spec).phases[1])
+    planned = needs(estimate(spec).phase("training"))
     family: Any = load_family(spec.base)
     methods = attach(spec.base, family)
-    family.rest_encoders(texts=False)
     side = 512 // family.latent_pixels
     told = family.encode_tokens([family.token_ids("")] * 8)
     family.denoiser.train()

@@ -175,7 +175,7 @@ def test_runs_that_share_a_base_in_one_process_end_as_they_do_alone(
     def shared(*arguments: Any) -> Any:
         if not loads:
             loads.append(load(*arguments))
-            monkeypatch.setattr(loads[0], "rest_encoders", lambda **what: None)
+            monkeypatch.setattr(loads[0], "free_text_encoders", lambda: None)
         return loads[0]
 
     monkeypatch.setattr(trainer.attempt, "load_family", shared)

@@ -110,13 +110,21 @@ class Family(Protocol):
     def image_identity(self) -> str:
         """Digest of the image encoder's weights and scaling."""
 
-    def rest_encoders(self, *, texts: bool) -> None:
-        """Free what only caching needs; ``decode`` still works. With ``texts``, no text is encoded after
-        this either."""
+    def ready(self) -> None:
+        """Bring what is trained or trained beside to ``device``: the denoiser and all text encoders left."""
+
+    def rest_text_encoders(self) -> None:
+        """Let the text encoders leave the device until they are used again."""
+
+    def rest_vae(self) -> None:
+        """Let the VAE leave the device until it is used again."""
+
+    def free_text_encoders(self) -> None:
+        """Forget the text encoders: no text is encoded after this."""
 
 
 def load_family(base: Base, hub_cache: Path | None = None) -> Family:
-    """Load and freeze a base model on the best device of this machine.
+    """Load and freeze a base model. A network comes to the best device of this machine when it is used.
 
     Args:
         hub_cache: Where files from the hub are kept; by default where huggingface_hub keeps them.
@@ -133,7 +141,7 @@ def load_family(base: Base, hub_cache: Path | None = None) -> Family:
 
 
 def family_of(pipeline: Any, base: Base) -> Family:
-    """Freeze a loaded diffusers pipeline, with whatever adapters are on it, on the best device.
+    """Freeze a loaded diffusers pipeline, with whatever adapters are on it, for the best device.
 
     Raises:
         BadInput: As ``load_family``.

@@ -1,7 +1,8 @@
 """What all families of latent models share: frozen networks, their precision and layout, a VAE, tokenizers.
 
 Text and images are encoded in fp32 whatever the training precision, so their caches are shared by all runs;
-the denoiser is kept in the precision asked for and runs under autocast.
+the denoiser is kept in the precision asked for and runs under autocast. Each network comes to the device when
+it is first used: the peak of a run is not the sum of all.
 """
 
 import json
@@ -55,11 +56,11 @@ class LatentFamily(ABC):
         self.tokenizers = [parts[name] for name in sorted(parts) if name.startswith("tokenizer")]
         self.words: NewWords | None = None
         self.text_encoders: Mapping[str, nn.Module] = {
-            name: frozen(parts[name], device) for name in sorted(parts) if name.startswith("text_encoder")
+            name: frozen(parts[name]) for name in sorted(parts) if name.startswith("text_encoder")
         }
         configs = [cast(Any, encoder).config for encoder in self.text_encoders.values()]
         self._read_by_clip = [[str(getattr(each, key, None)) for key in _READ_BY_CLIP] for each in configs]
-        self._vae = frozen(pipeline.vae, device)
+        self._vae = frozen(pipeline.vae)
         self.latent_pixels = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
         self.side_multiple = self.latent_pixels
         self.latent_channels = int(pipeline.vae.config.latent_channels)
@@ -69,7 +70,7 @@ class LatentFamily(ABC):
         if base.quantize != "none":
             quantize(parts[self.denoiser_prefix], base.quantize, device)
         kept = torch.float32 if "full" in base.train else self._dtype  # what is trained is fp32
-        self.denoiser: nn.Module = frozen(parts[self.denoiser_prefix], device, kept)
+        self.denoiser: nn.Module = frozen(parts[self.denoiser_prefix], kept)
         self._arrange(base)
 
     @classmethod
@@ -85,21 +86,27 @@ class LatentFamily(ABC):
     def size_conditioning(self, sizes_B6: Tensor) -> Conditioning:
         return {}
 
+    def encode_tokens(self, token_ids: Sequence[list[list[int]]]) -> Conditioning:
+        for encoder in self.text_encoders.values():
+            place(encoder, self.device)
+        return self._say(token_ids)
+
     @torch.no_grad()
     def encode_image(self, pixels_CHW: Tensor) -> Posterior:
-        self._vae.to(self.device)
+        place(self._vae, self.device)
         posterior = self._vae.encode(pixels_CHW[None].to(self.device)).latent_dist
         mean_CHW, std_CHW = posterior.mean[0].float().cpu(), posterior.std[0].float().cpu()
         return Posterior((mean_CHW - self._shift) * self._scaling, std_CHW * self._scaling)
 
     @torch.no_grad()
     def decode(self, latents_CHW: Tensor) -> Tensor:
-        self._vae.to(self.device)
+        place(self._vae, self.device)
         given_BCHW = latents_CHW[None].to(self.device) / self._scaling + self._shift
         pixels_BCHW: Tensor = self._vae.decode(given_BCHW).sample
         return pixels_BCHW[0].float().cpu()
 
     def predict(self, noisy_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Tensor:
+        place(self.denoiser, self.device)
         given_BCHW = noisy_BCHW.to(self._dtype).contiguous(memory_format=self._layout)
         with self._precision():
             return self._denoise(given_BCHW, timesteps_B, conditioning).float()
@@ -115,12 +122,18 @@ class LatentFamily(ABC):
     def image_identity(self) -> str:
         return f"{self._scaling} {self._shift} {tensors_digest(self._vae.state_dict())}"
 
-    def rest_encoders(self, *, texts: bool) -> None:
-        if texts:
-            self.text_encoders = {}
-        self._vae.to("cpu")
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+    def ready(self) -> None:
+        for network in (self.denoiser, *self.text_encoders.values()):
+            place(network, self.device)
+
+    def rest_text_encoders(self) -> None:
+        self._rest(*self.text_encoders.values())
+
+    def rest_vae(self) -> None:
+        self._rest(self._vae)
+
+    def free_text_encoders(self) -> None:
+        self.text_encoders = {}
 
     def inject(self, control: Control, hub_cache: Path | None = None) -> None:
         raise BadInput(
@@ -133,6 +146,16 @@ class LatentFamily(ABC):
 
     def hidden(self, noisy_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Conditioning:
         return {}  # what has no UNet is told nothing more
+
+    def _rest(self, *networks: nn.Module) -> None:
+        for network in networks:
+            network.to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @abstractmethod
+    def _say(self, token_ids: Sequence[list[list[int]]]) -> Conditioning:
+        """Return what texts say; the text encoders are on the device."""
 
     @abstractmethod
     def _denoise(self, noisy_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Tensor:
@@ -185,12 +208,18 @@ class LatentFamily(ABC):
         return torch.autocast(self.device.type, self._dtype, cache_enabled=False)
 
 
-def frozen(module: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
-    """Return the module on a device, in a type, without gradients, in memory of its own."""
-    placed = cast(nn.Module, module).to(device, dtype).requires_grad_(False).eval()
-    for tensor in (*placed.parameters(), *placed.buffers()):
+def frozen(module: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """Return the module in a type, without gradients, in memory of its own."""
+    kept = cast(nn.Module, module).to(dtype).requires_grad_(False).eval()
+    for tensor in (*kept.parameters(), *kept.buffers()):
         tensor.data = own_memory(tensor)
-    return placed
+    return kept
+
+
+def place(network: nn.Module, device: torch.device) -> None:
+    """Bring a network to a device, unless it is there: its first parameter tells."""
+    if next(network.parameters()).device.type != device.type:
+        network.to(device)
 
 
 def check_precision(base: Base, device: torch.device) -> None:

@@ -38,9 +38,9 @@ _BYTES = "stored_"
 
 
 def quantize(network: nn.Module, kind: Kind, device: torch.device) -> None:
-    """Keep the weights of a network's layers in fewer bits, in place, and move those onto a device.
+    """Keep the weights of a network's layers in fewer bits, in place.
 
-    One layer at a time is on the device as it was; the rest of the network stays where it is.
+    One layer at a time is on the device, where this is quick; the network stays where it is.
 
     Raises:
         BadInput: bitsandbytes is needed and not there.
@@ -48,13 +48,15 @@ def quantize(network: nn.Module, kind: Kind, device: torch.device) -> None:
     if kind == "nf4":
         _import_bitsandbytes()
     for layer in list(_layers(network, kind)):
+        home = layer.weight.device
         stored = _stored(layer.weight.detach().to(device, torch.float32), kind)
         layer.bits = kind
         layer.stored_types = {name: tensor.dtype for name, tensor in stored.items()}
         del layer.weight
         for name, tensor in stored.items():
             # As bytes: what casts a network's floating-point numbers must leave these alone.
-            layer.register_buffer(_BYTES + name, tensor.contiguous().view(torch.uint8), persistent=False)
+            stored_bytes = tensor.contiguous().view(torch.uint8).to(home)
+            layer.register_buffer(_BYTES + name, stored_bytes, persistent=False)
         layer.__class__ = QuantizedLinear if isinstance(layer, nn.Linear) else QuantizedConv2d
 
 

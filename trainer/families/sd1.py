@@ -21,7 +21,7 @@ class StableDiffusion1(UNetFamily):
     def fits(pipeline: Any) -> bool:
         return True
 
-    def encode_tokens(self, token_ids: Sequence[list[list[int]]]) -> Conditioning:
+    def _say(self, token_ids: Sequence[list[list[int]]]) -> Conditioning:
         (ids_BL,) = self._columns(token_ids)
         encoder: Any = self.text_encoders["text_encoder"]
         if self._clip_skip == 1:

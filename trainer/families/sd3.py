@@ -63,7 +63,7 @@ class StableDiffusion3(LatentFamily):
         pairs = zip(self.tokenizers, lengths, strict=False)
         return [padded_ids(tokenizer, text, length) for tokenizer, length in pairs]
 
-    def encode_tokens(self, token_ids: Sequence[list[list[int]]]) -> Conditioning:
+    def _say(self, token_ids: Sequence[list[list[int]]]) -> Conditioning:
         columns = self._columns(token_ids)
         encoders: list[Any] = [self.text_encoders[name] for name in sorted(self.text_encoders)]
         said = [encoders[k](columns[k], output_hidden_states=True) for k in (0, 1)]

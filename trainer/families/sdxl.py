@@ -31,7 +31,7 @@ class StableDiffusionXL(UNetFamily):
     def fits(pipeline: Any) -> bool:
         return True
 
-    def encode_tokens(self, token_ids: Sequence[list[list[int]]]) -> Conditioning:
+    def _say(self, token_ids: Sequence[list[list[int]]]) -> Conditioning:
         first: Any = self.text_encoders["text_encoder"]
         second: Any = self.text_encoders["text_encoder_2"]
         ids_BL, ids_2_BL = self._columns(token_ids)

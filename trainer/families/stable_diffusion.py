@@ -16,7 +16,7 @@ from ..objective.process import Diffusion
 from . import Conditioning
 from .control import load_control, misfit, residuals
 from .hollow import Hollow, cut_of
-from .latent import LatentFamily, frozen
+from .latent import LatentFamily, frozen, place
 
 HIDDEN = "hidden"
 """In a conditioning: what enters the first layer of a hollowed UNet's decoder."""
@@ -82,7 +82,7 @@ class UNetFamily(LatentFamily):
                 f"base.control: {control.model} is no ControlNet of this base: {problem}",
                 "take one that was made for the family of base.model",
             )
-        self._control = frozen(network, self.device, self._dtype)
+        self._control = frozen(network, self._dtype)
         self._control_scale = control.scale
 
     def control_conditioning(self, pixels_B3HW: Tensor) -> Conditioning:
@@ -93,6 +93,7 @@ class UNetFamily(LatentFamily):
         seen = conditioning.get(CONTROL)
         injected = {}
         if seen is not None:
+            place(self._control, self.device)
             injected = residuals(self._control, self._control_scale, noisy_BCHW, timesteps_B, seen, told)
         return cast(Tensor, self.denoiser(noisy_BCHW, timesteps_B, **told, **injected).sample)
 

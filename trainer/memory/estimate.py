@@ -56,12 +56,12 @@ def estimate(
     batch = min(micro_batch or base.train_batch_size, base.samples_per_step)
     with _fake(family, methods), _like_cuda(family, base) if on_cuda else nullcontext():
         weights, removed = _weights(family, methods)
-        encoding = _encoding(family, base, weights)
         # Before the pass of training: a hollowed UNet is whole until then.
+        before = [*_encoding(family, base, weights), *_preparing(spec, family, weights)]
         drawing = _drawing(family, base, _drawn_together(spec)) if spec.samples else None
         kept, work = _pass(family, methods, base, batch, cached=is_cached(spec))
     training = _training(spec, family, methods, weights, removed, kept, work)
-    phases = (encoding, training, *([_sampling(training, weights, drawing)] if drawing else []))
+    phases = (*before, training, *([_sampling(training, weights, drawing)] if drawing else []))
     return MemoryPlan(phases, advice(base, micro_batch, phases))
 
 
@@ -102,14 +102,32 @@ def _weights(family: Any, methods: Methods) -> tuple[Mapping[str, int], int]:
     return sizes, sizes.pop("removed")
 
 
-def _encoding(family: Any, base: Base, weights: Mapping[str, int]) -> Phase:
+def _encoding(family: Any, base: Base, weights: Mapping[str, int]) -> tuple[Phase, Phase]:
+    """Return what encoding captions needs, then images: each network leaves before the next one comes."""
     pixels = torch.zeros(3, base.resolution, base.resolution)
     with LiveBytes([*_all_tensors(family), pixels]) as live, torch.no_grad():
+        family.encode_tokens([family.token_ids("")])
+        captions, live.most = live.most, live.now
         family._vae.encode(pixels[None])
-    return Phase(
-        "encoding images and captions",
-        (*_told(weights), Need("work", live.most, "the VAE on one image, fp32")),
+    texts, vae = ({name: weights[name]} for name in ("text encoders", "VAE"))
+    return (
+        Phase("encoding captions", (*_told(texts), Need("work", captions, "one caption, fp32"))),
+        Phase("encoding images", (*_told(vae), Need("work", live.most, "one image, fp32"))),
     )
+
+
+def _preparing(spec: RunSpec, family: Any, weights: Mapping[str, int]) -> Iterator[Phase]:
+    """Yield what is computed with the bare base before the first step."""
+    there = {name: weights[name] for name in ("denoiser", "VAE")}
+    if spec.prior and not spec.prior.online:
+        together = 2 if spec.prior.cfg > 1 else 1
+        work = _drawing(family, spec.base, together)
+        yield Phase("drawing class images", (*_told(there), work))
+    if family.cut:
+        with LiveBytes(_all_tensors(family)) as live, torch.no_grad():
+            _predicted(family, spec.base, 1, spec.base.resolution // family.latent_pixels, cached=True)
+        work = Need("work", live.most, "one prediction")
+        yield Phase("computing what is cut off", (Need("denoiser", weights["denoiser"], "weights"), work))
 
 
 def _training(
@@ -125,8 +143,6 @@ def _training(
     here = {"denoiser": weights["denoiser"] - removed}
     if not is_cached(spec):
         here["text encoders"] = weights["text encoders"]
-    if spec.samples and spec.samples.every:
-        here["VAE"] = weights["VAE"]  # it stays after the first samples
     states = optimizer_bytes(spec.base, [p.shape for p in methods.parameters.values()])
     return Phase(
         "training",

@@ -42,8 +42,7 @@ def cuts_until(spec: RunSpec, below: float, *, micro_batch: int | None = None) -
 
 
 def _training_bytes(spec: RunSpec, cut: int | None, micro_batch: int | None) -> int:
-    plan = estimate(_hollowed(spec, cut), micro_batch=micro_batch)
-    return next(phase.size for phase in plan.phases if phase.name == "training")
+    return estimate(_hollowed(spec, cut), micro_batch=micro_batch).phase("training").size
 
 
 def _hollowed(spec: RunSpec, cut: int | None) -> RunSpec:

@@ -44,6 +44,10 @@ class MemoryPlan:
         """The phase that needs most."""
         return max(self.phases, key=lambda phase: phase.size)
 
+    def phase(self, name: str) -> Phase:
+        """Return the phase of a name, such as ``training``."""
+        return next(phase for phase in self.phases if phase.name == name)
+
     def lines(self, runs_on_a_gpu: int = 1) -> list[str]:
         """Return the plan as text.
 

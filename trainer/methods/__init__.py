@@ -139,6 +139,7 @@ def attach(base: Base, family: Family, name: str = "default") -> Methods:
     Raises:
         BadInput: The targets name no module of this model, or the rank is above a layer's size.
     """
+    family.ready()
     # In an order of ours: what comes before a layer comes before an adapter around that layer too.
     members = [
         (member, steps_of(base, what))
