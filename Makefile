@@ -11,12 +11,13 @@ N      ?= 100000
 SEED   ?= 1
 SECONDS ?= 60
 MINUTES ?= 10
+KILLS  ?= 3
 
 # Ray would otherwise ask at the first start, and then send, how it is used.
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help wheel venv demo test check format e2e schedules simulate race gpu learnability netns storm bench-control bench-newest bench-recovery bench-stall bench-steps bench-storage lock clean
+.PHONY: help wheel venv demo test check format e2e schedules simulate race kills gpu learnability netns storm bench-control bench-newest bench-recovery bench-stall bench-steps bench-storage lock clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [ARGS='...'] [PYTHON=python3.12]"
@@ -69,6 +70,9 @@ simulate: $(READY) ## N random histories of a sweep from SEED on; the last line 
 
 race: $(READY) ## eight writers for SECONDS on each real store; the last line is one JSON object
 	@PYTHONPATH=tests $(BIN)/python -m proof.race --seconds $(SECONDS) $(ARGS)
+
+kills: $(READY) ## each method killed KILLS times at random moments, from SEED on; the last line is JSON
+	@PYTHONPATH=tests $(BIN)/python -m proof.kills --kills $(KILLS) --seed $(SEED) $(ARGS)
 
 gpu: $(READY) ## tests that need a CUDA device, and real-size memory and speed; the last line is JSON
 	$(BIN)/python -m pytest -m gpu
