@@ -36,7 +36,7 @@ from trainer.rundir import EXIT_COMPLETE, STATE, RunDir
 
 TURNS = {
     "loading": "loading",
-    "encoding": "encoding",
+    "encoding": "encoding, first step",  # a run says that it trains once it has
     "drawing": "class images",
     "computing": "precompute",
     "training": "training",
@@ -183,7 +183,8 @@ def prove(name: str, world: Path, folder: Path, *, kills: int, seed: int, spoil:
 
 def _next(life: Life, chance: random.Random, tally: Tally, kills: int) -> int:
     """Live through another attempt, count what killed it, and return its exit code."""
-    lasting_s = chance.uniform(0, tally.took_s) if tally.kills < kills else None
+    # Early moments more often: an attempt that resumes has less to do, and what comes too late kills nobody.
+    lasting_s = chance.triangular(0, tally.took_s, 0) if tally.kills < kills else None
     code = life.attempt(lasting_s)
     if code == -signal.SIGKILL:
         tally.kills += 1

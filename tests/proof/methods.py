@@ -20,7 +20,7 @@ WORDS: dict[str, Any] = {
 }
 PIVOT: dict[str, Any] = {"tokens_until": 0.5, "adapter_from": 0.5}
 ADAPTED_WORDS = ["textual_inversion", "adapter"]
-CLASS_IMAGES = {"prompt": "a dog", "images": 4, "steps": 2}
+CLASS_IMAGES = {"prompt": "a dog", "images": 8, "steps": 3}
 
 
 def build_world(folder: Path) -> None:
