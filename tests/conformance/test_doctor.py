@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from support.fault_proxy import FOREVER, FaultProxy, Status, matching
+from support.fault_proxy import FaultProxy
+from support.faults import FOREVER, Status, matching
 from support.s3_servers import S3Server, free_ports
 
 from orchestrator.cli import main

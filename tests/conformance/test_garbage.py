@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from support.fake_cluster import small_sweep
-from support.fault_proxy import FOREVER, FaultProxy, LoseReply, Status, matching
+from support.fault_proxy import FaultProxy
+from support.faults import FOREVER, LoseReply, Status, matching
 from support.flaky_store import Died, Fault, FlakyStore
 from support.invariants import leftovers as unexplained
 from support.invariants import violations

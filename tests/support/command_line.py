@@ -8,8 +8,6 @@ from support.runs import claimed, committed
 
 from orchestrator.cli import main
 from orchestrator.grid.schema import Metric
-from storage.directory import DirectoryStore
-from storage.log import run_log
 from storage.records import Finished, Outcome, Record, Started
 
 CAT = small_sweep(runs=2, name="cat", metric=Metric(name="val/loss"))
@@ -34,12 +32,6 @@ def invoke(*arguments: str) -> tuple[int, str, str]:
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.stdout, result.stderr
-
-
-def lived(store: DirectoryStore, run_id: str, *history: Record) -> None:
-    log = run_log(store, run_id)
-    for record in history:
-        log.append(record)
 
 
 def succeeded(loss: float, steps: int = 6) -> tuple[Record, ...]:

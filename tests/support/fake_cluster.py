@@ -6,33 +6,25 @@
         controller.tick()
         cluster.advance(1.0)
 
-Training is a chain of hashes: the weights at a step follow from those at the step before, so a run that
-resumed from anything but its own committed bytes ends in other bytes than ``weights_at(run_id, max_steps)``.
+``support.fake_trainer`` says what training is here.
 """
 
-import hashlib
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from orchestrator.control.cluster import Health, Order, Slot, Work
+from support.fake_trainer import FILE, KILLED, Agent, Trainer, weights_at
+
+from orchestrator.control.cluster import Health, Order, Slot
 from orchestrator.control.controller import Controller
 from orchestrator.grid.schema import Checkpoint, Metric, Recovery, Storage
 from orchestrator.grid.sweep import PlannedRun, Sweep
 from orchestrator.notices.notice import Kind, Notice, Standing, after, told
-from storage import layout
-from storage.checkpoints import withdraw
-from storage.errors import Corrupt, Fenced, Unavailable
-from storage.log import RunLog, run_log
+from storage.log import run_log
 from storage.object_store import ObjectStore
-from storage.records import (
-    Committed,
-    Quarantined,
-    Started,
-    StoredFile,
-)
 from trainer.config import Base, Dataset, RunSpec
-from trainer.rundir import EXIT_COMPLETE, EXIT_PREEMPTED, EXIT_STORE_UNREACHABLE
+
+__all__ = ["FILE", "FakeCluster", "run_to_end", "small_sweep", "weights_at"]
 
 _MISFORTUNES = (
     "node",
@@ -51,8 +43,6 @@ _MISFORTUNES = (
     "warn",
     "withdraw",
 )
-FILE = "adapter.safetensors"
-KILLED = -9
 
 
 def small_sweep(
@@ -84,173 +74,6 @@ def small_sweep(
     )
 
 
-def weights_at(run_id: str, step: int) -> bytes:
-    """The bytes that training a run for so many steps must give."""
-    weights = b""
-    for n in range(1, step + 1):
-        weights = _trained(run_id, weights, n)
-    return weights
-
-
-def _trained(run_id: str, weights: bytes, step: int) -> bytes:
-    return hashlib.sha256(b"%s %d " % (run_id.encode(), step) + weights).digest()
-
-
-@dataclass(slots=True)
-class _Trainer:
-    """One attempt, training a step a second wherever it lives, seen or unseen."""
-
-    store: ObjectStore
-    log: RunLog
-    order: Order
-    max_steps: int
-    commit_every: int
-    step: int = 0
-    resumed_from: int = 0
-    weights: bytes = b""
-    first_step_at: float | None = None
-    exit_code: int | None = None
-    error: str = ""
-    superseded: bool = False
-    stopping: bool = False
-    asked: bool = False
-    """Its agent asked it to stop while it ran."""
-    notice: Notice | None = None
-    """It was asked to stop because of this."""
-    asked_at: float = 0.0
-    saved_s: float | None = None
-    started: bool = False
-    acknowledged: list[Committed] = field(default_factory=list)
-    """What the log has told it to have committed."""
-    wronged: str = ""
-    """It was refused what the attempt that owns the run may append."""
-
-    def begin(self) -> None:
-        """Fetch what to resume from; a store that does not answer ends the attempt."""
-        try:
-            self._begin()
-        except Unavailable as error:
-            self.exit_code, self.error = EXIT_STORE_UNREACHABLE, str(error)
-
-    def _begin(self) -> None:
-        log = self.log
-        state = log.refresh()
-        running = state.running
-        if running is None or running.claimed.incarnation != self.order.incarnation or state.result:
-            said = "its order came late: the attempt is over, or there is nothing left to train"
-            self.exit_code, self.error, self.superseded = EXIT_PREEMPTED, said, True
-            return
-        while (newest := state.newest) is not None:
-            body = self.store.get(layout.committed_file(self.order.run_id, newest, FILE))
-            if hashlib.sha256(body).hexdigest() == newest.files[0].sha256:
-                self.step = self.resumed_from = newest.step
-                self.weights = body
-                return
-            state = log.append(Quarantined(checkpoint=newest.ref, reason="sha256 differs", at=0.0))
-
-    def train(self, now: float) -> None:
-        """Make one step, or end. A fence ends it as a kill does."""
-        if self.exit_code is not None:
-            return
-        try:
-            self._train(now)
-        except Unavailable:
-            return  # trains on, and says it with the next checkpoint
-        except Fenced as error:
-            owner = self.log.state.running
-            if owner and owner.claimed.incarnation == self.order.incarnation:
-                self.wronged = str(error)
-            self.exit_code, self.error, self.superseded = KILLED, str(error), True
-        except Corrupt as error:
-            self.exit_code, self.error = KILLED, str(error)
-
-    def _train(self, now: float) -> None:
-        if self.stopping:
-            if self.step > self.log.refresh().committed_step:
-                self._commit(now)
-                self.saved_s = now - self.asked_at
-            self._exit(EXIT_PREEMPTED)
-            return
-        if self.step < self.max_steps:
-            self.step += 1
-            self.weights = _trained(self.order.run_id, self.weights, self.step)
-            if self.first_step_at is None:
-                self.first_step_at = now
-            if not self.started:
-                self.log.append(Started(attempt=self.order.attempt, step=self.resumed_from, at=now))
-                self.started = True
-            if self.step % self.commit_every == 0 and self.step < self.max_steps:
-                self._commit(now)
-        if self.step == self.max_steps:
-            self._commit(now, final=True)
-            self._exit(EXIT_COMPLETE)
-
-    def _exit(self, code: int) -> None:
-        if self.exit_code is None:  # else it was killed while the store kept it waiting
-            self.exit_code = code
-
-    def _commit(self, now: float, final: bool = False) -> None:
-        order = self.order
-        key = layout.checkpoint_file(order.run_id, order.attempt, order.incarnation, self.step, FILE)
-        self.store.put(key, self.weights)
-        digest = hashlib.sha256(self.weights).hexdigest()
-        committed = Committed(
-            attempt=order.attempt,
-            incarnation=order.incarnation,
-            step=self.step,
-            files=(StoredFile(name=FILE, size_bytes=len(self.weights), sha256=digest),),
-            metrics={"train/loss": 1.0 / (1 + self.step), "val/loss": 1.0 / (1 + self.step)},
-            final=final,
-            at=now,
-        )
-        try:
-            self.log.append(committed)
-        except Fenced:
-            withdraw(self.store, order.run_id, self.log, key.removesuffix(FILE))
-            raise
-        self.acknowledged.append(committed)
-
-    def work(self) -> Work:
-        return Work(
-            run_id=self.order.run_id,
-            attempt=self.order.attempt,
-            step=self.step,
-            resumed_from=self.resumed_from,
-            first_step_at=self.first_step_at,
-            step_s=1.0,
-            loss=1.0 / (1 + self.step),
-            exit_code=self.exit_code,
-            error=self.error,
-            superseded=self.superseded,
-            asked=self.asked,
-            notice=self.notice,
-            saved_s=self.saved_s if self.notice else None,
-        )
-
-    def heed(self, notice: Notice, now: float) -> None:
-        """Begin to save what there is, unless it is all over."""
-        if self.exit_code is None and self.notice is None:
-            self.stopping = self.asked = True
-            self.notice, self.asked_at = notice, now
-
-
-@dataclass(slots=True)
-class _Agent:
-    """One slot."""
-
-    slot: str
-    node: str
-    up_since: float
-    trainer: _Trainer | None = None
-    orders: list[Order] = field(default_factory=list)
-    reported: Work | None = None
-    silent_since: float | None = None
-    frozen: bool = False
-    gone: bool = False
-    node_lost: bool = False
-    standing: Standing = field(default_factory=Standing)
-
-
 class FakeCluster:
     """Implements ``orchestrator.control.cluster.Cluster``; its other methods are what happens to it.
 
@@ -274,10 +97,10 @@ class FakeCluster:
         self._max_steps = {run.run_id: run.spec.base.max_train_steps for run in sweep.runs}
         self._slots_per_node = slots_per_node
         self._commit_every = commit_every
-        self._agents: dict[str, _Agent] = {}
-        self.trainers: list[_Trainer] = []
+        self._agents: dict[str, Agent] = {}
+        self.trainers: list[Trainer] = []
         """All that ever began, in order."""
-        self.ghosts: list[_Trainer] = []
+        self.ghosts: list[Trainer] = []
         """Trainers that the cluster believes dead."""
         self._name = name
         self._nodes_added = 0
@@ -305,7 +128,7 @@ class FakeCluster:
         agent = self._agents[slot]
         if self.lose_orders:
             self.lose_orders -= 1
-        elif not agent.gone and order not in agent.orders and not _holds(agent, order):
+        elif not agent.gone and order not in agent.orders and not agent.holds(order):
             agent.orders.append(order)
 
     def stop(self, slot: str, run_id: str, attempt: int, grace_s: float) -> None:
@@ -335,7 +158,7 @@ class FakeCluster:
                 if agent.standing.withdrawn_at is not None:
                     agent.standing = after(agent.standing, None, self.now)
                 self._take_order(agent)
-                _heed(agent, self.now)
+                agent.heed(self.now)
                 if agent.trainer and not agent.frozen:
                     agent.trainer.train(self.now)
             for ghost in self.ghosts:
@@ -346,7 +169,7 @@ class FakeCluster:
         node = f"{self._name}{self._nodes_added}"
         for number in range(self._slots_per_node):
             slot = f"{node}/{number}"
-            self._agents[slot] = _Agent(slot, node, up_since=self.now)
+            self._agents[slot] = Agent(slot, node, up_since=self.now)
         return node
 
     def lose_node(self, node: str, *, ghosts: bool = False) -> None:
@@ -365,7 +188,7 @@ class FakeCluster:
             if agent.node == node:
                 notice = Notice(kind=kind, source="AWS", left_s=left_s)
                 agent.standing = after(agent.standing, notice, self.now)
-                _heed(agent, self.now)
+                agent.heed(self.now)
 
     def withdraw(self, node: str) -> None:
         """A node is not told so any more; asked again each second, it is used again when it has been calm."""
@@ -466,32 +289,32 @@ class FakeCluster:
                 return f"no {kind}: nothing trains at {agent.slot}"
         return f"{kind} at {agent.slot}"
 
-    def _blame(self, trainer: _Trainer | None) -> None:
+    def _blame(self, trainer: Trainer | None) -> None:
         if trainer:
             self.blamed.add((trainer.order.run_id, trainer.order.attempt))
 
-    def _living(self) -> list[_Agent]:
+    def _living(self) -> list[Agent]:
         return [agent for agent in self._agents.values() if not agent.gone]
 
-    def _lose(self, agent: _Agent, *, node_lost: bool, ghost: bool) -> None:
+    def _lose(self, agent: Agent, *, node_lost: bool, ghost: bool) -> None:
         self._slot(agent)
         agent.gone, agent.node_lost, agent.orders = True, node_lost, []
         if ghost and agent.trainer:
             self.ghosts.append(agent.trainer)
         agent.trainer = None
 
-    def _take_order(self, agent: _Agent) -> None:
+    def _take_order(self, agent: Agent) -> None:
         busy = agent.trainer is not None and agent.trainer.exit_code is None
         if agent.gone or agent.silent_since is not None or busy or not agent.orders:
             return
         order = agent.orders.pop(0)
         self.begun.append(order)
         log = run_log(self._store, order.run_id, sleep=_no_sleep, readers=1, remember=False)
-        agent.trainer = _Trainer(self._store, log, order, self._max_steps[order.run_id], self._commit_every)
+        agent.trainer = Trainer(self._store, log, order, self._max_steps[order.run_id], self._commit_every)
         self.trainers.append(agent.trainer)
         agent.trainer.begin()
 
-    def _slot(self, agent: _Agent) -> Slot:
+    def _slot(self, agent: Agent) -> Slot:
         heard = agent.silent_since is None and not agent.gone
         if heard:
             agent.reported = agent.trainer.work() if agent.trainer else None
@@ -529,17 +352,6 @@ def run_to_end(
             cluster.lift_notices()
         cluster.advance()
     raise AssertionError(f"not done after 1000 ticks: {controller.states}")
-
-
-def _holds(agent: _Agent, order: Order) -> bool:
-    return agent.trainer is not None and agent.trainer.order == order
-
-
-def _heed(agent: _Agent, now: float) -> None:
-    """As an agent does: also when the end comes nearer, or the order was on its way when the notice came."""
-    notice = told(agent.standing, now)
-    if agent.trainer and notice and notice.soon:
-        agent.trainer.heed(notice, now)
 
 
 def _no_sleep(seconds: float) -> None:

@@ -3,12 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from storage.local import (
-    LocalCheckpoint,
-    read_checkpoint,
-    staged_checkpoint,
-    step_dir,
-)
+from storage.local import LocalCheckpoint, read_checkpoint, staged_checkpoint, step_dir
+from storage.log import RunLog, run_log
+from storage.object_store import ObjectStore
 from storage.records import (
     CheckpointRef,
     Claimed,
@@ -17,9 +14,11 @@ from storage.records import (
     EndReason,
     Finished,
     Outcome,
+    Record,
     Retired,
     StoredFile,
 )
+from storage.run_state import RunState, apply, refusal
 
 RUN = "cat-r16"
 NO_DIGEST = "0" * 64
@@ -63,6 +62,23 @@ def finished(outcome: Outcome = Outcome.SUCCEEDED) -> Finished:
 
 def ref(step: int, attempt: int = 1) -> CheckpointRef:
     return CheckpointRef(step=step, attempt=attempt)
+
+
+def state_after(*records: Record) -> RunState:
+    """What a log of these records says, all of them admitted."""
+    state = RunState()
+    for record in records:
+        assert refusal(state, record) is None, f"the history is impossible: {refusal(state, record)}"
+        state = apply(state, record)
+    return state
+
+
+def lived(store: ObjectStore, run_id: str, *history: Record) -> RunLog:
+    """Append these records to the log of a run."""
+    log = run_log(store, run_id)
+    for record in history:
+        log.append(record)
+    return log
 
 
 def contents(step: int) -> dict[str, bytes]:

@@ -6,7 +6,7 @@ from functools import reduce
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.runs import claimed, committed
+from support.runs import claimed, committed, state_after
 
 from orchestrator.control.blame import REPEATABLE, advised, proof
 from orchestrator.control.cluster import Health, Slot
@@ -14,21 +14,13 @@ from orchestrator.control.lifecycle import Exited, Lost, Policy, advance, phase
 from orchestrator.control.loss import loss
 from orchestrator.control.placing import avoided
 from orchestrator.control.scheduler import Avoided
-from storage.records import Ended, EndReason, Finished, Outcome, Record
-from storage.run_state import FREE_ENDS, RunState, apply, refusal
+from storage.records import Ended, EndReason, Finished, Outcome
+from storage.run_state import FREE_ENDS, RunState, apply
 from trainer.evidence import ADVICE, Evidence
 
 NOW = 100.0
 POLICY = Policy(max_failures=9)
 GPU = 16_000_000_000
-
-
-def state_after(*records: Record) -> RunState:
-    state = RunState()
-    for record in records:
-        assert refusal(state, record) is None, refusal(state, record)
-        state = apply(state, record)
-    return state
 
 
 def end(

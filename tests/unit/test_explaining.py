@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from support.fake_cluster import FakeCluster, small_sweep
+from support.runs import state_after
 
 from orchestrator.cli import main
 from orchestrator.control.controller import Controller, policy_of
@@ -20,7 +21,7 @@ from storage.directory import DirectoryStore
 from storage.log import run_log
 from storage.memory import MemoryStore
 from storage.records import Claimed, Ended, EndReason, Finished, Outcome, Record, Started
-from storage.run_state import RunState, apply
+from storage.run_state import RunState
 
 R0, R1, R2 = (f"cat-{n}-{n:08x}" for n in range(3))
 RESUME = "orchestrate resume cat"
@@ -158,13 +159,6 @@ def test_slots_are_summed_up_by_what_keeps_them() -> None:
     assert summary([slot("y", Standing.GONE)]) == "all 1 that there were are gone with their nodes"
 
 
-def after(*records: Record) -> RunState:
-    state = RunState()
-    for record in records:
-        state = apply(state, record)
-    return state
-
-
 CLAIMED = Claimed(attempt=1, incarnation="0" * 8, node="n1", slot="n1/0", at=10.0)
 
 
@@ -188,18 +182,18 @@ CLAIMED = Claimed(attempt=1, incarnation="0" * 8, node="n1", slot="n1/0", at=10.
 def test_without_a_controller_the_log_alone_explains_what_it_can(
     records: tuple[Record, ...], now: str
 ) -> None:
-    assert explain(after(*records), Policy(), None, 22.0, resume=RESUME).now == now
+    assert explain(state_after(*records), Policy(), None, 22.0, resume=RESUME).now == now
 
 
 def test_a_clock_that_is_wrong_makes_no_wait_longer_than_it_is() -> None:
-    state = after(CLAIMED, Ended(attempt=1, reason=EndReason.APP_ERROR, at=9e9))
+    state = state_after(CLAIMED, Ended(attempt=1, reason=EndReason.APP_ERROR, at=9e9))
 
     assert "in 5 s" in explain(state, Policy(), None, 22.0, resume=RESUME).now
 
 
 def test_what_is_told_is_safe_to_print() -> None:
     detail = "the trainer said \x1b]0;title\x07 hf_abcdefghijklmnopqrstuvwx\nmore"
-    state = after(CLAIMED, Ended(attempt=1, reason=EndReason.APP_ERROR, detail=detail, at=20.0))
+    state = state_after(CLAIMED, Ended(attempt=1, reason=EndReason.APP_ERROR, detail=detail, at=20.0))
 
     told = "\n".join(explain(state, Policy(), None, 22.0, resume=RESUME).lines)
 

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.runs import claimed, committed, ended
+from support.runs import RUN, claimed, committed, ended, lived
 from support.training import events
 
 from orchestrator.grid.schema import Checkpoint
-from storage.log import run_log
 from storage.memory import MemoryStore
 from storage.records import EndReason, Record
 from storage.run_state import RunState
@@ -25,10 +24,7 @@ costs = st.floats(0.0, 60.0)
 
 
 def state(*records: Record) -> RunState:
-    log = run_log(MemoryStore(), "cat-r16")
-    for record in records:
-        log.append(record)
-    return log.state
+    return lived(MemoryStore(), RUN, *records).state
 
 
 def at(record: Record, when: float, **changes: object) -> Record:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from support.fake_cluster import FakeCluster, run_to_end, small_sweep, weights_at
-from support.runs import claimed, committed
+from support.runs import claimed, committed, state_after
 
 from orchestrator.control.cluster import Health, Slot
 from orchestrator.control.controller import Controller
@@ -17,8 +17,8 @@ from orchestrator.reports.why import why
 from storage import layout
 from storage.log import run_log
 from storage.memory import MemoryStore
-from storage.records import Ended, EndReason, Outcome, Record, Started
-from storage.run_state import RunState, apply
+from storage.records import Ended, EndReason, Outcome, Started
+from storage.run_state import RunState
 from trainer.rundir import EXIT_PREEMPTED
 
 R0 = "cat-0-00000000"
@@ -273,13 +273,6 @@ def test_what_a_lost_slot_means(slot: Slot, silent_s: float, expected: tuple[End
 def test_a_drained_node_that_goes_was_drained() -> None:
     gone = slot(Health.GONE, node_lost=True, preempted=True)
     assert loss(gone, 0.0, 90.0, drained=True) == (EndReason.DRAINED, "n1 is drained, and gone")
-
-
-def state_after(*records: Record) -> RunState:
-    state = RunState()
-    for record in records:
-        state = apply(state, record)
-    return state
 
 
 @pytest.mark.parametrize("code", [EXIT_PREEMPTED, -9])

@@ -1,30 +1,20 @@
-"""Snapshots: they say exactly what the log said, and whatever becomes of them costs time and no more."""
+"""Logs that start from a snapshot: they say exactly what the whole log says, whatever became of either."""
 
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
 
 import pytest
-import zstandard
-from support.runs import RUN, claimed, committed, ended, finished, ref, retired
+from support.runs import RUN, claimed, committed, ended, finished, lived, ref, retired
+from support.snapshots import HISTORY, STARTED, Counting, key, snapshot_of, written
 
-from storage import layout, snapshots
-from storage.errors import (
-    AccessDenied,
-    Corrupt,
-    Fenced,
-    Unavailable,
-)
-from storage.log import (
-    RunLog,
-    RunSnapshot,
-    Snapshot,
-    run_log,
-)
+from storage import layout
+from storage.errors import Corrupt, Fenced, Unavailable
+from storage.log import RunLog, RunSnapshot, Snapshot, run_log
 from storage.memory import MemoryStore
-from storage.object_store import ObjectInfo, ObjectStore
+from storage.object_store import ObjectStore
 from storage.records import (
     CancelRequested,
     EndReason,
@@ -37,68 +27,7 @@ from storage.records import (
     Unpinned,
 )
 from storage.run_state import RunState, fold, refusal
-from storage.snapshots import (
-    Known,
-    decode,
-    encode,
-    hinted_log,
-    read_run,
-    read_sweep,
-    write_run,
-    write_sweep,
-)
-
-STARTED = Started(attempt=1, step=0, at=9.0)
-HISTORY: tuple[Record, ...] = (claimed(), STARTED, committed(10), committed(20), retired(ref(10)))
-
-
-class Counting(MemoryStore):
-    """Counts requests, each page of a listing as one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked: list[str] = []
-
-    def get(self, key: str) -> bytes:
-        self.asked.append(f"get {key.rpartition('/')[2]}")
-        return super().get(key)
-
-    def head(self, key: str) -> ObjectInfo | None:
-        self.asked.append(f"head {key.rpartition('/')[2]}")
-        return super().head(key)
-
-    def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
-        self.asked.append("list")
-        return super().list(prefix, after)
-
-    def requests(self) -> Sequence[str]:
-        """What was asked since this was last called."""
-        told, self.asked = self.asked, []
-        return told
-
-
-def written(*records: Record) -> Counting:
-    store = Counting()
-    append(store, *records)
-    return store
-
-
-def append(store: ObjectStore, *records: Record) -> None:
-    log = run_log(store, RUN)
-    for record in records:
-        log.append(record)
-
-
-def key(n: int) -> str:
-    return layout.log_entry(layout.run_log_prefix(RUN), n)
-
-
-def snapshot_of(store: ObjectStore) -> RunSnapshot:
-    log = run_log(store, RUN)
-    log.refresh()
-    snapshot = log.snapshot()
-    assert snapshot is not None
-    return snapshot
+from storage.snapshots import Known, decode, encode
 
 
 def begun_at(store: ObjectStore, snapshot: RunSnapshot) -> RunLog:
@@ -177,7 +106,7 @@ def entry(record: Record) -> Entry[Record]:
 def test_a_log_that_starts_from_a_snapshot_reads_only_what_came_after_it(behind: int) -> None:
     store = written(*HISTORY[:behind])
     snapshot = snapshot_of(store)
-    append(store, *HISTORY[behind:])
+    lived(store, RUN, *HISTORY[behind:])
     log = begun_at(store, snapshot)
     store.requests()
 
@@ -210,7 +139,7 @@ def test_a_log_that_keeps_no_entries_in_memory_reads_them_when_asked() -> None:
 def test_a_snapshot_that_is_older_than_what_is_known_is_not_taken() -> None:
     store = written(*HISTORY[:3])
     old = snapshot_of(store)
-    append(store, *HISTORY[3:])
+    lived(store, RUN, *HISTORY[3:])
     log = run_log(store, RUN)
     log.refresh()
 
@@ -222,7 +151,7 @@ def test_a_snapshot_that_is_older_than_what_is_known_is_not_taken() -> None:
 def replaced(store: MemoryStore, records: Sequence[Record]) -> None:
     """Another log takes the place of the one that is there."""
     store.delete([info.key for info in store.list(layout.run_log_prefix(RUN))])
-    append(store, *records)
+    lived(store, RUN, *records)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +208,7 @@ def test_an_append_to_a_log_known_from_a_snapshot_alone_looks_at_the_last_entry_
 def test_a_log_that_is_damaged_behind_its_snapshot_is_corrupt_and_keeps_what_could_be_read() -> None:
     store = written(*HISTORY[:3])
     snapshot = snapshot_of(store)
-    append(store, *HISTORY[3:])
+    lived(store, RUN, *HISTORY[3:])
     store.put(key(4), b"{")
     log = begun_at(store, snapshot)
 
@@ -314,166 +243,16 @@ class Away(Counting):
 
 def test_while_a_log_is_read_again_its_last_known_state_stays() -> None:
     store = Away()
-    append(store, *HISTORY)
+    lived(store, RUN, *HISTORY)
     before = snapshot_of(store)
     log = begun_at(store, Snapshot(next_seq=5, digest="f" * 64, state=before.state))
-    append(store, committed(30))
+    lived(store, RUN, committed(30))
     store.fails_at = 3
 
     with pytest.raises(Unavailable):
         log.refresh()
     assert log.state == before.state
     assert log.refresh() == run_log(store, RUN).refresh()
-
-
-# In the store.
-
-
-def test_a_sweeps_snapshot_is_two_requests_however_many_runs_it_has() -> None:
-    store = written(*HISTORY)
-    known = {f"cat-{n}": Known(snapshot=snapshot_of(store), tidy=n % 2 == 0) for n in range(500)}
-    write_sweep(store, "cat", known)
-    store.requests()
-
-    assert read_sweep(store, "cat") == known
-    assert store.requests() == ["head snapshot.json.zst", "get snapshot.json.zst"]
-
-
-def test_without_a_snapshot_nothing_is_known() -> None:
-    assert read_sweep(MemoryStore(), "cat") == {}
-    assert read_run(MemoryStore(), RUN) is None
-
-
-def flipped(body: bytes, at: int) -> bytes:
-    return body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
-
-
-def repacked(body: bytes, change: Callable[[bytes], bytes]) -> bytes:
-    """A snapshot with its digests right and its content changed."""
-    header, _, packed = body.partition(b"\n")
-    again = zstandard.ZstdCompressor().compress(change(zstandard.ZstdDecompressor().decompress(packed)))
-    return b" ".join((*header.split(b" ")[:-1], snapshots._digest(again))) + b"\n" + again
-
-
-def bomb(body: bytes) -> bytes:
-    packed = zstandard.ZstdCompressor().compress(b"[" * 1000)
-    claimed_size = packed[:5] + (1 << 40).to_bytes(8, "little")  # nobody packed so much
-    return b" ".join((*snapshots._HEADER, snapshots._digest(claimed_size))) + b"\n" + claimed_size
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda body: b"",
-        lambda body: b"\n" * 9,
-        lambda body: body[:-1],
-        lambda body: body + b"x",
-        lambda body: flipped(body, len(body) - 9),
-        lambda body: flipped(body, 24),
-        lambda body: body.replace(b"snapshot 1 ", b"snapshot 2 ", 1),
-        lambda body: repacked(body, lambda json: json[:-1]),
-        lambda body: repacked(body, lambda json: json.replace(b'"next_seq":5', b'"next_seq":0')),
-        lambda body: repacked(body, lambda json: json.replace(b'"stalls"', b'"stools"')),
-        lambda body: repacked(body, lambda json: b"[]"),
-        bomb,
-    ],
-)
-def test_a_snapshot_that_is_no_good_is_ignored_with_a_word(
-    damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
-) -> None:
-    store = written(*HISTORY)
-    write_run(store, RUN, snapshot_of(store))
-    place = layout.run_snapshot(RUN)
-    store.put(place, damage(store.get(place)))
-
-    with caplog.at_level(logging.WARNING):
-        assert read_run(store, RUN) is None
-    assert len(caplog.messages) == 1
-    assert "ignored, logs are read instead" in caplog.messages[0]
-
-
-def test_a_huge_snapshot_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = written(*HISTORY)
-    write_run(store, RUN, snapshot_of(store))
-    monkeypatch.setattr(snapshots, "MAX_STORED_BYTES", 10)
-    store.requests()
-
-    assert read_run(store, RUN) is None
-    assert store.requests() == ["head snapshot.json.zst"]
-
-
-def test_a_snapshot_that_nobody_would_read_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = written(*HISTORY)
-    snapshot = snapshot_of(store)
-    monkeypatch.setattr(snapshots, "MAX_JSON_BYTES", 10)
-    with pytest.raises(ValueError, match="too many for a snapshot"):
-        write_run(store, RUN, snapshot)
-
-
-def test_what_another_version_folded_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = written(*HISTORY)
-    snapshot = snapshot_of(store)
-    with monkeypatch.context() as other:
-        other.setattr(snapshots, "_HEADER", (*snapshots._HEADER[:-1], b"0123456789abcdef"))
-        write_run(store, RUN, snapshot)
-
-    assert read_run(store, RUN) is None
-
-
-def test_another_runs_snapshot_is_not_used() -> None:
-    store = written(*HISTORY)
-    store.put(layout.run_snapshot(RUN), encode({"dog": Known(snapshot=snapshot_of(store))}))
-    assert read_run(store, RUN) is None
-
-
-def test_who_resumes_a_run_starts_from_its_own_snapshot() -> None:
-    store = written(*HISTORY)
-    write_run(store, RUN, snapshot_of(store))
-    append(store, ended(), claimed(2))
-    store.requests()
-
-    log = hinted_log(store, RUN)
-    assert log.refresh().attempt == 2
-    assert store.requests() == [
-        "head snapshot.json.zst",
-        "get snapshot.json.zst",
-        "list",
-        "get 000000000005.json",
-        "get 000000000006.json",
-    ]
-    log.refresh()
-    assert store.requests() == ["list"], "it is looked for once"
-
-
-class NoSnapshots(Counting):
-    """Credentials that allow the log and nothing else."""
-
-    def head(self, key: str) -> ObjectInfo | None:
-        if key.endswith("zst"):
-            raise AccessDenied("403")
-        return super().head(key)
-
-
-def test_a_snapshot_that_may_not_be_read_is_done_without() -> None:
-    store = NoSnapshots()
-    append(store, *HISTORY)
-    assert hinted_log(store, RUN).refresh().committed_step == 20
-
-
-class Forgetful(MemoryStore):
-    """Loses its snapshots between two requests."""
-
-    def get(self, key: str) -> bytes:
-        if key.endswith("zst"):
-            self.delete([key])
-        return super().get(key)
-
-
-def test_a_snapshot_that_goes_away_meanwhile_is_done_without() -> None:
-    store = Forgetful()
-    append(store, *HISTORY)
-    write_run(store, RUN, snapshot_of(store))
-    assert hinted_log(store, RUN).refresh().committed_step == 20
 
 
 def test_a_false_state_that_its_log_does_not_follow_from_is_dropped_whatever_it_says() -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 from support.fake_cluster import small_sweep
-from support.runs import claimed, committed, ended, finished
+from support.runs import claimed, committed, ended, finished, state_after
 
 from orchestrator.commands.contact_sheet import CELL, LABEL, MARGIN, contact_sheet
 from orchestrator.control.cluster import Work
@@ -21,26 +21,11 @@ from orchestrator.reports.watch import Watcher, console, table
 from storage.errors import Unavailable
 from storage.log import run_log
 from storage.memory import MemoryStore
-from storage.records import (
-    CancelRequested,
-    EndReason,
-    Outcome,
-    Record,
-    Started,
-)
-from storage.run_state import RunState, apply, refusal
+from storage.records import CancelRequested, EndReason, Outcome, Record, Started
 
 R0, R1 = "cat-0-00000000", "cat-1-00000001"
 STARTED = Started(attempt=1, step=0, at=1.5)
 ASKED = CancelRequested(at=2.0)
-
-
-def state_after(*records: Record) -> RunState:
-    state = RunState()
-    for record in records:
-        assert refusal(state, record) is None, refusal(state, record)
-        state = apply(state, record)
-    return state
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 
 import pytest
-from support.runs import incarnation
+from support.runs import incarnation, lived, state_after
 
 from orchestrator.reports.describing import _attempt, _attempt_text
 from orchestrator.reports.why import Interruption, interruptions, timeline, why
@@ -25,7 +25,6 @@ from storage.records import (
     Started,
     StoredFile,
 )
-from storage.run_state import RunState, apply, refusal
 
 NOON = datetime(2026, 5, 4, 12, 0, 0, tzinfo=UTC).timestamp()
 
@@ -83,14 +82,6 @@ def finished(outcome: Outcome, step: int, detail: str = "") -> Finished:
 
 def told(*records: Record, max_steps: int = 2000, price_per_hour: float | None = None) -> str:
     return why(state_after(*records), max_steps, price_per_hour, at=clock)
-
-
-def state_after(*records: Record) -> RunState:
-    state = RunState()
-    for record in records:
-        assert refusal(state, record) is None, refusal(state, record)
-        state = apply(state, record)
-    return state
 
 
 BEGUN = (claimed(1, "n1"), started(1, 0, at=5))
@@ -302,9 +293,7 @@ def test_the_timeline_tells_every_record() -> None:
         CancelRequested(at=NOON + 61),
         finished(Outcome.SUCCEEDED, 2000),
     )
-    log = run_log(MemoryStore(), "cat")
-    for record in history:
-        log.append(record)
+    log = lived(MemoryStore(), "cat", *history)
 
     assert timeline(log.entries(), at=clock) == [
         "12:00:00  attempt 1 placed on n1",

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from support.command_line import CAT, FAILED, R0, R1, Orchestrate, lived, succeeded
+from support.command_line import CAT, FAILED, R0, R1, Orchestrate, succeeded
 from support.light_trainer import save
-from support.runs import claimed, incarnation
+from support.runs import claimed, incarnation, lived
 from support.sweeps import records
 
 from orchestrator.grid.submission import submit

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from support.command_line import CAT, R0, R1, Orchestrate, lived, succeeded
-from support.runs import claimed, committed, ended
+from support.command_line import CAT, R0, R1, Orchestrate, succeeded
+from support.runs import claimed, committed, ended, lived
 
 from orchestrator.commands.session import EXIT_DETACHED
 from orchestrator.grid.submission import submit

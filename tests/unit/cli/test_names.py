@@ -72,7 +72,7 @@ def test_the_program_and_the_module_are_the_same_command(folder: Path) -> None:
         [sys.executable, "-m", "orchestrator", "status", "nothing"],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
     )
 
     assert (shown.returncode, shown.stdout) == (4, "")

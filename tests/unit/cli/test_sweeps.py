@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support.command_line import CAT, FAILED, GRID, R0, R1, Orchestrate, lived, succeeded
+from support.command_line import CAT, FAILED, GRID, R0, R1, Orchestrate, succeeded
+from support.runs import lived
 
 from orchestrator.commands.session import EXIT_RUNS_FAILED
 from orchestrator.grid.submission import load_submitted, submit

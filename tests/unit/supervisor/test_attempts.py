@@ -9,7 +9,7 @@ import pytest
 from support import light_trainer
 from support.attempts import Attempt
 from support.gate import Gate
-from support.runs import RUN, claimed, committed, ended
+from support.runs import RUN, claimed, committed, ended, lived
 from support.supervised import Supervise, claim
 from support.sweeps import records, state
 from support.tiny_world import tiny_spec
@@ -141,8 +141,7 @@ def test_an_order_that_is_not_the_newest_claim_is_not_begun(
     attempt: int, who: str | None, supervise: Supervise
 ) -> None:
     store = MemoryStore()
-    for record in (claimed(1), committed(3), ended(1), claimed(2)):
-        run_log(store, RUN).append(record)
+    lived(store, RUN, claimed(1), committed(3), ended(1), claimed(2))
     before = records(store, RUN)
 
     final = supervise(store, attempt, who=who, light="steps").end()

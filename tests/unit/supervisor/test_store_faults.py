@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support.runs import RUN, claimed, committed, ended, incarnation
+from support.runs import RUN, claimed, committed, ended, incarnation, lived
 from support.supervised import LIGHT_SPEC, Failing, Supervise, claim
 from support.sweeps import records, state
 from support.waiting import wait_until
@@ -49,8 +49,7 @@ def with_a_checkpoint(store: Failing) -> Failing:
     whole = commit.model_copy(
         update={"files": (commit.files[0].model_copy(update={"size_bytes": len(body), "sha256": sha(body)}),)}
     )
-    for record in (claimed(1), whole, ended(1), claimed(2)):
-        run_log(store, RUN).append(record)
+    lived(store, RUN, claimed(1), whole, ended(1), claimed(2))
     store.put(layout.committed_file(RUN, whole, "adapter.safetensors"), body)
     store.armed = True
     return store
