@@ -5,6 +5,8 @@ them changes the bytes of an adapter: where runs go, how often they save, when t
 """
 
 import re
+from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
@@ -243,7 +245,8 @@ def seconds(text: str) -> float | None:
     return float(found[1]) * _SECONDS[found[2]] or None if found else None
 
 
-def parameter_names() -> dict[str, tuple[str, str]]:
+@cache
+def parameter_names() -> Mapping[str, tuple[str, str]]:
     """Return each name that a parameter may have, and the block and key that it stands for.
 
     Keys of ``base`` are written without it; those of other blocks as ``dataset.caption_dropout``.
