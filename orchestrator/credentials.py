@@ -14,11 +14,11 @@ _KEYS = re.compile(
     r"(?:^|_)(?:secret|password|passwd|token|api_?key|access_?key|secret_?key|private_?key|credential)s?(?:$|_)"
 )
 _REFERENCE = re.compile(r"_(?:env|file)$")
-_TAGS = re.compile(r"(?:^|\.|-)keep_tokens$")
-"""Tokens of a caption."""
+_OF_TEXTS = re.compile(r"(?:^|\.|-)(?:keep_tokens|tokens_until|token_norm|token_learning_rate)$")
+"""Tokens of a caption, and words that a run teaches."""
 
 
 def names_secret(key: str) -> bool:
     """True if a value under this key would be a secret. ``token_env`` only says where one is."""
     key = key.lower()
-    return _KEYS.search(key) is not None and not _REFERENCE.search(key) and not _TAGS.search(key)
+    return _KEYS.search(key) is not None and not _REFERENCE.search(key) and not _OF_TEXTS.search(key)

@@ -157,6 +157,7 @@ class _Reading:
                     and isinstance(child, ScalarNode)
                     and child.value not in ("", "null", "~")
                     and not ((*path, key) == ("storage", "credentials") and child.value in CREDENTIALS)
+                    and not _is_taught(path, key)
                 ):
                     self._refuse("E2120", f"{shown(key)} holds what looks like a secret", child, _SECRET_HINT)
                 else:
@@ -212,3 +213,8 @@ _SCALARS: Mapping[str, Callable[[str], Any]] = {
     "merge": _words,
     "value": _words,
 }
+
+
+def _is_taught(path: ValuePath, key: str) -> bool:
+    """Whether a key is ``token`` in an item of ``base.tokens``: a word that a run teaches."""
+    return key == "token" and len(path) > 1 and str(path[-2]).rpartition(".")[2] == "tokens"

@@ -10,7 +10,8 @@ Trained = Literal["adapter", "hypernetwork", "full", "textual_inversion"]
 
 
 def _listed(given: Any) -> Any:
-    return (given,) if isinstance(given, str) else given
+    # By hand: after a validator in Python a list is no longer taken for JSON's, which may stand for a tuple.
+    return (given,) if isinstance(given, str) else tuple(given) if isinstance(given, list) else given
 
 
 class TrainedKeys(Frozen):

@@ -39,7 +39,7 @@ TRAINING = [
     ),
     Case("34", based("resolution: 500"), "4:40", "E2111", "base.resolution must be a multiple of 8, got 500"),
     Case(
-        "35", based("train_batch_size: 0"), "4:46", "E2111", "base.train_batch_size must be at least 1, got 0"
+        "35", based("train_batch_size: 0"), "4:45", "E2111", "base.train_batch_size must be at least 1, got 0"
     ),
     Case(
         "38",
@@ -117,6 +117,14 @@ STORAGE = [
         "58", based("hf_token: hunter2hunter2"), "4:38", "E2120", "'hf_token' holds what looks like a secret"
     ),
     Case("58", added("description: hf_hunter2hunter2hunter2"), "6:14", "E2120", "looks like a secret"),
+    Case(
+        "58",
+        based("tokens: [{token: hf_hunter2hunter2hunter2}]"),
+        "4:45",
+        "E2120",
+        "looks like a secret",
+    ),
+    Case("58", added("storage: {token: hunter2hunter2}"), "6:18", "E2120", "looks like a secret"),
 ]
 
 
