@@ -39,7 +39,7 @@ TRAINING = [
     ),
     Case("34", based("resolution: 500"), "4:40", "E2111", "base.resolution must be a multiple of 8, got 500"),
     Case(
-        "35", based("train_batch_size: 0"), "4:45", "E2111", "base.train_batch_size must be at least 1, got 0"
+        "35", based("train_batch_size: 0"), "4:46", "E2111", "base.train_batch_size must be at least 1, got 0"
     ),
     Case(
         "38",
