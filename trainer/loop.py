@@ -80,7 +80,7 @@ class Loop:
 
     def begin(self) -> None:
         """Do what the checkpoint was taken before."""
-        in_training(self.parts)
+        in_training(self.parts.family, self.parts.methods)
         self._validate_if_due()
         self._sample_if_due()
 

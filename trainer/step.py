@@ -8,6 +8,7 @@ nothing, and takes no notice of the clock unless it was asked to stop.
 import math
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,18 @@ from torch import Tensor, nn
 from storage.records import EndReason
 
 from .batch import Batch, noised
+from .beside import Beside
 from .errors import Diverged
 from .evidence import ADVICE
+from .families import Family
+from .methods import Methods
+from .objective import Objective
 from .optim import learning_rate, set_learning_rate
 from .parts import Parts
 from .randomness import seed_layers
 from .snapshot import Progress
 from .stop import Stopped
+from .texts import Texts
 
 LOWER_RATE = ADVICE[EndReason.NAN_LOSS]
 
@@ -31,17 +37,44 @@ REST_SHARE = 0.5
 
 def follow(parts: Parts, progress: Progress) -> None:
     """Take the rest of a run's steps beside the process that leads."""
-    in_training(parts)
+    in_training(parts.family, parts.methods)
     stepper = Stepper(parts, progress.scaler)
     for step in range(progress.step, parts.spec.base.max_train_steps):
         stepper.take(step)
 
 
-def in_training(parts: Parts) -> None:
+def in_training(family: Family, methods: Methods) -> None:
     """Let what this run trains behave as in training: dropout, gradients computed from checkpoints."""
-    parts.methods.use()
-    for network in (parts.family.denoiser, *parts.family.text_encoders.values()):
+    methods.use()
+    for network in (family.denoiser, *family.text_encoders.values()):
         network.train(any(parameter.requires_grad for parameter in network.parameters()))
+    denoiser: Any = family.denoiser
+    if denoiser.is_gradient_checkpointing:  # on the way to words, too, though nothing of it is trained
+        denoiser.train()
+
+
+def summed_loss(
+    batch: Batch, *, family: Family, methods: Methods, objective: Objective, texts: Texts, beside: Beside
+) -> Tensor:
+    """Return the weighted sum of a batch's losses, a scalar."""
+    x0, noise, timesteps, sizes, weights = (
+        part.to(family.device, non_blocking=True)
+        for part in (batch.x0_BCHW, batch.noise_BCHW, batch.timesteps_B, batch.sizes_B6, batch.weights_B)
+    )
+    mask = None if batch.mask_B1HW is None else batch.mask_B1HW.to(family.device, non_blocking=True)
+    noisy, besides = noised(batch, family), beside.conditioning(batch)
+
+    def predicted() -> Tensor:
+        conditioning = texts.conditioning(batch.captions) | family.size_conditioning(sizes)
+        return family.predict(noisy, timesteps, conditioning | besides)
+
+    if batch.from_base:
+        with torch.no_grad(), methods.aside():  # text encoders too
+            target = predicted()
+    else:
+        target = family.process.target(x0, noise, timesteps)
+    losses_B = objective.losses(predicted(), target, timesteps, mask)
+    return (weights * losses_B).sum()
 
 
 class Stepper:
@@ -108,26 +141,15 @@ class Stepper:
         return left_s is not None and rest_s > REST_SHARE * left_s
 
     def _loss(self, batch: Batch) -> Tensor:
-        """Return the weighted sum of the samples' losses."""
-        parts, family = self._parts, self._parts.family
-        x0, noise, timesteps, sizes, weights = (
-            part.to(family.device, non_blocking=True)
-            for part in (batch.x0_BCHW, batch.noise_BCHW, batch.timesteps_B, batch.sizes_B6, batch.weights_B)
+        parts = self._parts
+        return summed_loss(
+            batch,
+            family=parts.family,
+            methods=parts.methods,
+            objective=parts.objective,
+            texts=parts.texts,
+            beside=parts.beside,
         )
-        mask = None if batch.mask_B1HW is None else batch.mask_B1HW.to(family.device, non_blocking=True)
-        noisy, beside = noised(batch, family), parts.beside.conditioning(batch)
-
-        def predicted() -> Tensor:
-            conditioning = parts.texts.conditioning(batch.captions) | family.size_conditioning(sizes)
-            return family.predict(noisy, timesteps, conditioning | beside)
-
-        if batch.from_base:
-            with torch.no_grad(), parts.methods.aside():  # text encoders too
-                target = predicted()
-        else:
-            target = family.process.target(x0, noise, timesteps)
-        losses_B = parts.objective.losses(predicted(), target, timesteps, mask)
-        return (weights * losses_B).sum()
 
     def _update(self, mean_loss: float, step: int, rate: float) -> None:
         """Clip the gradient and let the optimizer move, unless that would put NaN into what is trained."""

@@ -35,7 +35,7 @@ def planned_memory(sweep: Sweep, hollow_below: float | None = None) -> Iterator[
     kinds: dict[str, list[tuple[str, RunSpec]]] = {}
     for run in sweep.runs:
         if run.spec.command is None:
-            kinds.setdefault(_kind(run.spec), []).append((run.run_id, run.spec))
+            kinds.setdefault(kind_of(run.spec), []).append((run.run_id, run.spec))
     if not kinds:
         yield "runs of commands of their own: only they know what they need"
     for runs in kinds.values():
@@ -54,7 +54,7 @@ def planned_memory(sweep: Sweep, hollow_below: float | None = None) -> Iterator[
         yield "resources.gpus is 0: the runs train on CPUs, in their memory, with other kernels"
 
 
-def _kind(spec: RunSpec) -> str:
+def kind_of(spec: RunSpec) -> str:
     """What of a spec decides how much memory it takes."""
     texts = {"cache_text", "shuffle_caption", "tag_dropout"}
     return repr(

@@ -16,8 +16,8 @@ _ALIKE = ("cross_attention_dim", "addition_embed_type", "block_out_channels", "i
 """What a ControlNet's configuration and that of its UNet have in common."""
 
 
-def load_control(control: Control, hub_cache: Path | None = None) -> Any:
-    """Return the ControlNet on the CPU.
+def load_control(control: Control, hub_cache: Path | None = None, *, weights: bool = True) -> Any:
+    """Return the ControlNet on the CPU; without ``weights`` on the meta device, from its configuration alone.
 
     Raises:
         BadInput: There is none, or it is of another kind.
@@ -30,10 +30,14 @@ def load_control(control: Control, hub_cache: Path | None = None) -> Any:
     where: dict[str, Any] = {} if path.is_dir() else {"revision": control.revision, "cache_dir": hub_cache}
     place = str(path) if path.is_dir() else control.model
     try:
-        kind = ControlNetModel.load_config(place, **where).get("_class_name")
+        config: Any = ControlNetModel.load_config(place, **where)
+        kind = config.get("_class_name")
         if kind != "ControlNetModel":
             raise BadInput(f"{name} is a {kind}, not a ControlNetModel", "give a ControlNet of SD 1, 2 or XL")
-        return ControlNetModel.from_pretrained(place, use_safetensors=True, **where)
+        if weights:
+            return ControlNetModel.from_pretrained(place, use_safetensors=True, **where)
+        with torch.device("meta"):
+            return ControlNetModel.from_config(config)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if broke_off(error) and not constants.HF_HUB_OFFLINE:
             raise BaseUnavailable(

@@ -76,7 +76,7 @@ class UNetFamily(LatentFamily):
         return {HIDDEN: self._hollow.hidden(lambda: whole(noisy_BCHW, timesteps_B, conditioning))}
 
     def inject(self, control: Control, hub_cache: Path | None = None) -> None:
-        network = load_control(control, hub_cache)
+        network = load_control(control, hub_cache, weights=self.device.type != "meta")
         if problem := misfit(network, self.denoiser, self.latent_pixels):
             raise BadInput(
                 f"base.control: {control.model} is no ControlNet of this base: {problem}",

@@ -21,10 +21,11 @@ _SMALL = ("*.json", "*.txt", "*.model")
 
 
 def unloaded_family(base: Base, hub_cache: Path | None = None) -> Family:
-    """Return a family whose networks are on the meta device.
+    """Return a family whose networks are on the meta device, with the ControlNet of ``base.control``.
 
     Raises:
-        BadInput: The model's configuration is not there, or of no family that can be trained.
+        BadInput: The model's configuration is not there, or of no family that can be trained. Or so of the
+            ControlNet's.
     """
     folder = _described(base, hub_cache)
     try:
@@ -41,6 +42,8 @@ def unloaded_family(base: Base, hub_cache: Path | None = None) -> Family:
         raise BadInput(f"base model {base.model} is not described in full: {error}", WHERE) from error
     found = (family_class(name) for name in FAMILIES[kind.__name__])
     family: Family = next(one for one in found if one.fits(pipeline))(pipeline, base, torch.device("meta"))
+    if base.control:
+        family.inject(base.control, hub_cache)
     return family
 
 

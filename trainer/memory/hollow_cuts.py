@@ -10,7 +10,7 @@ from ..errors import BadInput
 from ..families.hollow import taking
 from ..families.unloaded import unloaded_family
 from .estimate import estimate
-from .plan import GB
+from .plan import GB, TRAINING
 
 
 def cuts_until(spec: RunSpec, below: float, *, micro_batch: int | None = None) -> Iterator[str]:
@@ -42,7 +42,7 @@ def cuts_until(spec: RunSpec, below: float, *, micro_batch: int | None = None) -
 
 
 def _training_bytes(spec: RunSpec, cut: int | None, micro_batch: int | None) -> int:
-    return estimate(_hollowed(spec, cut), micro_batch=micro_batch).phase("training").size
+    return estimate(_hollowed(spec, cut), micro_batch=micro_batch).phase(TRAINING).size
 
 
 def _hollowed(spec: RunSpec, cut: int | None) -> RunSpec:

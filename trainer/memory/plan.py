@@ -9,6 +9,8 @@ from ..config import Base
 from ..evidence import less_memory
 
 GB = 1e9
+TRAINING = "training"
+"""How the name of a phase of training begins; what is trained follows where that changes in a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,6 @@ class MemoryPlan:
 def advice(base: Base, micro_batch: int | None, plan: tuple[Phase, ...]) -> str:
     """Return what would lower the need of training, in order of effect; said if another phase needs more."""
     peak = max(plan, key=lambda phase: phase.size)
-    if peak.name != "training":
+    if not peak.name.startswith(TRAINING):
         return f"{peak.name} needs most; what training needs is lowered by: " + less_memory(base, micro_batch)
     return less_memory(base, micro_batch)

@@ -7,7 +7,8 @@ What a row begins as is a function of the model and the seed.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +30,6 @@ DELTA = "trainable_tokens_delta"
 """PEFT's name of the rows."""
 
 
-class _Encoder(NamedTuple):
-    layer: Any
-    usual: Usual
-
-
 class Tokens:
     """The words of one run. See ``Method``."""
 
@@ -42,15 +38,16 @@ class Tokens:
         family: Family,
         name: str,
         words: NewWords,
-        encoders: Mapping[str, _Encoder],
+        layers: Mapping[str, Any],
         rule: Rule = "none",
         rate: float = 1.0,
     ) -> None:
+        """``layers`` are PEFT's, by text encoder."""
         self.rate = rate
         self._family, self._name, self._words = family, name, words
-        self._encoders, self._rule = encoders, rule
+        self._layers, self._rule = layers, rule
         self.parameters: Mapping[str, nn.Parameter] = {
-            PREFIX + encoder: getattr(encoders[encoder].layer, DELTA)[name] for encoder in sorted(encoders)
+            PREFIX + encoder: getattr(layers[encoder], DELTA)[name] for encoder in sorted(layers)
         }
 
     @property
@@ -63,19 +60,25 @@ class Tokens:
 
     def use(self) -> None:
         self._family.words = self._words
-        for encoder in self._encoders.values():
-            encoder.layer.set_adapter([self._name])
-            encoder.layer.enable_adapters(True)
+        for layer in self._layers.values():
+            layer.set_adapter([self._name])
+            layer.enable_adapters(True)
 
     def stand_aside(self) -> None:
         self._family.words = None
-        for encoder in self._encoders.values():
-            encoder.layer.enable_adapters(False)
+        for layer in self._layers.values():
+            layer.enable_adapters(False)
 
     def updated(self, rate: float) -> None:
-        for name, parameter in self.parameters.items():
-            usual = self._encoders[name.removeprefix(PREFIX)].usual
-            parameter.data.copy_(held(parameter.data, self._rule, usual, rate))
+        if self._rule != "none":
+            for name, parameter in self.parameters.items():
+                parameter.data.copy_(held(parameter.data, self._rule, self._usual[name], rate))
+
+    @cached_property
+    def _usual(self) -> Mapping[str, Usual]:
+        """Of the words of the model, which stay: measured once, and not where there are no numbers."""
+        encoders = self._family.text_encoders
+        return {name: usual_of(table_of(encoders[name.removeprefix(PREFIX)])) for name in self.parameters}
 
 
 def textual_inversion(base: Base, family: Family, name: str) -> list[Tokens]:
@@ -117,12 +120,11 @@ def put_words(
         words = NewWords.taught(family.tokenizers, vectors)
     except ValueError as error:
         raise BadInput(f"base.tokens: {model}: {error}", "take another name") from error
-    encoders = {}
+    layers = {}
     for number, encoder in enumerate(sorted(family.text_encoders)):
         network, eos = family.text_encoders[encoder], int(family.tokenizers[number].eos_token_id)
-        layer = add_rows(network, name, words.ids(number), eos)
-        encoders[encoder] = _Encoder(layer, usual_of(table_of(network)))
-    tokens = Tokens(family, name, words, encoders, rule, rate)
+        layers[encoder] = add_rows(network, name, words.ids(number), eos)
+    tokens = Tokens(family, name, words, layers, rule, rate)
     tokens.use()
     return tokens
 
