@@ -118,7 +118,7 @@ def test_a_collection_cut_off_at_any_call_is_finished_by_the_next(
     tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     radosgw: S3Server = request.getfixturevalue("radosgw")
-    for at in range(2, 60, 7):
+    for at in range(2, 80, 13):
         store = open_store(radosgw.url_of(f"garbage-{next(_corners)}"))
         lived(store, tmp_path, over=True)
         flaky = FlakyStore(store, at, Fault.DIE_HALF_WAY)

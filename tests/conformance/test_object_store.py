@@ -90,14 +90,14 @@ def test_listing_is_in_key_order_by_prefix_and_after_a_key(store: ObjectStore) -
 
 
 def test_a_listing_longer_than_a_page_is_whole(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("storage.s3.store.PAGE_KEYS", 10)
-    expected = [f"many/{n:05d}" for n in range(35)]
+    monkeypatch.setattr("storage.s3.store.PAGE_KEYS", 3)
+    expected = [f"many/{n:05d}" for n in range(10)]
     for key in expected:
         store.put(key, b"x")
 
     assert keys(store, "many/") == expected
     assert keys(store, "many/", after="many/00001") == expected[2:]
-    assert keys(store, "many/", after="many/00024") == expected[25:]
+    assert keys(store, "many/", after="many/00007") == expected[8:]
 
 
 def test_awkward_but_legal_keys_survive(store: ObjectStore) -> None:
