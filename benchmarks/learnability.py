@@ -2,11 +2,12 @@
 
     python benchmarks/learnability.py [--seeds 3] [--only NAME …] [--save] [--keep FOLDER]
 
-Every row teaches the nine, which the base model has never seen, with ``examples/digits``' own data, prompts
+Every row but one teaches the nine, which the base model has never seen, with ``examples/digits``' own data, prompts
 and judge, and differs from plain LoRA in what its name says. ``score`` is the harmonic mean of two shares: of
 the nines that are recognised (``new``), and of the other prompts that still give their digit (``others``).
-``control`` is the same figure of the same base without any training. Runs of all rows and seeds, each in a
-process of its own with one thread; seconds and memory are of that process, with its start, samples and judge.
+``control`` is the same figure of the same base and prompts without any training. Runs of all rows and seeds,
+each in a process of its own with one thread; seconds and memory are of that process, with its start, samples
+and judge.
 
 For x0 and v prediction the base is first taught to predict that: see ``taught_base.py``.
 
@@ -33,81 +34,10 @@ from typing import Any, NamedTuple
 
 import click
 from harness import DIGITS, BenchmarkFailed, conclude, run, show
+from learnability_rows import MAY_FAIL, ROWS, WITHOUT_PRIOR, Asked, asked_by
 
 MARGIN = 0.25
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "learnability.md"
-OLD = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
-FORGETFUL = {"learning_rate": 3e-3}
-"""So fast that the old digits suffer: what prior preservation is for."""
-PRIOR = {"prompt": [f"a handwritten {word}" for word in OLD], "images": 72, "steps": 15, "cfg": 3.0}
-ONLINE = {"prompt": PRIOR["prompt"], "online": True}
-
-WORD = {
-    "train": ["textual_inversion"],
-    "tokens": [{"token": "<nine>", "words": "nine", "vectors": 4}],
-    "token_learning_rate": 5e-3,
-    "token_norm": "decay",
-}
-"""In captions and prompts instead of the word that the text encoder knows."""
-Change = dict[str, Any]
-ROWS: dict[str, tuple[str, Change]] = {
-    "LoRA, attention": ("adapter", {}),
-    "LoRA, all linear layers": ("adapter", {"base": {"targets": "linear"}}),
-    "LoCon": ("adapter", {"base": {"targets": "linear", "conv_rank": 4}}),
-    "DoRA": ("adapter", {"base": {"use_dora": True}}),
-    "rsLoRA": ("adapter", {"base": {"use_rslora": True, "learning_rate": 5e-4}}),
-    "LoHa": ("adapter", {"base": {"adapter": "loha", "targets": "linear", "learning_rate": 5e-3}}),
-    "LoKr": ("adapter", {"base": {"adapter": "lokr", "targets": "linear", "learning_rate": 3e-3}}),
-    "LoRA, text encoder too": (
-        "adapter",
-        {"base": {"train_text_encoder": True, "text_encoder_learning_rate": 2e-4}},
-    ),
-    "textual inversion": ("words", {"base": WORD}),
-    "pivotal tuning": (
-        "words",
-        {
-            "base": WORD
-            | {"train": ["textual_inversion", "adapter"], "tokens_until": 0.5, "adapter_from": 0.5}
-        },
-    ),
-    "words and LoRA together": ("words", {"base": WORD | {"train": ["textual_inversion", "adapter"]}}),
-    "LoRA, int8 base": ("adapter", {"base": {"quantize": "int8"}}),
-    "LoRA, nf4 base": ("adapter", {"base": {"quantize": "nf4"}}),
-    "LoRA, fp8 base": ("adapter", {"base": {"quantize": "fp8"}}),
-    "LoRA of all layers that stay, hollowed UNet": (
-        "adapter",
-        {"base": {"hollow": 1, "targets": "linear", "conv_rank": 8}},
-    ),
-    "hypernetwork": ("method", {"base": {"train": "hypernetwork", "hypernetwork_activation": "swish"}}),
-    "full": ("method", {"base": {"train": "full", "learning_rate": 1e-4}}),
-    "full, class images": ("method", {"base": {"train": "full", "learning_rate": 1e-4}, "prior": PRIOR}),
-    "min-SNR": ("objective", {"base": {"loss_weighting": "min_snr"}}),
-    "soft min-SNR": ("objective", {"base": {"loss_weighting": "soft_min_snr"}}),
-    "debiased": ("objective", {"base": {"loss_weighting": "debiased"}}),
-    "P2": ("objective", {"base": {"loss_weighting": "p2"}}),
-    "pseudo-Huber": ("objective", {"base": {"loss": "huber"}}),
-    "smooth L1": ("objective", {"base": {"loss": "smooth_l1"}}),
-    "noise offset": ("objective", {"base": {"noise_offset": 0.05}}),
-    "pyramid noise": ("objective", {"base": {"multires_noise_iterations": 3}}),
-    "input perturbation": ("objective", {"base": {"input_perturbation": 0.1}}),
-    "timesteps 200 to 1000": ("objective", {"base": {"min_timestep": 200}}),
-    "x0 prediction": ("objective", {"taught": "sample"}),
-    "v prediction": ("objective", {"taught": "v_prediction"}),
-    "v prediction, min-SNR": ("objective", {"taught": "v_prediction", "base": {"loss_weighting": "min_snr"}}),
-    "DreamBooth, no prior": ("DreamBooth", {"base": FORGETFUL}),
-    "DreamBooth, class images": ("DreamBooth", {"base": FORGETFUL, "prior": PRIOR}),
-    "DreamBooth, online prior": ("DreamBooth", {"base": FORGETFUL, "prior": ONLINE}),
-}
-WITHOUT_PRIOR = "DreamBooth, no prior"
-MAY_FAIL = (WITHOUT_PRIOR, "textual inversion")
-"""Rows that are there to be compared with: no prior is what forgets, and a word can only name what the base
-draws already, which a nine is not."""
-SAMPLES = {
-    "prompts": [f"a handwritten {word}" for word in ("nine", "zero", "three", "four", "seven")],
-    "seeds": list(range(1, 13)),
-    "steps": 15,
-    "cfg": 3.0,
-}
 
 
 class Outcome(NamedTuple):
@@ -143,12 +73,15 @@ def main(seeds: int, steps: int, only: tuple[str, ...], jobs: int, save: bool, k
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
             controls = {
-                taught: pool.submit(_once, _control, base, scratch / f"control-{taught}")
-                for taught, base in bases.items()
+                asked: pool.submit(_once, _control, (bases[asked.taught], asked), scratch / asked.folder)
+                for asked in sorted({asked_by(name) for name in names})
             }
             runs = {
                 (name, seed): pool.submit(
-                    _once, _train, _spec(name, seed, steps, bases), scratch / _folder(name, steps, seed)
+                    _once,
+                    _train,
+                    (name, _spec(name, seed, steps, bases)),
+                    scratch / _folder(name, steps, seed),
                 )
                 for seed in range(seeds)
                 for name in names
@@ -159,7 +92,7 @@ def main(seeds: int, steps: int, only: tuple[str, ...], jobs: int, save: bool, k
             _row(
                 name,
                 [runs[name, seed].result() for seed in range(seeds)],
-                controls[ROWS[name][1].get("taught", "epsilon")].result(),
+                controls[asked_by(name)].result(),
             )
             for name in names
         ]
@@ -220,12 +153,12 @@ def _spec(name: str, seed: int, steps: int, bases: dict[str, Path]) -> dict[str,
     spec: dict[str, Any] = {
         "base": {**base, **change.get("base", {})},
         "dataset": {"path": str(DIGITS / "nines"), **change.get("dataset", {})},
-        "samples": SAMPLES,
+        "samples": asked_by(name).samples,
     }
     return spec | ({"prior": change["prior"]} if "prior" in change else {})
 
 
-def _train(spec: dict[str, Any], folder: Path) -> Outcome:
+def _train(given: tuple[str, dict[str, Any]], folder: Path) -> Outcome:
     """Train, draw and judge one run in this process."""
     from storage.local import complete_checkpoints
     from trainer.attempt import run_attempt
@@ -235,7 +168,8 @@ def _train(spec: dict[str, Any], folder: Path) -> Outcome:
     from trainer.stop import Stop
 
     began = time.monotonic()
-    checked = RunSpec.model_validate_json(json.dumps(_with_word(spec, folder)))
+    asked, spec = asked_by(given[0]), given[1]
+    checked = RunSpec.model_validate_json(json.dumps(_with_word(spec, asked, folder)))
     run_dir = RunDir(folder)
     run_dir.checkpoints.mkdir(parents=True)
     run_dir.spec.write_text(checked.model_dump_json())
@@ -250,7 +184,7 @@ def _train(spec: dict[str, Any], folder: Path) -> Outcome:
             raise BenchmarkFailed(f"{folder}: exit code {code}")
     took_s = time.monotonic() - began
     (samples,) = run_dir.samples.iterdir()
-    judged = _judged(samples)
+    judged = _judged(samples, asked)
     memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     wanted = Wanted(to="diffusers" if "full" in checked.base.train else "kohya", name="x")
     export_checkpoint(complete_checkpoints(run_dir.checkpoints)[0].path, checked, folder / "x", wanted)
@@ -258,41 +192,51 @@ def _train(spec: dict[str, Any], folder: Path) -> Outcome:
     return judged._replace(seconds=took_s, memory_mb=memory_mb, file_bytes=file_bytes)
 
 
-def _with_word(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Let captions and prompts say the word that a run teaches, where the others say nine."""
-    if "tokens" not in spec["base"]:
+def _with_word(spec: dict[str, Any], asked: Asked, folder: Path) -> dict[str, Any]:
+    """Let captions say the word that a run teaches."""
+    if asked.said == asked.digit:
         return spec
-    nines = folder.parent / f"{folder.name}-nines"
-    shutil.copytree(DIGITS / "nines", nines, ignore=shutil.ignore_patterns("metadata.jsonl"))
-    (token,) = spec["base"]["tokens"]
-    prompts = [prompt.replace("nine", token["token"]) for prompt in SAMPLES["prompts"]]
-    dataset = {"path": str(nines), "caption": f"a handwritten {token['token']}"}
-    return spec | {"dataset": dataset, "samples": SAMPLES | {"prompts": prompts}}
+    sys.path.insert(0, str(DIGITS))
+    import world
+
+    images = folder.parent / f"{folder.name}-nines"
+    world.write_dataset(images, world.WORDS.index(asked.digit), 128)
+    (images / "metadata.jsonl").unlink()
+    return spec | {"dataset": {"path": str(images), "caption": f"a handwritten {asked.said}"}}
 
 
-def _control(base: Path, folder: Path) -> Outcome:
+def _control(given: tuple[Path, Asked], folder: Path) -> Outcome:
     """Draw and judge the base itself."""
     from trainer.config import RunSpec
     from trainer.randomness import make_deterministic
     from trainer.sample import sample_images
 
     make_deterministic(1)
+    base, asked = given
     spec = {
         "base": {"model": str(base), "resolution": 32},
         "dataset": {"path": str(DIGITS / "nines")},
-        "samples": SAMPLES,
+        "samples": asked.samples,
     }
-    return _judged(sample_images(RunSpec.model_validate_json(json.dumps(spec)), None, folder))
+    return _judged(sample_images(RunSpec.model_validate_json(json.dumps(spec)), None, folder), asked)
 
 
-def _judged(samples: Path) -> Outcome:
+def _judged(samples: Path, asked: Asked) -> Outcome:
+    """Return the shares of images that are what their prompts name, as ``examples/digits/score.py`` does."""
     sys.path.insert(0, str(DIGITS))
     import score
+    import world
+    from PIL import Image
 
-    index = samples / "index.json"
-    index.write_text(index.read_text().replace("<nine>", "nine"))  # the judge knows digits' names only
-    figures = score.score(samples)
-    return Outcome(figures["score"], figures["new_digit"], figures["old_digits"])
+    judge = score.Judge()
+    right: dict[bool, list[bool]] = {True: [], False: []}
+    for entry in json.loads((samples / "index.json").read_text()):
+        is_taught = asked.said in entry["prompt"]
+        wanted = world.WORDS.index(asked.digit) if is_taught else world.digit_of(entry["prompt"])
+        with Image.open(samples / entry["file"]) as image:
+            right[is_taught].append(judge.digit(image) == wanted)
+    new, others = (sum(right[kind]) / len(right[kind]) for kind in (True, False))
+    return Outcome(score.harmonic_mean(new, others), new, others)
 
 
 def _row(name: str, outcomes: list[Outcome], control: Outcome) -> dict[str, Any]:
