@@ -2,12 +2,12 @@
 
     python benchmarks/learnability.py [--seeds 3] [--only NAME …] [--save] [--keep FOLDER]
 
-Every row but one teaches the nine, which the base model has never seen, with ``examples/digits``' own data, prompts
-and judge, and differs from plain LoRA in what its name says. ``score`` is the harmonic mean of two shares: of
-the nines that are recognised (``new``), and of the other prompts that still give their digit (``others``).
-``control`` is the same figure of the same base and prompts without any training. Runs of all rows and seeds,
-each in a process of its own with one thread; seconds and memory are of that process, with its start, samples
-and judge.
+Every row but one teaches the nine, which the base model has never seen, with ``examples/digits``' own data,
+prompts and judge, and differs from plain LoRA in what its name says. ``score`` is the harmonic mean of two
+shares: of the nines that are recognised (``new``), and of the other prompts that still give their digit
+(``others``). ``control`` is the same figure of the same base and prompts without any training. Runs of all
+rows and seeds, each in a process of its own with one thread; seconds and memory are of that process, with
+its start, samples and judge.
 
 For x0 and v prediction the base is first taught to predict that: see ``taught_base.py``.
 
