@@ -1,4 +1,4 @@
-"""Every sweep file that the README and docs/ show is one that ``validate`` takes."""
+"""What the README and docs/ show is true: `validate` takes each sweep file, each file named is there."""
 
 import json
 import re
@@ -47,3 +47,17 @@ def test_what_is_trained_is_a_word_or_a_list(train: Any, tmp_path: Path) -> None
     (tmp_path / "grid.yaml").write_text(json.dumps(USUAL | {"base": base}))
     for _, spec in validate(tmp_path / "grid.yaml").cells:
         assert spec.base.train == ((train,) if isinstance(train, str) else tuple(train))
+
+
+def test_files_that_are_named_are_there() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    folders = [ROOT, ROOT / "tests" / "unit", ROOT / "tests" / "conformance"]
+    named = {
+        (page.name, path)
+        for page in pages
+        for path in re.findall(
+            r"`((?:tests|benchmarks|infra|examples)/[\w/]+(?:\.\w+|/)|test_\w+\.py)`", page.read_text()
+        )
+    }
+    assert len(named) > 20
+    assert not [each for each in named if not any((folder / each[1]).exists() for folder in folders)]
