@@ -35,6 +35,8 @@ from .contact_sheet import contact_sheet
 from .exporting import export_run
 
 DIGITS = Path(__file__).resolve().parents[2] / "examples" / "digits"
+ADAPTER = "nine.safetensors"
+"""The best run's, for diffusers: what the examples of ``orchestrate lora`` begin with."""
 
 
 def run_demo(out: Path, *, kill: bool = True) -> None:
@@ -100,6 +102,7 @@ def _conclude(
     base_samples = _sample_base(out, run)
     best_samples = _stored_samples(out, store, run)
     export = export_run(store, run, step=None, form="diffusers", out=out / "export", force=True)
+    adapter = shutil.copyfile(export, out / ADAPTER)
     grid = contact_sheet({"base model": base_samples, f"best: {winner.run}": best_samples}, out / "grid.png")
     base_score, best_score = _score(run, base_samples), _score(run, best_samples)
     _check_learned(base_score, best_score)
@@ -109,7 +112,7 @@ def _conclude(
         "best_new_digit": round(best_score["new_digit"], 4),
         "best_old_digits": round(best_score["old_digits"], 4),
         "best_run": winner.run,
-        "export": str(export),
+        "export": str(adapter),
         "grid_png": str(grid),
     }
 
@@ -206,4 +209,8 @@ def _say(text: str) -> None:
 
 def _print_json(figures: dict[str, Any], began: float) -> None:
     click.echo(f"look at {figures['grid_png']}", err=True)
+    click.echo(
+        f"the best adapter is {figures['export']}: `orchestrate lora --help` says what to do with it",
+        err=True,
+    )
     click.echo(json.dumps(figures | {"seconds": round(time.monotonic() - began, 1)}))

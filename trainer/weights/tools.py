@@ -27,6 +27,7 @@ class Tool:
 
     help: str
     example: str
+    """Works where ``make demo`` was called, after those of the tools before it."""
     parameters: tuple[click.Parameter, ...]
 
 
@@ -58,7 +59,7 @@ _ranks = (
 TOOLS: Mapping[str, Tool] = {
     "inspect": Tool(
         help="Say what an adapter's file is: form, family, ranks, alphas, trained modules, header.",
-        example="inspect cat.safetensors",
+        example="inspect demo/nine.safetensors",
         parameters=(
             _one,
             click.Option(["--keys"], is_flag=True, help="One line for each module too."),
@@ -67,7 +68,7 @@ TOOLS: Mapping[str, Tool] = {
     ),
     "convert": Tool(
         help="Write an adapter's file in another form: nothing but names and types changes.",
-        example="convert pytorch_lora_weights.safetensors --to kohya --out cat.safetensors",
+        example="convert demo/nine.safetensors --to kohya --out demo/nine-kohya.safetensors",
         parameters=(
             _one,
             _out,
@@ -83,17 +84,17 @@ TOOLS: Mapping[str, Tool] = {
     ),
     "resize": Tool(
         help="Write the best LoRA of another rank, the same for all modules or as large as each one needs.",
-        example="resize cat.safetensors --rank 8 --out small.safetensors",
+        example="resize demo/nine.safetensors --rank 1 --out demo/small.safetensors",
         parameters=(_one, _out, *_ranks, _to, _dtype, _force),
     ),
     "mix": Tool(
         help="Write the weighted sum of what several LoRAs change: exact, or in a smaller rank.",
-        example="mix cat.safetensors:0.7 ink.safetensors:0.4 --out both.safetensors",
+        example="mix demo/nine.safetensors:0.7 demo/small.safetensors:0.3 --out demo/both.safetensors",
         parameters=(_several, _out, *_ranks, _to, _dtype, _force),
     ),
     "merge": Tool(
         help="Write a base model with adapters added to its weights, as a diffusers folder.",
-        example="merge cat.safetensors:0.8 --base stable-diffusion-v1-5 --out merged",
+        example="merge demo/nine.safetensors:0.8 --base examples/digits/base --out demo/merged",
         parameters=(
             _several,
             _base,
@@ -108,7 +109,7 @@ TOOLS: Mapping[str, Tool] = {
     ),
     "extract": Tool(
         help="Write the LoRA that comes nearest to what a finetuned model changes of its base.",
-        example="extract tuned.safetensors --base stable-diffusion-v1-5 --rank 32 --out tuned-32.safetensors",
+        example="extract demo/merged --base examples/digits/base --rank 4 --out demo/extracted.safetensors",
         parameters=(
             click.Argument(["tuned"]),
             _base,
