@@ -8,7 +8,6 @@ nothing, and takes no notice of the clock unless it was asked to stop.
 import math
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +47,6 @@ def in_training(family: Family, methods: Methods) -> None:
     methods.use()
     for network in (family.denoiser, *family.text_encoders.values()):
         network.train(any(parameter.requires_grad for parameter in network.parameters()))
-    denoiser: Any = family.denoiser
-    if denoiser.is_gradient_checkpointing:  # on the way to words, too, though nothing of it is trained
-        denoiser.train()
 
 
 def summed_loss(

@@ -160,15 +160,6 @@ def test_the_plan_names_the_bytes_of_a_real_step(
         assert planned == found
 
 
-def test_words_alone_are_learned_through_checkpoints_of_the_unet(shallow: Path) -> None:
-    """Nothing of the UNet is trained, but the way back to the words leads through it."""
-    kept = [
-        needs(estimate(spec_of(shallow, "sd1", WORDS | {"gradient_checkpointing": on})).phase(TRAINING))
-        for on in (False, True)
-    ]
-    assert kept[1]["activations"] < 0.7 * kept[0]["activations"]
-
-
 def test_a_plan_of_all_of_the_base_counts_its_weights_once_and_needs_none(
     shallow: Path, tmp_path: Path
 ) -> None:
