@@ -15,6 +15,10 @@ SUFFIX = ".safetensors"
 MAX_HEADER_BYTES = 10_000_000
 MAX_TENSORS = 20_000
 LENGTH_BYTES = 8
+_MAX_NAME = 200
+"""Bytes of a tensor's name that a message shows."""
+_GLANCE_BYTES = 65_536
+"""As much of a header that is too long is read, to name what is in it."""
 
 WIDTHS = {
     "F64": 8,
@@ -71,10 +75,18 @@ def _header(file: BinaryIO, path: Path) -> bytes:
     if length > size - LENGTH_BYTES:
         return b""  # truncated, or no such file at all
     if length > MAX_HEADER_BYTES:
-        raise InvalidName(
-            f"{path}: its header has {length} bytes, at most {MAX_HEADER_BYTES}: write fewer, larger tensors"
-        )
+        said = f"its header has {length} bytes, at most {MAX_HEADER_BYTES}"
+        raise InvalidName(f"{path}: {said}{_first(file.read(_GLANCE_BYTES))}: write fewer, larger tensors")
     text = file.read(length)
     if (tensors := text.count(b'"data_offsets"')) > MAX_TENSORS:
-        raise InvalidName(f"{path}: {tensors} tensors, at most {MAX_TENSORS}: write fewer, larger ones")
+        said = f"{tensors} tensors, at most {MAX_TENSORS}"
+        raise InvalidName(f"{path}: {said}{_first(text)}: write fewer, larger ones")
     return text
+
+
+def _first(text: bytes) -> str:
+    """Say what the first tensor of a header is called, without parsing it; nothing if it does not tell."""
+    before, found, _ = text.partition(b'"data_offsets"')
+    name = before[: before.rfind(b"{")].rstrip(b" :").removesuffix(b'"')
+    said = name[name.rfind(b'"') + 1 :][:_MAX_NAME].decode(errors="replace")
+    return f", the first {said}" if found else ""

@@ -96,8 +96,38 @@ def test_every_module_is_found_again_by_every_name(models: Mapping[str, Path], f
     for called, module in table.items():
         assert module_of(called) == module, called
     assert len(sgm_names([n for n, _ in roots["unet"].named_modules()], 2)) > 90
-    for called in ("lora_unet_single_blocks_0_linear1", "lora_te1_", "lora_unet_to_q_", "unet."):
-        assert module_of(called) in (None, ("unet", "to_q"))
+
+
+def test_every_layer_of_sd3_has_a_name_that_is_known(tmp_path: Path) -> None:
+    roots = networks(load_family(Base(model=str(build_base(tmp_path, "sd3")))))
+    odd = ("lora_", "text_encoder_3.text_model")  # nobody writes these
+    names = [called for called in known_names(roots) if not called.startswith(odd)]
+    assert {called.partition(".")[0] for called in names} == roots.keys()
+    assert [called for called in names if module_of(called) is None] == []
+
+
+@pytest.mark.parametrize(
+    "called",
+    [
+        "unet.banana",
+        "unet.down_blocks.banana",
+        "unet.down_blocks.0.motion_modules.0.proj_in",
+        "unet.down_blocks.0.attentions.0.add_k_proj",
+        "unet.transformer_blocks.0.attn.to_q",
+        "unet.",
+        "transformer.single_transformer_blocks.0.attn.to_q",
+        "transformer.transformer_blocks.0.attn1.to_q",
+        "text_encoder.encoder.layers.0.mlp.banana",
+        "vae.encoder.conv_in",
+        "lora_unet_single_blocks_0_linear1",
+        "lora_unet_text_model_encoder_layers_0_mlp_fc1",
+        "lora_unet_to_q_",
+        "lora_te_down_blocks_0_attentions_0_proj_in",
+        "lora_te1_",
+    ],
+)
+def test_a_name_of_no_known_family_is_none(called: str) -> None:
+    assert module_of(called) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -236,6 +266,12 @@ def test_what_was_merged_is_extracted_again(models: Mapping[str, Path], made: Ma
 
 
 UNET = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+DOTTED = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def flux(module: str) -> dict[str, Tensor]:
+    called = f"transformer.{module}"
+    return {f"{called}.lora_A.weight": torch.ones(2, 3072), f"{called}.lora_B.weight": torch.ones(3072, 2)}
 
 
 def pair(rank: int = 2, other: int | None = None) -> dict[str, Tensor]:
@@ -256,7 +292,30 @@ def pair(rank: int = 2, other: int | None = None) -> dict[str, Tensor]:
         ({**pair(), f"{UNET}.alpha": torch.ones(3)}, "alpha of unet.mid_block.*expected one number"),
         ({**pair(), f"{UNET}.dora_scale": torch.ones(4, 1)}, "5 outputs and 4 magnitudes"),
         ({**pair(), f"{UNET}.lora_up.weight": torch.ones(5, 2, 3, 3)}, "expected a kernel of 1"),
-        ({"lora_unet_double_blocks_0_img_attn_proj.lora_up.weight": torch.ones(2, 2)}, "double_blocks_0"),
+        (
+            {**pair(), f"{UNET}.alpha": torch.tensor(1.0, dtype=torch.float8_e4m3fn)},
+            "to_q.alpha is of the type float8_e4m3fn, expected float16",
+        ),
+        (
+            {**pair(), f"{UNET}.lora_up.weight": torch.ones(5, 2, dtype=torch.int8)},
+            "lora_up.weight is of the type int8, expected float16",
+        ),
+        (
+            {**pair(), f"{DOTTED}.lora_B.weight": torch.zeros(5, 2)},
+            f"{DOTTED}.lora_B.weight is the same part|the same part of the same module as {DOTTED}",
+        ),
+        (
+            {"lora_unet_double_blocks_0_img_attn_proj.lora_up.weight": torch.ones(2, 2)},
+            "of FLUX, .*double_blocks_0",
+        ),
+        (
+            flux("single_transformer_blocks.0.attn.to_q"),
+            "of FLUX, which is not supported: it has transformer.single",
+        ),
+        (
+            flux("transformer_blocks.0.attn.to_q"),
+            "of FLUX, which is not supported: .*to_q reads 3072 numbers",
+        ),
         ({"model.diffusion_model.out.2.weight": torch.ones(2)}, "out.2.weight belongs to no kind of adapter"),
         ({}, "is empty"),
     ],
@@ -273,8 +332,7 @@ def test_a_file_that_is_no_adapter_is_refused_by_its_key(
 
 def test_a_damaged_file_and_a_lying_header_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
-    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    tensors = {f"{name}.lora_A.weight": torch.ones(2, 6), f"{name}.lora_B.weight": torch.ones(5, 2)}
+    tensors = {f"{DOTTED}.lora_A.weight": torch.ones(2, 6), f"{DOTTED}.lora_B.weight": torch.ones(5, 2)}
     for told, message in (
         ({"unet.r": 4, "unet.lora_alpha": 4}, "to_q has rank 2, its header says 4"),
         ({"unet.lora_alpha": 4}, "lora_adapter_metadata: r: Field required"),
@@ -285,12 +343,22 @@ def test_a_damaged_file_and_a_lying_header_are_refused(tmp_path: Path) -> None:
     write(file, tensors, {})
     half = tmp_path / "half.safetensors"
     half.write_bytes(file.read_bytes()[:-8])
-    many = tmp_path / "many.safetensors"
-    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    header = json.dumps({f"{UNET}_{n}.alpha": empty for n in range(200_000)}).encode()
-    many.write_bytes(len(header).to_bytes(8, "little") + header)
-    for path in (half, many, tmp_path / "none.safetensors", tmp_path / "old.ckpt"):
-        with pytest.raises(BadInput, match=path.name):
+    many, short = tmp_path / "many.safetensors", tmp_path / "short.safetensors"
+    for file, entry in ((many, f'"{UNET}_%d.alpha":{{"dtype":"F32",'), (short, '"%d":{')):
+        header = ",".join(entry % n + '"data_offsets":[0,0]}' for n in range(200_000)).encode()
+        file.write_bytes(len(header).to_bytes(8, "little") + header)
+    text = tmp_path / "text.safetensors"
+    text.write_text("a list of words, renamed\n" * 9)
+    for path, message in (
+        (half, "half.safetensors is cut off or no .safetensors file"),
+        (text, "text.safetensors is cut off or no .safetensors file"),
+        (many, rf"^adapter {many}: its header has .* the first {UNET}_0.alpha: write fewer"),
+        (short, rf"^adapter {short}: 200000 tensors, at most 20000, the first 0: write fewer"),
+        (tmp_path / "none.safetensors", "none.safetensors cannot be read: No such file"),
+        (tmp_path / "old.ckpt", "old.ckpt: only .safetensors files are read"),
+        (tmp_path, "is a folder$"),
+    ):
+        with pytest.raises(BadInput, match=message):
             read_lora(path)
 
 

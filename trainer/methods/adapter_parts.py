@@ -21,8 +21,13 @@ from .layers import MAGNITUDE
 from .module_names import Module
 
 OTHER_BASE = "an adapter fits only the kind of base model that it was trained on"
+FAMILIES = "adapters of Stable Diffusion 1, 2, XL and 3 are read"
 _ONLY_LORA = "DoRA is read where it goes with LoRA"
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+"""In which some programs write alphas."""
+_FLUX = ("single_transformer_blocks", "double_blocks", "single_blocks")
+"""Words of FLUX's names, in diffusers and in kohya's scripts."""
 PARTS = {
     "lora_A.weight": (
         "lora_A.weight",
@@ -50,15 +55,28 @@ def opened(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         BadInput: It is not there, damaged, or holds something else.
     """
+    if path.is_dir():
+        raise BadInput(f"adapter {path} is a folder", "give the .safetensors file in it")
     if path.suffix != ".safetensors":
         raise BadInput(f"adapter {path}: only .safetensors files are read, never pickles")
     try:
         tensors, metadata = read(path)
-    except (OSError, SafetensorError, InvalidName) as error:
-        raise BadInput(f"adapter {path}: {error}", "give a .safetensors file of an adapter") from error
+    except OSError as error:
+        raise BadInput(f"adapter {path} cannot be read: {error.strerror or error}") from error
+    except InvalidName as error:
+        raise BadInput(f"adapter {error}", "an adapter has a few thousand tensors") from error
+    except SafetensorError as error:
+        raise BadInput(
+            f"adapter {path} is cut off or no .safetensors file, whatever it is called: {error}",
+            "give a .safetensors file of an adapter",
+        ) from error
     for key, tensor in tensors.items():
-        if tensor.dtype not in _TYPES and not key.endswith(".alpha"):
-            raise BadInput(f"adapter {path}: {key} is of the type {tensor.dtype}, expected numbers")
+        if tensor.dtype not in (*_TYPES, *(_WHOLE if key.endswith(".alpha") else ())):
+            said = str(tensor.dtype).removeprefix("torch.")
+            raise BadInput(
+                f"adapter {path}: {key} is of the type {said}, expected float16, bfloat16 or float32",
+                "give the file that it was quantised from",
+            )
         if not torch.isfinite(tensor).all():
             raise BadInput(f"adapter {path}: {key} holds NaN or infinity", "its training diverged")
     return tensors, metadata
@@ -78,10 +96,11 @@ def by_module(
         among: Who has no module that is not found, for the message.
 
     Raises:
-        BadInput: A tensor is no part of an adapter, or of a module that is not found, or does not fit the
-            others of its module.
+        BadInput: A tensor is no part of an adapter, or of a module that is not found, or there a second time
+            by another name, or does not fit the others of its module.
     """
     found: dict[Module, dict[str, Tensor]] = defaultdict(dict)
+    keys: dict[tuple[Module, str], str] = {}
     endings = {f".{called}": part for part, those in PARTS.items() for called in those}
     for key, tensor in tensors.items():
         ending = max((e for e in endings if key.endswith(e)), key=len, default=None)
@@ -90,10 +109,18 @@ def by_module(
                 f"adapter {path}: {key} belongs to no kind of adapter that is known here",
                 "LoRA, DoRA, LoHa and LoKr files of diffusers, kohya and LyCORIS can be read",
             )
-        module = named(key.removesuffix(ending))
+        called, part = key.removesuffix(ending), endings[ending]
+        module = named(called)
+        if module is None and any(word in called for word in _FLUX):
+            raise BadInput(f"adapter {path} is of FLUX, which is not supported: it has {called}", FAMILIES)
         if module is None:
-            raise BadInput(f"adapter {path}: {among} no module {key.removesuffix(ending)}", OTHER_BASE)
-        found[module][endings[ending]] = tensor
+            raise BadInput(f"adapter {path}: {among} no module {called}", OTHER_BASE)
+        if (first := keys.setdefault((module, part), key)) != key:
+            raise BadInput(
+                f"adapter {path}: {key} is the same part of the same module as {first}",
+                "two programs' names are in one file: keep those of one",
+            )
+        found[module][part] = tensor
     if not found:
         raise BadInput(f"adapter {path} is empty")
     for (network, name), parts in found.items():

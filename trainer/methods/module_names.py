@@ -15,6 +15,22 @@ from torch import nn
 Module = tuple[str, str]
 """A network, such as ``unet``, and the name of a module in it."""
 
+_CLIP_ROOTS = ("text_model", "encoder", "text_projection")
+ROOTS = {
+    "unet": (
+        *("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out"),
+        *("time_embedding", "add_embedding"),
+    ),
+    "transformer": (
+        *("transformer_blocks", "pos_embed", "context_embedder", "time_text_embed"),
+        *("norm_out", "proj_out"),
+    ),
+    "text_encoder": _CLIP_ROOTS,
+    "text_encoder_2": _CLIP_ROOTS,
+    "text_encoder_3": ("encoder",),
+}
+"""With which words the names of modules begin, by network."""
+
 TEXT_LEVEL = "text_model."
 """A level of CLIP's names that transformers 5 leaves out and every other program expects."""
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import BadInput
 from ..export.modules import AdaptedModule, Kind
 from ..methods.adapter_files import told_in_header
-from ..methods.adapter_parts import alpha_of, by_module, kind_of, opened, rank_of
+from ..methods.adapter_parts import FAMILIES, alpha_of, by_module, kind_of, opened, rank_of
 from ..methods.configs import Told, scale_of
 from ..methods.layers import MAGNITUDE
 from ..methods.module_names import TEXT_LEVEL, Module
@@ -26,6 +26,7 @@ Form = Literal["diffusers", "kohya", "ours"]
 
 _WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 """How wide the text is that the UNet's attention reads."""
+_FLUX_WIDTH = 3072
 _VERSIONS = {"sdxl": "sdxl", "sd_v1": "sd1", "sd_v2": "sd2", "sd3": "sd3"}
 
 
@@ -66,6 +67,7 @@ def read_lora(path: Path) -> LoraFile:
         _checked(path, network, name, parts[network, name], told.get(network))
         for network, name in sorted(parts)
     )
+    _refuse_flux(path, modules)
     kinds = Counter(module.kind for module in modules)
     if len(kinds) > 1:
         odd = next(m for m in modules if m.kind == min(kinds, key=lambda kind: kinds[kind]))
@@ -106,6 +108,16 @@ def family_of(
     if any(".transformer_blocks.1." in module.name for module in modules if module.network == "unet"):
         return "sdxl"
     return None
+
+
+def _refuse_flux(path: Path, modules: tuple[AdaptedModule, ...]) -> None:
+    """Of FLUX's blocks one kind has the very names of SD3's, and another width."""
+    for module in modules:
+        down = module.tensors.get("lora_A.weight", module.tensors.get("hada_w1_b"))
+        reads_image = module.network == "transformer" and module.name.endswith((".attn.to_q", ".attn.to_k"))
+        if reads_image and down is not None and down.shape[1] == _FLUX_WIDTH:
+            where = f"{module.network}.{module.name} reads {_FLUX_WIDTH} numbers"
+            raise BadInput(f"adapter {path} is of FLUX, which is not supported: {where}", FAMILIES)
 
 
 def _checked(

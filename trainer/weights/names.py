@@ -2,14 +2,14 @@
 
 kohya's scripts and LyCORIS join a module's path with ``_``. The words of which diffusers' UNets and CLIP's
 text encoders make their paths are few, and no row of them reads as another row: so the path is found again.
+A path of other words is of no family that is known here, however it is written.
 Where the base is at hand, ``methods.module_names`` knows every name for certain.
 """
 
 import re
 
-from ..methods.module_names import TEXT_LEVEL, Module
+from ..methods.module_names import ROOTS, TEXT_LEVEL, Module
 
-NETWORKS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 _PREFIXES = {
     "lora_unet_": "unet",
     "lora_te_": "text_encoder",
@@ -30,6 +30,23 @@ _TEXT = (
     *("text_model", "encoder", "layers", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj"),
     *("mlp", "fc1", "fc2", "text_projection"),
 )
+_SD3 = (
+    *("transformer_blocks", "attn", "attn2", "to_q", "to_k", "to_v", "to_out", "to_add_out"),
+    *("add_q_proj", "add_k_proj", "add_v_proj", "ff", "ff_context", "net", "proj"),
+    *("norm1", "norm1_context", "norm_out", "linear", "proj_out", "pos_embed", "context_embedder"),
+    *("time_text_embed", "timestep_embedder", "text_embedder", "linear_1", "linear_2"),
+)
+_T5 = (
+    *("encoder", "block", "layer", "SelfAttention", "q", "k", "v", "o"),
+    *("DenseReluDense", "wi_0", "wi_1", "wo"),
+)
+_WORDS_OF = {
+    "unet": frozenset(_UNET),
+    "transformer": frozenset(_SD3),
+    "text_encoder": frozenset(_TEXT),
+    "text_encoder_2": frozenset(_TEXT),
+    "text_encoder_3": frozenset(_T5),
+}
 _WORDS = sorted((*_UNET, *_STABILITY, *_TEXT), key=len, reverse=True)
 _WORD = re.compile(rf"({'|'.join(_WORDS)}|\d+)(?:_|$)")
 _LAYERS_PER_BLOCK = 2
@@ -52,31 +69,36 @@ _MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
 
 
 def module_of(called: str) -> Module | None:
-    """Return the module that a file calls so, by diffusers' names; None if it is no name of a module.
+    """Return the module that a file calls so, by diffusers' names; None if no known family has such a name.
 
     Of CLIP, the first text encoder has no level ``text_model`` (as in transformers 5), the others have it.
     """
-    network, _, name = called.partition(".")
-    if network in NETWORKS and name:
-        return network, _level(network, name)
-    for prefix, network in _PREFIXES.items():
-        if called.startswith(prefix):
-            path = _taken_apart(called.removeprefix(prefix))
-            if path is None:
-                return None
-            return network, _level(network, path) if network != "unet" else _of_stability(path)
-    return None
+    network, _, path = called.partition(".")
+    if network not in ROOTS:
+        prefix = next((start for start in _PREFIXES if called.startswith(start)), None)
+        if prefix is None:
+            return None
+        network, path = _PREFIXES[prefix], _taken_apart(called.removeprefix(prefix))
+        path = _of_stability(path) if network == "unet" else path
+    return (network, _level(network, path)) if _is_known(network, path) else None
 
 
-def _taken_apart(joined: str) -> str | None:
+def _is_known(network: str, path: str) -> bool:
+    first, *words = path.split(".")
+    known = _WORDS_OF[network]
+    return first in ROOTS[network] and all(word in known or word.isdecimal() for word in words)
+
+
+def _taken_apart(joined: str) -> str:
+    """Return the path with points; nothing if it is made of other words."""
     words, at = [], 0
     while at < len(joined):
         word = _WORD.match(joined, at)
         if word is None:
-            return None
+            return ""
         words.append(word[1])
         at = word.end()
-    return ".".join(words) or None
+    return ".".join(words)
 
 
 def _level(network: str, name: str) -> str:
