@@ -120,11 +120,8 @@ def _encoding(family: Any, spec: RunSpec, weights: Mapping[str, int]) -> Iterato
     with LiveBytes([*all_tensors(family), pixels]) as live, torch.no_grad():
         if is_cached(spec):
             family.encode_tokens([family.token_ids("")])
-            needs = (
-                *_told({"text encoders": weights["text encoders"]}),
-                Need("work", live.most, "one, fp32"),
-            )
-            yield Phase("encoding captions", needs)
+            there = {"text encoders": weights["text encoders"]}
+            yield Phase("encoding captions", (*_told(there), Need("work", live.most, "one caption, fp32")))
         live.most = live.now
         family.encode_image(pixels)
     there = {"VAE": weights["VAE"]}
