@@ -63,6 +63,11 @@ class Life:
         found = (complete_checkpoints(run_dir.checkpoints) for run_dir in reversed(self.attempts))
         return next((newest for newest, *_ in filter(None, found)), None)
 
+    @property
+    def trained(self) -> bool:
+        """Whether all that is left is its export. Such an attempt is left alone: most kills would hit it."""
+        return self.newest is not None and self.newest.final
+
     def attempt(self, lasting_s: float | None) -> int:
         """Go on from where the last attempt was killed, for so long; return the exit code.
 
@@ -184,7 +189,7 @@ def prove(name: str, world: Path, folder: Path, *, kills: int, seed: int, spoil:
 def _next(life: Life, chance: random.Random, tally: Tally, kills: int) -> int:
     """Live through another attempt, count what killed it, and return its exit code."""
     # Early moments more often: an attempt that resumes has less to do, and what comes too late kills nobody.
-    lasting_s = chance.triangular(0, tally.took_s, 0) if tally.kills < kills else None
+    lasting_s = chance.triangular(0, tally.took_s, 0) if tally.kills < kills and not life.trained else None
     code = life.attempt(lasting_s)
     if code == -signal.SIGKILL:
         tally.kills += 1
