@@ -162,4 +162,5 @@ class Stepper:
         self._scaler.step(optimizer)
         self._scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        self._parts.methods.updated(rate)
+        if not overflow:
+            self._parts.methods.updated(rate)

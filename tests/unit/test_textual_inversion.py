@@ -151,7 +151,7 @@ def test_a_stopped_run_ends_as_if_it_had_never_been(
 
 
 def test_what_rests_is_not_moved_and_has_no_state(world: Path, captioned: Path, lay: Lay) -> None:
-    spec = spec_of(world / "base", captioned, PIVOTAL)
+    spec = spec_of(world / "base", captioned, PIVOTAL, token_norm="decay")
     run_dir = lay("run", spec, every_steps=1)
     assert run_attempt(run_dir, Stop()) == EXIT_COMPLETE
     begun = {name: p.data for name, p in attach(spec.base, load_family(spec.base)).parameters.items()}
@@ -350,8 +350,9 @@ def test_words_that_do_not_fit_the_model_are_refused(token: Any, message: str, w
 
 
 def test_a_word_in_no_caption_is_refused(world: Path, lay: Lay) -> None:
-    with pytest.raises(BadInput, match="no caption contains <sks>"):
+    with pytest.raises(BadInput, match="no caption contains <sks>") as refused:
         run_attempt(lay("run", spec_of(world / "base", world / "images", ALONE)), Stop())
+    assert 'captions of the images, as in "a photo of <sks>"' in refused.value.hint
 
 
 def test_sd3_is_refused(tmp_path: Path) -> None:

@@ -152,8 +152,8 @@ def check_captioned(base: Base, captions: Sequence[str]) -> None:
         if not any(token.token in caption.lower() for caption in captions):
             raise BadInput(
                 f"base.tokens: no caption contains {token.token}, which would learn nothing",
-                f'write "a photo of {token.token}" into captions, or dataset.caption, or set dataset.trigger '
-                f"to {token.token} and write [trigger]",
+                f'write it into the captions of the images, as in "a photo of {token.token}", or set '
+                "dataset.trigger to it where they say [trigger]; dataset.caption is for images without one",
             )
 
 
