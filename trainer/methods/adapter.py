@@ -18,7 +18,14 @@ from ..families import Family
 from . import layers
 from .configs import Told, metadata_of, told_of
 from .initial import initialise
-from .targets import TEXT_TARGETS, check_ranks, convolutions, named_targets, trained_text_encoders
+from .targets import (
+    TEXT_TARGETS,
+    check_ranks,
+    convolutions,
+    named_targets,
+    text_encoder_rate,
+    trained_text_encoders,
+)
 
 
 class Adapter:
@@ -73,7 +80,7 @@ def adapters(base: Base, family: Family, name: str) -> list[Adapter]:
     )
     found = [denoiser]
     if base.train_text_encoder:
-        rate = (base.text_encoder_learning_rate or base.learning_rate) / base.learning_rate
+        rate = text_encoder_rate(base)
         for prefix, encoder in trained_text_encoders(base, family).items():
             told = told_of(base, TEXT_TARGETS, ())
             found.append(_attached(base, encoder, prefix, name, told, rate))

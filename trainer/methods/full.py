@@ -11,7 +11,7 @@ from torch import nn
 from ..config import Base
 from ..errors import BadInput
 from ..families import Family
-from .targets import trained_text_encoders
+from .targets import text_encoder_rate, trained_text_encoders
 
 METHOD = "full"
 """Of the header of a checkpoint's file, under ``method``."""
@@ -48,7 +48,7 @@ def whole_networks(base: Base, family: Family) -> list[Whole]:
         raise ValueError("another run works with this base")
     found = [Whole(_trainable(family.denoiser_prefix, family.denoiser))]
     if base.train_text_encoder:
-        rate = (base.text_encoder_learning_rate or base.learning_rate) / base.learning_rate
+        rate = text_encoder_rate(base)
         for prefix, encoder in trained_text_encoders(base, family).items():
             found.append(Whole(_trainable(prefix, encoder), rate))
         _freeze_unread(family)

@@ -106,6 +106,11 @@ def trained_text_encoders(base: Base, family: Family) -> Mapping[str, nn.Module]
     return found
 
 
+def text_encoder_rate(base: Base) -> float:
+    """Return the learning rate of the text encoders, as a multiple of the run's."""
+    return (base.text_encoder_learning_rate or base.learning_rate) / base.learning_rate
+
+
 def check_ranks(base: Base, network: nn.Module, prefix: str, targets: Iterable[str]) -> None:
     """Make sure that the targets name modules, and that none is smaller than the rank asked for.
 
