@@ -9,6 +9,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from support.adapters import adapted_checkpoint
 from support.tiny_models import build_base
 from support.tiny_world import tiny_spec
@@ -238,6 +239,25 @@ def test_another_caption_or_image_is_another_shard(
     for n in range(5):
         shutil.copy(images / "05.png", images / f"{n:02}.png")
     assert computed("images", spec) == 8
+
+
+def test_another_unet_layout_library_or_platform_is_another_shard(
+    world: Path, computed: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts and latents are the same, so that the cut-off part is given the same, too."""
+    small = {**SHORT, "hollow": 1, "hollow_pool": 2, "seed": 7}
+    spec = tiny_spec(world / "base", world / "images", base=small)
+    tuned = shutil.copytree(world / "base", tmp_path / "tuned")
+    weights = tuned / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 1.01 * tensor for name, tensor in load_file(weights).items()}, weights)
+
+    assert computed("first", spec) == 2
+    assert computed("unet", spec, model=str(tuned)) == 2
+    assert computed("layout", spec, channels_last=True) == 2
+    monkeypatch.setattr("trainer.hidden.platform_fingerprint", lambda device: "another kind of GPU")
+    assert computed("platform", spec) == 2
+    monkeypatch.setattr("diffusers.__version__", "9.9.9")
+    assert computed("platform and diffusers", spec) == 2
 
 
 def test_a_damaged_shard_is_computed_again_and_one_that_vanishes_ends_the_attempt(
