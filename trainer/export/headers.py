@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from ..config import Base, RunSpec
+from ..methods.peft_files import ADAPTER_METADATA
 from .trained import Trained
 
 Amount = Literal["minimal", "full", "none"]
@@ -24,8 +25,6 @@ BASE_DIGEST = "orchestrate.base_sha256"
 MERGED = "orchestrate.merged_adapters"
 """What was merged into the base before training, and belongs to it when the adapter is used."""
 SPEC = "orchestrate.spec"
-ADAPTER_METADATA = "lora_adapter_metadata"
-"""diffusers' key."""
 
 _KOHYA_VERSION = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "sd3": "sd3_medium"}
 _ARCHITECTURE = {

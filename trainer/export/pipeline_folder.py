@@ -1,6 +1,8 @@
 """A whole model as a diffusers folder, which is there complete or not at all."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +31,28 @@ def write_pipeline(pipeline: Any, folder: Path) -> None:
         BadInput: A weight is not finite, or it cannot be written.
     """
     _check_finite(pipeline)
+    with appearing(folder) as temporary:
+        pipeline.save_pretrained(temporary, safe_serialization=True)
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """Give a folder to write into, which takes the place of ``folder`` when all is written.
+
+    Raises:
+        BadInput: It cannot be written; what was there stays.
+    """
     try:
         temporary = temporary_dir(folder.parent)
     except OSError as error:
         raise BadInput(f"{folder} cannot be written: {error.strerror or error}") from error
     try:
-        pipeline.save_pretrained(temporary / folder.name, safe_serialization=True)
+        new = temporary / "new"
+        new.mkdir()
+        yield new
         if folder.exists():
             folder.rename(temporary / "before")
-        (temporary / folder.name).rename(folder)
+        new.rename(folder)
     except OSError as error:
         raise BadInput(f"{folder} cannot be written: {error.strerror or error}") from error
     finally:

@@ -4,12 +4,13 @@
     diffusers  ``unet.….lora_A.weight``, alpha in the header ``lora_adapter_metadata``, else equal to the rank
     kohya      ``lora_unet_….lora_down.weight`` with an alpha per module; ``dora_scale`` for DoRA
     LyCORIS    kohya's modules with ``hada_*`` (LoHa) or ``lokr_*`` (LoKr)
+    PEFT       see ``peft_files``
 
 A file means something for one base model only: every module that it names must be there.
 """
 
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,11 @@ from pydantic import BaseModel, PositiveInt, ValidationError
 from torch import Tensor, nn
 
 from ..errors import BadInput
-from .adapter_parts import OTHER_BASE, alpha_of, by_module, kind_of, opened, rank_of
-from .configs import Told, read_configs
+from .adapter_parts import OTHER_BASE, alpha_of, by_module, kind_of, rank_of
+from .configs import Told, read_configs, told_by_module
 from .layers import MAGNITUDE
 from .module_names import known_names
+from .peft_files import ADAPTER_METADATA, opened
 
 
 class _Said(BaseModel):
@@ -49,7 +51,7 @@ class AdapterFile:
 
 
 def read_adapter_file(path: Path, networks: Mapping[str, nn.Module]) -> AdapterFile:
-    """Read a file that was made for this base model.
+    """Read a file, or a folder of PEFT's, that was made for this base model.
 
     Args:
         networks: The base's, by ``unet``, ``transformer``, ``text_encoder``, ``text_encoder_2``…
@@ -83,7 +85,7 @@ def told_in_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Told]:
             return {}  # somebody else's word
     by_network: dict[str, dict[str, Any]] = defaultdict(dict)
     try:
-        for key, value in json.loads(metadata.get("lora_adapter_metadata", "{}")).items():
+        for key, value in json.loads(metadata.get(ADAPTER_METADATA, "{}")).items():
             network, _, name = key.partition(".")
             if value is not None:
                 by_network[network][name] = value
@@ -94,9 +96,9 @@ def told_in_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Told]:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise BadInput(f"adapter {path}: its lora_adapter_metadata: {where}: {first['msg']}") from error
+        raise BadInput(f"adapter {path}: its {ADAPTER_METADATA}: {where}: {first['msg']}") from error
     except (ValueError, AttributeError) as error:
-        raise BadInput(f"adapter {path}: its lora_adapter_metadata is damaged") from error
+        raise BadInput(f"adapter {path}: its {ADAPTER_METADATA} is damaged") from error
 
 
 def _told_by_tensors(path: Path, parts: Mapping[str, Mapping[str, Tensor]], root: nn.Module) -> Told:
@@ -107,26 +109,15 @@ def _told_by_tensors(path: Path, parts: Mapping[str, Mapping[str, Tensor]], root
     (kind,) = kinds
     ranks = {name: rank_of(those) for name, those in parts.items()}
     alphas = {name: alpha_of(those, ranks[name]) for name, those in parts.items()}
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    told: dict[str, Any] = {
-        "peft_type": kind,
-        "r": rank,
-        "target_modules": sorted(parts),
-        "rank_pattern": {name: other for name, other in ranks.items() if other != rank},
-        "alpha_pattern": {name: other for name, other in alphas.items() if other != alpha},
-    }
+    told = told_by_module(kind, ranks, alphas)
     match kind:
         case "LORA":
-            return told | {
-                "lora_alpha": alpha,
-                "use_dora": any(MAGNITUDE in those for those in parts.values()),
-            }
+            return told | {"use_dora": any(MAGNITUDE in those for those in parts.values())}
         case "LOHA":
-            tucker = any("hada_t1" in those for those in parts.values())
-            return told | {"alpha": alpha, "use_effective_conv2d": tucker}
+            return told | {"use_effective_conv2d": any("hada_t1" in those for those in parts.values())}
     split = any("lokr_w1_a" in those for those in parts.values())
     factor = _factor(path, parts, root)
-    return told | {"alpha": alpha, "decompose_both": split, "decompose_factor": factor}
+    return told | {"decompose_both": split, "decompose_factor": factor}
 
 
 def _factor(path: Path, parts: Mapping[str, Mapping[str, Tensor]], root: nn.Module) -> int:

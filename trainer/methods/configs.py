@@ -14,6 +14,7 @@ The two patterns are absent where every layer has the rank and alpha named above
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ CONFIG = "config"
 """The header's key."""
 
 _OF_ALL = frozenset({"r", "target_modules", "rank_pattern", "alpha_pattern"})
-_KNOWN = {
+KNOWN = {
     "LORA": _OF_ALL | {"lora_alpha", "use_dora", "use_rslora"},
     "LOHA": _OF_ALL | {"alpha", "use_effective_conv2d"},
     "LOKR": _OF_ALL | {"alpha", "decompose_both", "decompose_factor"},
@@ -67,6 +68,23 @@ def told_of(base: Base, targets: Iterable[str], convolutions: Iterable[str]) -> 
     return told
 
 
+def told_by_module(kind: str, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
+    """Return what is to be told of modules, each with a rank and an alpha of its own.
+
+    Args:
+        kind: ``LORA``, ``LOHA`` or ``LOKR``.
+    """
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "peft_type": kind,
+        "r": rank,
+        "lora_alpha" if kind == "LORA" else "alpha": alpha,
+        "target_modules": sorted(ranks),
+        "rank_pattern": {name: other for name, other in ranks.items() if other != rank},
+        "alpha_pattern": {name: other for name, other in alphas.items() if other != alpha},
+    }
+
+
 def peft_config(told: Told, *, dropout: float = 0.0) -> PeftConfig:
     """Return PEFT's configuration. Initial values are ours to set, see ``initial``.
 
@@ -74,7 +92,7 @@ def peft_config(told: Told, *, dropout: float = 0.0) -> PeftConfig:
         ValueError: Of no kind that is known here, or with a key that is none of it.
     """
     given = {key: value for key, value in told.items() if key != "peft_type"}
-    if odd := sorted(given.keys() - _KNOWN.get(told.get("peft_type", ""), given.keys())):
+    if odd := sorted(given.keys() - KNOWN.get(told.get("peft_type", ""), given.keys())):
         raise ValueError(f"its header says {odd[0]}, which is not known here")
     match told.get("peft_type"):
         case "LORA":

@@ -23,7 +23,7 @@ def inspect(path: Path) -> dict[str, Any]:
     lora = read_lora(path)
     return {
         "file": str(path),
-        "size_bytes": path.stat().st_size,
+        "size_bytes": sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file()),
         "form": lora.form,
         "family": lora.family,
         "kind": "dora" if lora.has_magnitudes else lora.kind,

@@ -16,13 +16,14 @@ from torch import Tensor
 from ..errors import BadInput
 from ..export.modules import AdaptedModule, Kind
 from ..methods.adapter_files import told_in_header
-from ..methods.adapter_parts import FAMILIES, alpha_of, by_module, kind_of, opened, rank_of
-from ..methods.configs import Told, scale_of
+from ..methods.adapter_parts import FAMILIES, alpha_of, by_module, kind_of, rank_of
+from ..methods.configs import CONFIG, Told, scale_of
 from ..methods.layers import MAGNITUDE
 from ..methods.module_names import TEXT_LEVEL, Module
+from ..methods.peft_files import is_peft, opened
 from .names import module_of
 
-Form = Literal["diffusers", "kohya", "ours"]
+Form = Literal["diffusers", "kohya", "ours", "peft"]
 
 _WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 """How wide the text is that the UNet's attention reads."""
@@ -35,6 +36,7 @@ class LoraFile:
     """What a file says, by diffusers' names of modules."""
 
     path: Path
+    """A file, or a folder of PEFT's."""
     form: Form
     family: str | None
     """``sd1``, ``sd2``, ``sdxl``, ``sd3``; None if neither header nor tensors tell."""
@@ -55,7 +57,7 @@ class LoraFile:
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Read and check an adapter's file.
+    """Read and check an adapter's file, or a folder of PEFT's.
 
     Raises:
         BadInput: It is missing, no adapter, damaged, or too costly to read. Names the first wrong key.
@@ -74,7 +76,7 @@ def read_lora(path: Path) -> LoraFile:
         raise BadInput(f"adapter {path}: {odd.network}.{odd.name} is a {odd.kind}, others are not")
     return LoraFile(
         path=path,
-        form=_form(tensors, metadata),
+        form=_form(path, tensors, metadata),
         family=family_of(modules, metadata, tensors),
         modules=modules,
         metadata=metadata,
@@ -156,7 +158,9 @@ def _as_peft_has_it(t: Mapping[str, Tensor]) -> Tensor:
     return flat_O.reshape(1, -1, 1, 1) if t["lora_A.weight"].ndim == 4 else flat_O
 
 
-def _form(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Form:
-    if "config" in metadata and "method" in metadata:
+def _form(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Form:
+    if is_peft(path):
+        return "peft"
+    if CONFIG in metadata and "method" in metadata:
         return "ours"
     return "kohya" if next(iter(tensors)).startswith("lora_") else "diffusers"

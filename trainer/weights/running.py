@@ -12,7 +12,7 @@ from .tools import FORMS, group
 if TYPE_CHECKING:
     from ..export.files import Dtype
     from .combining import Ranks
-    from .lora_file import LoraFile
+    from .lora_file import Form, LoraFile
 
 _RANKS = ("rank", "threshold", "ratio", "cumulative", "frobenius")
 
@@ -39,7 +39,7 @@ def _resize(file: Path, out: Path, **options: Any) -> None:
     from .lora_file import read_lora
     from .writing import check_target
 
-    check_target(out, force=options["force"])
+    check_target(out, _form(options), force=options["force"])
     lora = read_lora(file)
     smaller = resized(lora, _ranks(options))
     click.echo(f"{_ranks_of(smaller)}; error of the change {relative_error(lora, smaller):.2e}")
@@ -50,7 +50,7 @@ def _mix(files: tuple[str, ...], out: Path, **options: Any) -> None:
     from .combining import mixed, read_weighted, relative_error, resized
     from .writing import check_target
 
-    check_target(out, force=options["force"])
+    check_target(out, _form(options), force=options["force"])
     exact = mixed([read_weighted(word) for word in files])
     ranks = _ranks(options)
     whole = resized(exact, ranks) if ranks.is_given else exact
@@ -71,7 +71,7 @@ def _extract(tuned: str, base: str, out: Path, conv_rank: int | None, **options:
     from .extracting import extract
     from .writing import check_target
 
-    check_target(out, force=options["force"])
+    check_target(out, _form(options), force=options["force"])
     found = extract(base, tuned, _ranks(options), conv_rank=conv_rank)
     click.echo(f"{_ranks_of(found.lora)}; largest error of a module's change {found.error:.2e}")
     if found.left_out:
@@ -91,11 +91,14 @@ def _ranks_of(lora: "LoraFile") -> str:
     return f"{len(ranks)} modules, rank {min(ranks)}" + (f" to {max(ranks)}" if len(set(ranks)) > 1 else "")
 
 
+def _form(options: dict[str, Any]) -> "Form | None":
+    return FORMS[options["to"]] if options["to"] else None  # type: ignore[return-value]
+
+
 def _written(lora: "LoraFile", out: Path, options: dict[str, Any]) -> Path:
     from .writing import write_lora
 
-    form: Any = FORMS[options["to"]] if options["to"] else None
-    return write_lora(lora, out, form, dtype=options["dtype"], force=options["force"])
+    return write_lora(lora, out, _form(options), dtype=options["dtype"], force=options["force"])
 
 
 _CALLED: dict[str, Callable[..., None]] = {

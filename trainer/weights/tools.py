@@ -16,7 +16,7 @@ FORMS = {
     "comfyui": "kohya",
     "lycoris": "kohya",
     "ours": "ours",
-    "peft": "ours",
+    "peft": "peft",
 }
 """What ``--to`` takes, and the form that it means."""
 
@@ -39,7 +39,12 @@ _dtype = click.Option(
     ["--dtype"], type=click.Choice(["fp32", "fp16", "bf16"]), help="By default the input's."
 )
 _force = click.Option(["--force"], is_flag=True, help="Write over what is there.")
-_out = click.Option(["--out"], type=click.Path(path_type=Path), required=True, help="The file to write.")
+_out = click.Option(
+    ["--out"],
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The file to write; --to peft: the folder.",
+)
 _one = click.Argument(["file"], type=click.Path(path_type=Path))
 _several = click.Argument(["files"], nargs=-1, required=True, metavar="FILE[:WEIGHT]...")
 _base = click.Option(["--base"], required=True, help="A diffusers folder, a .safetensors file or a hub id.")

@@ -3,32 +3,35 @@
 diffusers   header with each network's rank and alpha, module by module
 kohya       one alpha per module; A1111, Forge, ComfyUI, LyCORIS and kohya's scripts read it
 ours        as in a checkpoint: PEFT's names, its configuration in the header
+peft        a folder for each network, as ``PeftModel.from_pretrained`` reads it
 
 A scale is kept as it was read: alpha over the rank.
 """
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import BadInput
 from ..export.files import DTYPES, Dtype, hash_of_data, in_dtype, put
-from ..export.headers import ADAPTER_METADATA
 from ..export.modules import AdaptedModule
 from ..export.naming import diffusers_tensors, kohya_tensors
-from ..methods.configs import CONFIG, Told, metadata_of
+from ..methods.adapter_files import told_in_header
+from ..methods.configs import CONFIG, Told, metadata_of, told_by_module
 from ..methods.module_names import TEXT_LEVEL
+from ..methods.peft_files import ADAPTER_METADATA
 from ..tensor_file import to_bytes
-from .lora_file import Form, LoraFile, read_lora, with_level
+from .lora_file import Form, LoraFile, read_lora
+from .peft_folder import check_replaceable, name_in_model, write_folder
 
 _OF_THE_FORM = {"format", "method", CONFIG, ADAPTER_METADATA}
 """Keys of a header that belong to the form it is in."""
+_PEFTS: tuple[Form, ...] = ("ours", "peft")
+"""Forms that hold PEFT's configuration whole."""
 _HASHES = ("sshs_", "modelspec.hash")
 
 
@@ -48,10 +51,10 @@ def write_lora(
     fold: bool = False,
     force: bool = False,
 ) -> Path:
-    """Write an adapter and return its file, which is there complete or not at all.
+    """Write an adapter and return its file, or PEFT's folder, which is there complete or not at all.
 
     Args:
-        out: A ``.safetensors`` file.
+        out: A ``.safetensors`` file; of PEFT's form, a folder.
         form: By default that in which it was read.
         dtype: By default that of the file that it came from.
         fold: diffusers: multiply the scale into B, for readers that know no header.
@@ -61,68 +64,78 @@ def write_lora(
         BadInput: The file is there, no program reads this adapter in this form, or its numbers do not fit the
             type.
     """
-    check_target(out, force=force)
     form = form or lora.form
+    check_target(out, form, force=force)
     if problem := _unreadable(lora, form):
         raise BadInput(f"adapter {lora.path}: {problem[0]}", problem[1])
     modules = tuple(_folded(module) for module in lora.modules) if fold else lora.modules
-    tensors, header = _in_form(modules, form, lora.family or "sd1")
     said = {k: v for k, v in lora.metadata.items() if k not in _OF_THE_FORM and not k.startswith(_HASHES)}
-    cast = in_dtype(tensors, dtype or _name_of(lora.dtype))
+    dtype, family = dtype or _name_of(lora.dtype), lora.family or "sd1"
+    configs = {} if form == "kohya" else configs_of(modules, told_in_header(lora.path, lora.metadata))
+    if form == "peft":
+        return write_folder(out, modules, configs, family, header=said, dtype=dtype)
+    tensors, header = _in_form(modules, form, family, configs)
+    cast = in_dtype(tensors, dtype)
     if form == "kohya" and said:
         said["sshs_model_hash"] = hash_of_data(cast)
     return put(out.parent, out.name, to_bytes(cast, {**said, **header}))
 
 
-def check_target(out: Path, *, force: bool) -> None:
+def check_target(out: Path, form: Form | None, *, force: bool) -> None:
     """Refuse to write where something is.
 
+    Args:
+        form: None where it is not known yet: then only what no form allows is refused.
+
     Raises:
-        BadInput: ``out`` is there and ``force`` is not given, or it is no ``.safetensors`` file.
+        BadInput: ``out`` is there and ``force`` is not given, or it is no name for this form.
     """
-    if out.suffix != ".safetensors" or out.is_dir():
+    if form == "peft" and out.suffix == ".safetensors":
+        raise BadInput(f"--out {out}: PEFT's form is a folder, not a file")
+    if form not in ("peft", None) and (out.suffix != ".safetensors" or out.is_dir()):
         raise BadInput(f"--out {out}: expected the name of a .safetensors file")
     if out.exists() and not force:
         raise BadInput(f"{out} is there already", "give --force to write over it, or another --out")
+    if form == "peft":
+        check_replaceable(out)
 
 
-def configs_of(modules: Sequence[AdaptedModule]) -> dict[str, Told]:
-    """Return, by network, the configuration from which PEFT rebuilds modules: see ``methods.configs``."""
+def configs_of(modules: Sequence[AdaptedModule], told: Mapping[str, Told]) -> dict[str, Told]:
+    """Return, by network, the configuration from which PEFT rebuilds modules: see ``methods.configs``.
+
+    Args:
+        told: What their file says. Of LoKr, only that tells how PEFT split the sizes.
+    """
     found: dict[str, Told] = {}
     for network in sorted({module.network for module in modules}):
         own = {m.name.removeprefix(TEXT_LEVEL): m for m in modules if m.network == network}
-        ranks = {name: module.rank for name, module in own.items()}
-        alphas = {name: module.scale * module.rank for name, module in own.items()}
-        rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
         kind = next(iter(own.values())).kind
-        told: dict[str, Any] = {
-            "peft_type": kind.upper(),
-            "r": rank,
-            "target_modules": sorted(own),
-            "rank_pattern": {name: other for name, other in ranks.items() if other != rank},
-            "alpha_pattern": {name: other for name, other in alphas.items() if other != alpha},
-        }
-        if kind == "lora":
-            has_magnitudes = any(module.magnitude is not None for module in own.values())
-            told |= {"lora_alpha": alpha, "use_dora": has_magnitudes, "use_rslora": False}
-        else:
-            told |= {
-                "alpha": alpha,
-                "use_effective_conv2d": any("hada_t1" in m.tensors for m in own.values()),
-            }
-        found[network] = told
+        says = told_by_module(
+            kind.upper(),
+            {name: module.rank for name, module in own.items()},
+            {name: module.scale * module.rank for name, module in own.items()},
+        )
+        match kind:
+            case "lora":
+                has_magnitudes = any(module.magnitude is not None for module in own.values())
+                says |= {"use_dora": has_magnitudes, "use_rslora": False}
+            case "loha":
+                says |= {"use_effective_conv2d": any("hada_t1" in m.tensors for m in own.values())}
+            case "lokr":
+                split = ("decompose_both", "decompose_factor")
+                says |= {key: value for key, value in told.get(network, {}).items() if key in split}
+        found[network] = says
     return found
 
 
 def _in_form(
-    modules: Sequence[AdaptedModule], form: Form, family: str
+    modules: Sequence[AdaptedModule], form: Form, family: str, configs: Mapping[str, Told]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     if form == "kohya":
         return kohya_tensors(modules, family), {}
-    configs = configs_of(modules)
     if form == "ours":
         tensors = {
-            f"{m.network}.{with_level(m.network, m.name) if family == 'sd3' else m.name}.{part}": tensor
+            f"{m.network}.{name_in_model(m, family)}.{part}": tensor
             for m in modules
             for part, tensor in m.tensors.items()
         }
@@ -142,7 +155,7 @@ def _unreadable(lora: LoraFile, form: Form) -> tuple[str, str] | None:
         return f"diffusers loads no {lora.kind}", "convert it --to kohya, the form of LyCORIS"
     if form == "kohya" and lora.family == "sd3":
         return "kohya's names for SD3 are those of another implementation", "convert it --to diffusers"
-    if form == "ours" and lora.kind == "lokr" and lora.form != "ours":
+    if form in _PEFTS and lora.kind == "lokr" and lora.form not in _PEFTS:
         return "its LoKr factors say nothing of how PEFT split the sizes", "leave it in LyCORIS' form: kohya"
     if form != "kohya" and lora.has_magnitudes:
         bare = next((m for m in lora.modules if m.magnitude is None), None)
