@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -84,6 +84,62 @@ def test_a_layer_computes_and_differentiates_with_the_weight_that_it_names(kind:
         out.square().sum().backward()
         results.append((out.detach(), leaf.grad))
     torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast_a_layer_computes_in_bf16_whatever_it_is_given(kind: Kind) -> None:
+    plain, other = small(kind)
+    for theirs, ours in ((plain[0], other[0]), (plain[2], other[2])):
+        theirs.weight.data = ours.weight
+    results = []
+    for network in (plain, other):
+        leaf = torch.randn(2, 6, 8, 8, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            seen = [network[0](leaf), network[2](leaf.detach().flatten(2)[..., :16])]
+        assert {out.dtype for out in seen} == {torch.bfloat16}
+        seen[0].float().square().sum().backward()
+        assert leaf.grad is not None
+        assert leaf.grad.dtype is torch.float32
+        results.append((*seen, leaf.grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("int8", "no"), ("nf4", "no"), ("fp8", "no"), ("fp8", "bf16")]
+)
+def test_gradients_computed_from_checkpoints_are_the_same(
+    world: Path, kind: Kind, precision: Literal["no", "bf16"]
+) -> None:
+    found = []
+    for checkpointing in (False, True):
+        base = Base(
+            model=str(world / "base"),
+            quantize=kind,
+            rank=2,
+            mixed_precision=precision,
+            gradient_checkpointing=checkpointing,
+            conv_rank=2,
+        )
+        family = load_family(base)
+        methods = attach(base, family)
+        numbers = torch.Generator().manual_seed(1)
+        for parameter in methods.parameters.values():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=numbers)
+        passes = 0
+
+        def counted(*given: Any) -> None:
+            nonlocal passes
+            passes += 1
+
+        inner = family.denoiser.get_submodule("up_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj")
+        inner.register_forward_hook(counted)
+        family.denoiser.train()
+        text = family.encode_tokens([family.token_ids("a dog")] * 2)
+        family.predict(LATENTS, torch.tensor([10, 900]), text).square().mean().backward()
+        assert passes == (2 if checkpointing else 1)
+        found.append([parameter.grad for parameter in methods.parameters.values()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert any(bool(gradient.any()) for gradient in found[0])
 
 
 def test_nothing_of_a_layer_is_kept_for_the_backward_pass() -> None:
