@@ -151,7 +151,7 @@ def test_a_stopped_run_ends_as_if_it_had_never_been(
 
 
 def test_what_rests_is_not_moved_and_has_no_state(world: Path, captioned: Path, lay: Lay) -> None:
-    spec = spec_of(world / "base", captioned, PIVOTAL, token_norm="decay")
+    spec = spec_of(world / "base", captioned, PIVOTAL, token_norm="decay", token_learning_rate=1e-3)
     run_dir = lay("run", spec, every_steps=1)
     assert run_attempt(run_dir, Stop()) == EXIT_COMPLETE
     begun = {name: p.data for name, p in attach(spec.base, load_family(spec.base)).parameters.items()}
