@@ -40,6 +40,11 @@ class Ranks:
     def is_given(self) -> bool:
         return bool(self._choices())
 
+    @property
+    def most(self) -> int | None:
+        """As many singular values are enough to choose from; None if a share of all of them counts."""
+        return self.rank if self.cumulative is None and self.frobenius is None else None
+
     def choice(self) -> Choice:
         """Return the rule.
 

@@ -5,7 +5,7 @@ are equal are left out. What else differs (norms, biases, embeddings) no LoRA ca
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,10 @@ def extract(base: str, tuned: str, ranks: Ranks, *, conv_rank: int | None = None
         BadInput: They have different architectures, are equal, or hold NaN. Names the first key.
         BaseUnavailable
     """
-    keep = ranks.choice()
-    keep_conv = (
-        Ranks(rank=conv_rank, threshold=ranks.threshold, ratio=ranks.ratio).choice() if conv_rank else keep
-    )
+    if not ranks.is_given:
+        problem = "of linear layers? --conv-rank is of kernels larger than 1" if conv_rank else "to extract?"
+        raise BadInput(f"which rank {problem}", "give --rank, --threshold or --ratio")
+    of_convolutions = replace(ranks, rank=conv_rank or ranks.rank)
     modules: list[AdaptedModule] = []
     left_out: list[str] = []
     worst = 0.0
@@ -60,10 +60,9 @@ def extract(base: str, tuned: str, ranks: Ranks, *, conv_rank: int | None = None
         )
     for network, root in before.items():
         for name, delta in _changes(network, root, after[network], (base, tuned), left_out):
-            is_conv = delta.ndim == 4 and delta.shape[-1] > 1
-            most = conv_rank if is_conv and conv_rank else ranks.rank
+            own = of_convolutions if delta.ndim == 4 and delta.shape[-1] > 1 else ranks
             try:
-                factors = nearest(delta, keep_conv if is_conv else keep, most=most)
+                factors = nearest(delta, own.choice(), most=own.most)
             except ValueError as error:
                 raise BadInput(f"{tuned}: {network}.{name}.weight {error}") from error
             worst = max(worst, missed(delta, factors))
