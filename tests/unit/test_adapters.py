@@ -80,6 +80,17 @@ def test_an_adapter_begins_as_no_change_and_trains_in_fp32(world: Path, kind: st
         assert torch.equal(predicted(family, "a dog", "a cat"), before)
 
 
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"texts"}))
+def test_without_dropout_no_chance_decides_what_is_computed(world: Path, kind: str) -> None:
+    base = base_of(world, **KINDS[kind])
+    family = load_family(base)
+    attach(base, family).use()
+    family.denoiser.train()
+    before = torch.get_rng_state()
+    predicted(family, "a dog")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "xl"][1:])
 def test_an_interrupted_run_ends_in_the_same_bytes(world: Path, xl: Path, lay: Lay, kind: str) -> None:
     keys = {"max_train_steps": 3, "lora_dropout": 0.0, **KINDS.get(kind, KINDS["texts"])}

@@ -133,11 +133,21 @@ def measured(parts: Parts, step: int) -> dict[str, int]:
             },
             [0],
         ),
+        ("sd1", {"adapter": "loha", "lora_dropout": 0.0, "targets": "linear", "conv_rank": 2}, [0]),
+        ("sd1", {"adapter": "lokr", "lora_dropout": 0.0, "gradient_checkpointing": True}, [0]),
         ("sdxl", {"control": "sdxl-control", "mixed_precision": "bf16"}, [0]),
         ("sd1", PIVOTAL | {"control": "sd1-control", "token_norm": "decay"}, [0, 3]),
         ("sdxl", WORDS | {"gradient_checkpointing": True}, [0]),
     ],
-    ids=["dora-conv", "nf4-8bit-checkpointing", "control", "words, then an adapter", "words-checkpointing"],
+    ids=[
+        "dora-conv",
+        "nf4-8bit-checkpointing",
+        "loha",
+        "lokr",
+        "control",
+        "words, then an adapter",
+        "words-checkpointing",
+    ],
 )
 def test_the_plan_names_the_bytes_of_a_real_step(
     shallow: Path, lay: Lay, model: str, base: dict[str, Any], steps: list[int]

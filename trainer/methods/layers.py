@@ -8,11 +8,13 @@ The name of a tensor is that of its module, of PEFT's parameter and nothing else
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 from peft import inject_adapter_in_model
 from peft.tuners.lora.dora import DoraConv2dLayer, DoraLinearLayer
+from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -40,6 +42,7 @@ def inject(network: nn.Module, name: str, told: Told, *, dropout: float = 0.0) -
         inject_adapter_in_model(peft_config(told, dropout=dropout), network, name)
     found = {}
     for module, layer in adapted(network):
+        _never_left_out(layer)
         for part, holder in _parts(layer, name):
             if part == MAGNITUDE:
                 _in_fp32(holder)
@@ -143,3 +146,24 @@ _EXACT = {DoraLinearLayer: _Linear, DoraConv2dLayer: _Conv2d}
 
 def _in_fp32(magnitude: Any) -> None:
     magnitude.__class__ = _EXACT.get(type(magnitude), type(magnitude))
+
+
+class _Steady:
+    """LoHa or LoKr that is always there. In training PEFT leaves out a module whenever a random number is not
+    above ``module_dropout``, also at 0: once in 16 million times, by chance that no seed of a run decides."""
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)  # type: ignore[misc]
+        self.training = False
+        return self
+
+
+@cache
+def _steady(kind: type) -> type:
+    return type(kind.__name__, (_Steady, kind), {})
+
+
+def _never_left_out(layer: Any) -> None:
+    if isinstance(layer, LycorisLayer) and not isinstance(layer, _Steady):
+        layer.__class__ = _steady(type(layer))  # type: ignore[arg-type]
+        layer.train()

@@ -86,14 +86,6 @@ def test_the_files_in_the_reference_are_right(text: str, write: Write) -> None:
     assert len(validate(path).cells) in (2, 9)
 
 
-def test_the_examples_of_data_are_right(write: Write) -> None:
-    examples = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
-    assert len(examples) > 5
-    for text in examples:
-        path = write(f"parameters: {{rank: {{values: [1, 2]}}}}\n{text}")
-        assert len(validate(path, overrides=["base.model=owner/model"]).cells) == 2
-
-
 def test_the_reference_names_every_key() -> None:
     named = {
         word for words in re.findall(r"`([^`\n]+)`", REFERENCE) for word in re.findall(r"[a-z0-9_]+", words)
