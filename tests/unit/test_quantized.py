@@ -87,10 +87,19 @@ def test_a_layer_computes_and_differentiates_with_the_weight_that_it_names(kind:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_under_autocast_a_layer_computes_in_bf16_whatever_it_is_given(kind: Kind) -> None:
+def test_under_autocast_a_layer_computes_in_bf16_whatever_it_is_given(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain, other = small(kind)
     for theirs, ours in ((plain[0], other[0]), (plain[2], other[2])):
         theirs.weight.data = ours.weight
+    ordinary, brought_back = QuantizedLinear.restored, []
+
+    def seen_restored(layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:
+        brought_back.append(dtype)
+        return ordinary(layer, dtype)
+
+    monkeypatch.setattr("trainer.families.quantized._Quantized.restored", seen_restored)
     results = []
     for network in (plain, other):
         leaf = torch.randn(2, 6, 8, 8, generator=torch.Generator().manual_seed(2)).requires_grad_()
@@ -102,6 +111,7 @@ def test_under_autocast_a_layer_computes_in_bf16_whatever_it_is_given(kind: Kind
         assert leaf.grad.dtype is torch.float32
         results.append((*seen, leaf.grad))
     torch.testing.assert_close(results[0], results[1])
+    assert set(brought_back) == {torch.bfloat16}, "in fp32 a weight would take twice the memory"
 
 
 @pytest.mark.parametrize(
