@@ -2,13 +2,15 @@
 
 An entry is a safetensors file that appears by rename and carries the digest of its tensors; one that is
 damaged or unreadable is computed again. Several processes may share the folder: equal keys have equal
-contents.
+contents. What a killed process left half written is removed when it is a day old.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
@@ -23,6 +25,9 @@ from .rundir import Options, cache_folder
 
 FORMAT = 3
 """Part of every key: raise it when an entry's meaning changes."""
+
+_UNFINISHED = ".tmp-"
+_ABANDONED_S = 86400.0
 
 
 def cache_key(**parts: str | int | float | bool | list[int] | list[list[int]]) -> str:
@@ -49,6 +54,10 @@ class Cache:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        for path in folder.glob(f"*/{_UNFINISHED}*"):
+            with contextlib.suppress(OSError):  # another process may be at it, too
+                if time.time() - path.stat().st_mtime > _ABANDONED_S:
+                    path.unlink()
 
     def through(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return the entry, computing and keeping it if it is not there or damaged.
@@ -90,7 +99,7 @@ def _read(path: Path) -> dict[str, Tensor] | None:
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_UNFINISHED)
     os.close(handle)
     try:
         tensor_file.write(Path(temporary), tensors, {"digest": tensors_digest(tensors)})

@@ -1,6 +1,7 @@
 """What of an image is encoded and kept: under which key, at which size, and with which mask."""
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +197,14 @@ def test_the_key_of_an_entry_is_its_files_digest_not_its_pixels(folder: Path) ->
 
     assert hashlib.sha256((folder / "a.png").read_bytes()).hexdigest() != before
     assert keys(folder).isdisjoint(plain)
+
+
+def test_what_a_killed_process_left_in_the_cache_is_removed_after_a_day(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    cache.keep("ab1", lambda: {"x": torch.ones(2)})
+    old, new = tmp_path / "ab" / ".tmp-old", tmp_path / "ab" / ".tmp-new"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    Cache(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "ab").iterdir()) == [".tmp-new", "ab1.safetensors"]
