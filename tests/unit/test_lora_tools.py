@@ -117,15 +117,16 @@ def test_a_name_of_no_known_family_is_none(called: str) -> None:
     assert module_of(called) is None
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_forms_round_trip_without_any_error(made: Made, tmp_path: Path, kind: str) -> None:
-    ours = made("sd1", kind)
+@pytest.mark.parametrize(("family", "kind"), [*(("sd1", kind) for kind in KINDS), ("sdxl", "locon")])
+def test_forms_round_trip_without_any_error(made: Made, tmp_path: Path, family: str, kind: str) -> None:
+    ours = made(family, kind)
     through: list[Any] = ["kohya"] if kind in ("loha", "lokr") else ["kohya", "diffusers"]
     file = ours
     for form in (*through, *reversed(through)):
         file = convert(file, tmp_path / f"{file.stem}-{form}.safetensors", form)
         assert read_lora(file).form == form
     first, last = read_lora(ours), read_lora(file)
+    assert first.family == last.family
     assert [(m.network, m.name, m.rank) for m in first.modules] == [
         (m.network, m.name, m.rank) for m in last.modules
     ]
