@@ -43,6 +43,9 @@ from .step import follow
 from .stop import Stop
 from .texts import CachedTexts, LiveTexts, Texts, is_cached
 
+_ABANDONED_S = 86400.0
+"""Nobody writes for so long at a file of the cache."""
+
 
 def run_attempt(run_dir: RunDir, stop: Stop) -> int:
     """Train the run of a run directory and return the exit code of ``trainer.rundir``.
@@ -106,6 +109,7 @@ def _prepared(run_dir: RunDir, spec: RunSpec, options: Options, examples: list[E
         family.inject(local.base.control, cache_dir / "hub" if cache_dir else None)
     _check_sides(spec, family)
     cache = Cache(cache_dir or default_cache_dir())
+    cache.remove_unfinished(before=time.time() - _ABANDONED_S)
     texts = _texts(spec, family, cache, examples, stop)
     say("encoding the images that no run here has met yet")
     images = encode_images(family, cache, examples, spec, stop.alive)

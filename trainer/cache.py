@@ -2,7 +2,7 @@
 
 An entry is a safetensors file that appears by rename and carries the digest of its tensors; one that is
 damaged or unreadable is computed again. Several processes may share the folder: equal keys have equal
-contents. What a killed process left half written is removed when it is a day old.
+contents.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
@@ -27,7 +26,7 @@ FORMAT = 3
 """Part of every key: raise it when an entry's meaning changes."""
 
 _UNFINISHED = ".tmp-"
-_ABANDONED_S = 86400.0
+"""Begins the names of files that are being written."""
 
 
 def cache_key(**parts: str | int | float | bool | list[int] | list[list[int]]) -> str:
@@ -54,9 +53,12 @@ class Cache:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        for path in folder.glob(f"*/{_UNFINISHED}*"):
+
+    def remove_unfinished(self, *, before: float) -> None:
+        """Remove what a killed process left half written before a time, in seconds since the epoch."""
+        for path in self._folder.glob(f"*/{_UNFINISHED}*"):
             with contextlib.suppress(OSError):  # another process may be at it, too
-                if time.time() - path.stat().st_mtime > _ABANDONED_S:
+                if path.stat().st_mtime < before:
                     path.unlink()
 
     def through(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
