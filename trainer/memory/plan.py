@@ -78,5 +78,5 @@ def advice(base: Base, micro_batch: int | None, plan: tuple[Phase, ...]) -> str:
     """Return what would lower the need of training, in order of effect; said if another phase needs more."""
     peak = max(plan, key=lambda phase: phase.size)
     if not peak.name.startswith(TRAINING):
-        return f"{peak.name} needs most; what training needs is lowered by: " + less_memory(base, micro_batch)
+        return f"{peak.name} needs most; in training, " + less_memory(base, micro_batch)
     return less_memory(base, micro_batch)
