@@ -318,6 +318,11 @@ def test_a_file_that_is_no_adapter_is_refused_by_its_key(
         read_lora(tmp_path / "bad.safetensors")
 
 
+def test_an_alpha_may_be_a_whole_number(tmp_path: Path) -> None:
+    write(tmp_path / "a.safetensors", {**pair(), f"{UNET}.alpha": torch.tensor(4)}, {})
+    assert read_lora(tmp_path / "a.safetensors").modules[0].scale == 2.0
+
+
 def test_a_damaged_file_and_a_lying_header_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     tensors = {f"{DOTTED}.lora_A.weight": torch.ones(2, 6), f"{DOTTED}.lora_B.weight": torch.ones(5, 2)}

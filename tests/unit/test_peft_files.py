@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.adapters import write_adapter
 from torch import Tensor, nn
 
+from trainer.__main__ import main as trainer
 from trainer.config import Base
 from trainer.errors import BadInput
 from trainer.export.modules import adapted_modules
@@ -183,6 +185,10 @@ def test_tools_take_and_write_folders_and_replace_nothing_else(tmp_path: Path) -
         write_lora(lora, out)
     assert write_lora(lora, out, force=True) == out
     assert read_lora(out).modules[0].rank == 2
+    for words in (["resize", str(out), "--rank", "1"], ["mix", str(out), f"{out}:0.5", "--to", "peft"]):
+        said = CliRunner().invoke(trainer, ["lora", *words, "--out", str(tmp_path / words[0])])
+        assert said.exit_code == 0, said.output
+        assert read_lora(tmp_path / words[0]).form == "peft"
     (out / "notes.txt").write_text("mine")
     with pytest.raises(BadInput, match="more than an adapter of PEFT's"):
         write_lora(lora, out, force=True)
