@@ -48,7 +48,7 @@ def test_what_is_trained_are_the_network_s_own_weights_in_fp32(world: Path, lay:
     assert all(parts.methods.parameters[name] is parameter for name, parameter in own.items())
     assert {parameter.dtype for parameter in own.values()} == {torch.float32}
     before = {name: parameter.detach().clone() for name, parameter in own.items()}
-    in_training(parts)
+    in_training(parts.family, parts.methods)
     Stepper(parts, None).take(0)
 
     assert not [name for name in before if torch.equal(before[name], own[name])]
@@ -131,7 +131,7 @@ class FullDisk:
     components: ClassVar[dict[str, Any]] = {}
 
     def save_pretrained(self, folder: Path, **how: Any) -> None:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "half").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
