@@ -15,7 +15,7 @@ __all__ = ["build_base", "build_images", "build_tokenizer", "tiny_spec"]
 def build_images(
     folder: Path, *, count: int = 6, size: tuple[int, int] = (40, 32), of: str = "a dog"
 ) -> Path:
-    """Write ``count`` different gradients, with captions in a ``metadata.jsonl`` that say what they are of."""
+    """Write ``count`` different gradients with captions in a ``metadata.jsonl`` that say what they are of."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for index in range(count):
