@@ -377,19 +377,11 @@ def test_what_no_product_holds_is_neither_mixed_nor_resized(tmp_path: Path) -> N
         read_weighted(f"{plain}:much")
 
 
-def test_the_command_line_runs_each_tool_and_overwrites_nothing(tmp_path: Path) -> None:
+def test_the_command_line_overwrites_nothing(tmp_path: Path) -> None:
     file, out = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    write(file, pair(), {"ss_base_model_version": "sd_v1"})
+    for path in (file, out):
+        write(path, pair(), {"ss_base_model_version": "sd_v1"})
     run = CliRunner().invoke
-
-    helped = run(main, ["lora", "--help"])
-    for tool in ("inspect", "convert", "resize", "mix", "merge", "extract"):
-        assert f"orchestrate lora {tool} " in helped.output
-
-    said = run(main, ["lora", "mix", f"{file}:0.5", str(file), "--rank", "1", "--out", str(out)])
-    assert said.exit_code == 0, said.output
-    assert said.output.endswith(f"{out}\n")
-    assert torch.allclose(next(iter(changes(out).values())), torch.full((5, 6), 1.5))
 
     before = out.read_bytes()
     refused = run(main, ["lora", "convert", str(file), "--to", "diffusers", "--out", str(out)])
