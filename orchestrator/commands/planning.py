@@ -14,7 +14,8 @@ from .exporting import trainer_lines
 
 _OF_NO_EFFECT = frozenset(
     {
-        *("seed", "learning_rate", "text_encoder_learning_rate", "lr_scheduler", "lr_warmup_steps"),
+        *("seed", "learning_rate", "text_encoder_learning_rate", "token_learning_rate"),
+        *("lr_scheduler", "lr_warmup_steps"),
         *("lr_num_cycles", "lr_power", "max_train_steps", "weight_decay", "max_grad_norm", "alpha"),
         *("adam_beta1", "adam_beta2", "adam_epsilon", "digest", "loss_weighting", "lora_dropout"),
     }
@@ -56,11 +57,12 @@ def planned_memory(sweep: Sweep, hollow_below: float | None = None) -> Iterator[
 
 def kind_of(spec: RunSpec) -> str:
     """What of a spec decides how much memory it takes."""
-    texts = {"cache_text", "shuffle_caption", "tag_dropout"}
+    told = {"cache_text", "shuffle_caption", "tag_dropout", "masks"}
     return repr(
         (
             spec.base.model_dump(exclude=set(_OF_NO_EFFECT)),
-            spec.dataset.model_dump(include=texts),
+            spec.dataset.model_dump(include=told),
             spec.samples and (len(spec.samples.seeds), spec.samples.cfg, bool(spec.samples.every)),
+            spec.prior and (spec.prior.online, spec.prior.cfg),
         )
     )

@@ -235,11 +235,18 @@ def test_the_command_tells_of_each_kind_of_run_of_a_sweep(shallow: Path) -> None
 
 
 def test_runs_that_differ_in_seed_or_rate_only_are_of_one_kind() -> None:
-    first, second, third = (
-        kind_of(tiny_spec(Path("m"), Path("d"), base=base))
-        for base in ({}, {"seed": 5, "learning_rate": 1e-5}, {"rank": 8})
+    prior = {"prompt": "a dog", "images": 2}
+    first, second, third, fourth = (
+        kind_of(tiny_spec(Path("m"), Path("d"), base=base, prior=given))
+        for base, given in (
+            ({}, None),
+            ({"seed": 5, "learning_rate": 1e-5}, None),
+            ({"rank": 8}, None),
+            ({}, prior),
+        )
     )
-    assert first == second != third
+    assert first == second
+    assert len({first, third, fourth}) == 3
 
 
 def test_what_is_not_described_is_refused(tmp_path: Path) -> None:
