@@ -9,20 +9,19 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from support.cleaning import lived
 from support.fake_cluster import small_sweep
 from support.fault_proxy import FaultProxy
 from support.faults import FOREVER, LoseReply, Status, matching
 from support.flaky_store import Died, Fault, FlakyStore
 from support.invariants import leftovers as unexplained
 from support.invariants import violations
-from support.runs import claimed, ended, finished, incarnation, write_checkpoint
+from support.runs import finished, incarnation
 from support.s3_servers import S3Server
 
 from orchestrator.cli import main
 from orchestrator.commands.cleaning import carry_out, look, survey
-from orchestrator.grid.submission import submit
 from storage import layout
-from storage.checkpoints import CheckpointStore
 from storage.garbage.collecting import Collected, store_time
 from storage.garbage.inventory import take
 from storage.log import run_log
@@ -51,23 +50,6 @@ def url(server: S3Server) -> str:
     return server.url_of(f"garbage-{next(_corners)}")
 
 
-def lived(store: ObjectStore, disk: Path, *, over: bool) -> None:
-    """A sweep of one run: a lost node, five checkpoints, an upload that was cut off."""
-    submit(CAT, store)
-    log = run_log(store, R0)
-    checkpoints = CheckpointStore(store, R0, log)
-    log.append(claimed())
-    for step in (10, 20):
-        checkpoints.publish(write_checkpoint(disk / "out", step), 1, incarnation(1))
-    store.put(layout.checkpoint_file(R0, 1, incarnation(1), 30, "half"), b"x" * 1000)
-    log.append(ended())
-    log.append(claimed(2))
-    for step in (30, 40, 50):
-        checkpoints.publish(write_checkpoint(disk / "out", step), 2, incarnation(2))
-    if over:
-        log.append(finished())
-
-
 def collected(store: ObjectStore, *, atomic: bool = True) -> Collected:
     """One ``gc --apply`` without grace: the sweep's is 0."""
     done = Collected()
@@ -89,7 +71,8 @@ def started_upload(store: S3Store, key: str) -> None:
 
 def test_gc_leaves_what_is_kept_and_nothing_else(url: str, tmp_path: Path) -> None:
     store = open_store(url, check_then_put=True)
-    lived(store, tmp_path, over=True)
+    lived(store, CAT, tmp_path)
+    run_log(store, R0).append(finished())
 
     first, second = collected(store), collected(store)
 
@@ -120,7 +103,8 @@ def test_a_collection_cut_off_at_any_call_is_finished_by_the_next(
     radosgw: S3Server = request.getfixturevalue("radosgw")
     for at in range(2, 80, 13):
         store = open_store(radosgw.url_of(f"garbage-{next(_corners)}"))
-        lived(store, tmp_path, over=True)
+        lived(store, CAT, tmp_path)
+        run_log(store, R0).append(finished())
         flaky = FlakyStore(store, at, Fault.DIE_HALF_WAY)
         with suppress(Died):
             collected(flaky)
@@ -141,7 +125,7 @@ def test_unfinished_uploads_of_fenced_attempts_end_and_a_live_attempts_go_on(
     radosgw: S3Server = request.getfixturevalue("radosgw")
     store = open_store(radosgw.url_of(f"garbage-{next(_corners)}"))
     assert isinstance(store, S3Store)
-    lived(store, tmp_path, over=False)
+    lived(store, CAT, tmp_path)
     fenced = layout.checkpoint_file(R0, 1, incarnation(1), 40, "big")
     live = layout.checkpoint_file(R0, 2, incarnation(2), 60, "big")
     young = layout.content_file("0" * 64, "0badcafe", "f" * 64)
@@ -170,7 +154,8 @@ def test_deletes_that_are_denied_are_told_once_and_cost_nothing_but_space(
     url: str, proxied: FaultProxy, tmp_path: Path
 ) -> None:
     store = open_store(url, check_then_put=True)
-    lived(store, tmp_path, over=True)
+    lived(store, CAT, tmp_path)
+    run_log(store, R0).append(finished())
     proxied.inject(Status(403, "AccessDenied"), when=matching("DELETE", "/data/"), times=FOREVER)
 
     result = run("gc", "--apply")
@@ -189,7 +174,8 @@ def test_where_create_only_does_not_hold_gc_appends_nothing(
     url: str, kind: str, proxied: FaultProxy, tmp_path: Path
 ) -> None:
     store = open_store(url, check_then_put=True)
-    lived(store, tmp_path, over=True)
+    lived(store, CAT, tmp_path)
+    run_log(store, R0).append(finished())
     before = sum(1 for _ in store.list(layout.run_log_prefix(R0)))
 
     result = run("gc", "--apply")
@@ -205,7 +191,8 @@ def test_where_create_only_does_not_hold_gc_appends_nothing(
 @pytest.mark.parametrize("kind", ["radosgw"], indirect=True)  # on the other gc appends nothing
 def test_a_record_whose_reply_is_lost_is_written_once(proxied: FaultProxy, url: str, tmp_path: Path) -> None:
     store = open_store(url)
-    lived(store, tmp_path, over=True)
+    lived(store, CAT, tmp_path)
+    run_log(store, R0).append(finished())
     proxied.inject(LoseReply(), when=matching("PUT", f"{R0}/log/"))
 
     assert run("gc", "--apply").exit_code == 0

@@ -2,11 +2,17 @@
 
 import os
 import time
+from pathlib import Path
 
 from support.fake_cluster import small_sweep
 from support.invariants import violations
+from support.runs import claimed, ended, incarnation, write_checkpoint
 
 from orchestrator.grid.schema import Checkpoint, Metric
+from orchestrator.grid.submission import submit
+from orchestrator.grid.sweep import Sweep
+from storage import layout
+from storage.checkpoints import CheckpointStore
 from storage.directory import DirectoryStore
 from storage.log import run_log
 from storage.object_store import ObjectStore
@@ -33,3 +39,19 @@ def keys(store: ObjectStore) -> list[str]:
 def state(store: ObjectStore, run_id: str = R0) -> RunState:
     assert violations(store, run_id) == []
     return run_log(store, run_id).refresh()
+
+
+def lived(store: ObjectStore, sweep: Sweep, disk: Path) -> None:
+    """Submit a sweep, of whose first run a node was lost: five checkpoints, an upload that was cut off."""
+    submit(sweep, store)
+    run_id = sweep.runs[0].run_id
+    log = run_log(store, run_id)
+    checkpoints = CheckpointStore(store, run_id, log)
+    log.append(claimed())
+    for step in (10, 20):
+        checkpoints.publish(write_checkpoint(disk / "out", step), 1, incarnation(1))
+    store.put(layout.checkpoint_file(run_id, 1, incarnation(1), 30, "half"), b"x" * 1000)
+    log.append(ended())
+    log.append(claimed(2))
+    for step in (30, 40, 50):
+        checkpoints.publish(write_checkpoint(disk / "out", step), 2, incarnation(2))

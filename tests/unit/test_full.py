@@ -18,7 +18,7 @@ from trainer.attempt import prepare
 from trainer.config import Base, RunSpec
 from trainer.errors import BadInput
 from trainer.export.checkpoint import Wanted, export_checkpoint
-from trainer.export.pipeline_folder import INDEX, write_pipeline
+from trainer.export.pipeline_folder import INDEX, appearing, write_pipeline
 from trainer.families import load_family
 from trainer.generate import Wish, generate
 from trainer.methods import attach
@@ -146,6 +146,27 @@ def test_a_disk_that_fills_up_costs_neither_the_folder_before_nor_any_room(tmp_p
     assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == [
         "cat",
         f"cat/{INDEX}",
+    ]
+
+
+def test_a_folder_that_cannot_be_replaced_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cat = tmp_path / "cat"
+    cat.mkdir()
+    (cat / "old").write_text("old")
+    rename = Path.rename
+
+    def refused(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(BadInput, match="Input/output error"), appearing(cat) as new:
+        (new / "file").write_text("new")
+
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == [
+        "cat",
+        "cat/old",
     ]
 
 

@@ -2,13 +2,12 @@
 
 import contextlib
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
-from support.flaky_store import Died, Fault, FlakyStore
+from support.flaky_store import Died, Fault
 from support.interrupted_store import InterruptedStore
+from support.shared_content import SharedFlakyStore
 from support.tiny_world import build_images
 
 from orchestrator.amounts import size_text
@@ -26,7 +25,6 @@ from storage.object_store import ObjectStore
 from trainer.inputs import with_inputs
 from trainer.rundir import Options
 
-T = TypeVar("T")
 GRID = """
 name: cat
 storage: {url: "s3://loras/x"%s}
@@ -34,16 +32,6 @@ base: {model: ./base, max_train_steps: 10}
 dataset: {path: ./images}
 parameters: {seed: {values: [1, 2]}}
 """
-
-
-class Locked(FlakyStore):
-    def __init__(self, inner: ObjectStore, at: int, fault: Fault) -> None:
-        super().__init__(inner, at, fault)
-        self._lock = threading.Lock()
-
-    def _call(self, effect: Callable[[], T], half: Callable[[], object] = lambda: None) -> T:
-        with self._lock:
-            return super()._call(effect, half)
 
 
 @pytest.fixture
@@ -117,12 +105,12 @@ def test_a_folder_gets_no_copies_unless_asked_for(
 @pytest.mark.parametrize("fault", [Fault.DIE_BEFORE, Fault.DIE_AFTER])
 def test_a_sweep_that_exists_has_its_inputs_wherever_submitting_dies(fault: Fault, folder: Path) -> None:
     sweep = planned(folder)
-    undisturbed = Locked(MemoryStore(), 0, fault)
+    undisturbed = SharedFlakyStore(MemoryStore(), 0, fault)
     submit(sweep, undisturbed)
     for at in range(1, undisturbed.calls + 1):
         store = MemoryStore()
         with contextlib.suppress(Died):
-            submit(sweep, Locked(store, at, fault))
+            submit(sweep, SharedFlakyStore(store, at, fault))
         for _ in range(2):
             if sweep_names(store):
                 assert all(users(store, digest or "") == {"cat"} for digest in wanted(sweep))

@@ -50,13 +50,23 @@ def appearing(folder: Path) -> Iterator[Path]:
         new = temporary / "new"
         new.mkdir()
         yield new
-        if folder.exists():
-            folder.rename(temporary / "before")
-        new.rename(folder)
+        _exchange(new, folder, temporary / "before")
     except OSError as error:
         raise BadInput(f"{folder} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(new: Path, folder: Path, before: Path) -> None:
+    """Let a folder take the place of another, which goes to ``before``; if it cannot, put that back."""
+    if folder.exists():
+        folder.rename(before)
+    try:
+        new.rename(folder)
+    except OSError:
+        if before.exists():
+            before.rename(folder)
+        raise
 
 
 def _check_finite(pipeline: Any) -> None:

@@ -131,8 +131,7 @@ def load_family(base: Base, hub_cache: Path | None = None) -> Family:
 
     Raises:
         BadInput: There is no such model, it has no safetensors weights, it is of a family that is not
-        supported,
-            or the device cannot compute in the precision asked for.
+            supported, or the device cannot compute in the precision asked for.
         BaseUnavailable: The hub did not answer.
     """
     from .source import load_pipeline  # families share this module

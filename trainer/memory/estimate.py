@@ -116,13 +116,13 @@ def _weights(family: Any, methods: Methods) -> tuple[Mapping[str, int], int]:
 def _encoding(family: Any, spec: RunSpec, weights: Mapping[str, int]) -> Iterator[Phase]:
     """Yield what encoding captions needs, where it is done before, then images: each network leaves before
     the next one comes."""
+    if is_cached(spec):
+        with LiveBytes(all_tensors(family)) as live, torch.no_grad():
+            family.encode_tokens([family.token_ids("")])
+        there = {"text encoders": weights["text encoders"]}
+        yield Phase("encoding captions", (*_told(there), Need("work", live.most, "one caption, fp32")))
     pixels = torch.zeros(3, spec.base.resolution, spec.base.resolution)
     with LiveBytes([*all_tensors(family), pixels]) as live, torch.no_grad():
-        if is_cached(spec):
-            family.encode_tokens([family.token_ids("")])
-            there = {"text encoders": weights["text encoders"]}
-            yield Phase("encoding captions", (*_told(there), Need("work", live.most, "one caption, fp32")))
-        live.most = live.now
         family.encode_image(pixels)
     there = {"VAE": weights["VAE"]}
     yield Phase("encoding images", (*_told(there), Need("work", live.most, "one image, fp32")))
